@@ -1,1 +1,36 @@
-//! x
+//! The stable plugin ABI of moeut-host, and the safe traits that plugin authors implement.
+//!
+//! An author writes a `cdylib` crate that implements [`Task`], [`TokenDataset`], [`Model`] or [`Kernel`], registers it
+//! with `register_task!` and its sisters, and writes `export_plugin!()` once. The host finds the library at run time.
+//! This crate knows nothing about libtorch: tensors are opaque [`TensorHandle`]s that `moeut-torch` opens.
+
+pub mod abi;
+pub mod args;
+pub mod component;
+pub mod dataset;
+pub mod error;
+pub mod host;
+pub mod kernel;
+pub mod model;
+pub mod task;
+pub mod tensor;
+pub mod testing;
+
+pub use args::{ArgDef, ArgKind, ArgSpec, Profile};
+pub use component::{ComponentInfo, ComponentKind};
+pub use dataset::{Split, StreamInfo, StreamRequest, TokenDataset};
+pub use error::PluginError;
+pub use host::{Host, HostInfo, LogLevel};
+pub use kernel::{Capabilities, GroupedMatmul, Kernel, Selection};
+pub use model::{ForwardInput, ForwardOutput, Model, ModelSetup, NamedTensor, Parameter};
+pub use task::{RunFacts, Task, TaskPlan};
+pub use tensor::{DType, Device, TensorHandle};
+
+/// What the macros of this crate expand to; not for authors.
+#[doc(hidden)]
+pub mod __private {
+    pub use crate::abi::export::{
+        LibHeader, RString, RootModuleResult, library_header, load, manifest, module,
+    };
+    pub use inventory;
+}

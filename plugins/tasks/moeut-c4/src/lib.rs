@@ -1,1 +1,136 @@
-//! x
+//! `moeut_c4`: train MoEUT to predict the next token of C4, the paper's main experiment.
+
+use moeut_plugin_api::{
+    ArgSpec, Host, PluginError, Profile, RunFacts, Split, StreamRequest, Task, TaskPlan,
+};
+use serde::Deserialize;
+
+moeut_plugin_api::export_plugin!();
+moeut_plugin_api::register_task!(MoeutC4);
+
+/// Tokens in C4's validation split under the paper's tokenizer; `lmds.valid_ratio` is a share of these.
+const VALIDATION_TOKENS: u64 = 206_453_965;
+
+/// Steps of data to have in stock beyond the last one, as the reference.
+const SPARE_STEPS: u64 = 100;
+
+/// Language modelling on the dataset `c4` with the model `moeut`.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct MoeutC4 {
+    /// Tokens that the model sees per sequence.
+    seq_len: u64,
+    /// Share of the canonical validation set to evaluate, 0 to 1.
+    valid_ratio: f64,
+}
+
+impl Task for MoeutC4 {
+    const NAME: &'static str = "moeut_c4";
+    const ALIASES: &'static [&'static str] = &["c4_transformer"];
+    const SUMMARY: &'static str = "Language modelling with MoEUT on C4";
+    const ARGS: &'static [ArgSpec] = &[
+        ArgSpec::int("lm.unroll", "100")
+            .field("seq_len")
+            .unit("tokens")
+            .help("Context length"),
+        ArgSpec::float("lmds.valid_ratio", "1.0")
+            .field("valid_ratio")
+            .unit("fraction")
+            .help("Share of the canonical validation set to evaluate"),
+    ];
+    const PROFILES: &'static [Profile] = &[Profile {
+        name: "demo",
+        help: "A small MoEUT that learns from the embedded corpus within minutes on two CPU cores",
+        args: DEMO,
+    }];
+    type Config = Self;
+
+    fn new(config: Self, _host: &Host) -> Result<Self, PluginError> {
+        if config.seq_len == 0 {
+            return Err(PluginError::new("`lm.unroll` is 0")
+                .why("a sequence needs at least one token")
+                .fix("set `-lm.unroll` to 1 or more; the paper uses 1024"));
+        }
+        if !(0.0..=1.0).contains(&config.valid_ratio) {
+            return Err(
+                PluginError::new(format!("`lmds.valid_ratio` is {}", config.valid_ratio))
+                    .why("it is a share of the validation set")
+                    .fix("set `-lmds.valid_ratio` between 0 and 1; the paper uses 0.005"),
+            );
+        }
+        Ok(config)
+    }
+
+    fn plan(&self, facts: &RunFacts) -> Result<TaskPlan, PluginError> {
+        let stream = |name: &str, split, token_limit| StreamRequest {
+            name: name.into(),
+            dataset: "c4".into(),
+            split,
+            seq_len: self.seq_len,
+            token_limit,
+        };
+        let train_limit = facts
+            .n_steps
+            .map(|n_steps| self.seq_len * facts.batch_size * (n_steps + SPARE_STEPS));
+        Ok(TaskPlan {
+            model: "moeut".into(),
+            train: stream("train", Split::Train, train_limit),
+            validation: vec![stream(
+                "val",
+                Split::Validation,
+                Some(self.validation_limit()),
+            )],
+            prompts: ["The", "In order to", "If you"].map(String::from).into(),
+        })
+    }
+}
+
+impl MoeutC4 {
+    /// Whole windows in the wished share of the validation set, in tokens.
+    #[expect(
+        clippy::cast_possible_truncation,
+        clippy::cast_sign_loss,
+        reason = "the reference rounds down, and the ratio is checked to be within 0 and 1"
+    )]
+    fn validation_limit(&self) -> u64 {
+        let windows = (VALIDATION_TOKENS / self.seq_len) as f64 * self.valid_ratio;
+        (windows as u64).max(1) * self.seq_len
+    }
+}
+
+/// Chosen by measurement; see the README's chapter on the demo.
+const DEMO: &[(&str, &str)] = &[
+    ("state_size", "128"),
+    ("lm.unroll", "128"),
+    ("batch_size", "16"),
+    ("stop_after", "1000"),
+];
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn task(seq_len: u64, valid_ratio: f64) -> MoeutC4 {
+        MoeutC4 {
+            seq_len,
+            valid_ratio,
+        }
+    }
+
+    #[test]
+    fn argument_table_fills_the_configuration() {
+        moeut_plugin_api::testing::check_args::<MoeutC4>(MoeutC4::ARGS, MoeutC4::PROFILES);
+    }
+
+    /// Golden values of the reference: context 1024, batch 64, 100,000 steps, ratio 0.005.
+    #[test]
+    fn token_limits_of_the_paper() {
+        let facts = RunFacts {
+            batch_size: 64,
+            n_steps: Some(100_000),
+        };
+        let plan = task(1024, 0.005).plan(&facts).unwrap();
+        assert_eq!(plan.train.token_limit, Some(6_560_153_600));
+        assert_eq!(plan.validation[0].token_limit, Some(1_032_192));
+    }
+}

@@ -1,0 +1,299 @@
+//! The stable boundary itself: everything in this folder may cross between separately compiled libraries.
+//!
+//! Rules, which a test of the layout enforces:
+//! - Fields and methods are only ever appended, behind the one marked `last_prefix_field`; nothing is renamed,
+//!   reordered or removed within a major version.
+//! - What crosses is coarse: JSON in [`RString`], slices, tensor handles, boxed objects. Never generics, `dyn Trait` of
+//!   std, `TypeId`, panics, or memory to be freed by the other side.
+//! - Every call runs under [`shim::guard`]: a panic in a plugin becomes an error that names plugin, component and call.
+//! - `abi_stable` is named here and nowhere else.
+#![expect(unsafe_code, reason = "the ABI shim: handles and generated vtables")]
+#![expect(
+    missing_docs,
+    non_local_definitions,
+    clippy::used_underscore_binding,
+    clippy::expl_impl_clone_on_copy,
+    reason = "abi_stable generates such items; what is written by hand here has docs"
+)]
+
+pub mod client;
+pub mod export;
+pub mod manifest;
+pub mod shim;
+
+use crate::PluginError;
+use abi_stable::{
+    StableAbi,
+    library::RootModule,
+    package_version_strings, sabi_trait,
+    sabi_types::VersionStrings,
+    std_types::{RBox, ROption, RResult, RSlice, RSliceMut, RStr, RString, RVec},
+};
+use std::ffi::c_void;
+
+/// Major version of the ABI: another one is refused.
+pub const ABI_MAJOR: u32 = 1;
+/// Minor version of the ABI: raised when something is appended.
+pub const ABI_MINOR: u32 = 0;
+
+/// One `at::Tensor` of the process's libtorch, owned; opaque outside `moeut-torch`.
+#[repr(C)]
+#[derive(Debug, StableAbi)]
+pub struct TensorHandle {
+    ptr: *mut c_void,
+    release: unsafe extern "C" fn(*mut c_void),
+}
+
+// SAFETY: `at::Tensor` is a reference-counted handle with an atomic count; moving it between threads is sound, and
+// the type offers no shared access.
+unsafe impl Send for TensorHandle {}
+
+impl TensorHandle {
+    /// Takes ownership of a heap-allocated `at::Tensor`.
+    ///
+    /// # Safety
+    /// `ptr` must be a valid `at::Tensor*` that nobody else frees, and `release` must free it.
+    pub unsafe fn from_raw(ptr: *mut c_void, release: unsafe extern "C" fn(*mut c_void)) -> Self {
+        Self { ptr, release }
+    }
+
+    /// The `at::Tensor*`, still owned by the handle.
+    pub fn as_ptr(&self) -> *mut c_void {
+        self.ptr
+    }
+
+    /// Gives up ownership of the `at::Tensor*`.
+    pub fn into_raw(self) -> *mut c_void {
+        std::mem::ManuallyDrop::new(self).ptr
+    }
+}
+
+impl Drop for TensorHandle {
+    fn drop(&mut self) {
+        // SAFETY: `from_raw` was promised that `release` frees `ptr`, and `into_raw` skips this.
+        unsafe { (self.release)(self.ptr) }
+    }
+}
+
+/// A [`PluginError`] on its way across.
+#[repr(C)]
+#[derive(Debug, StableAbi)]
+pub struct RawError {
+    what: RString,
+    why: RString,
+    fix: RString,
+}
+
+impl From<PluginError> for RawError {
+    fn from(error: PluginError) -> Self {
+        Self {
+            what: error.what.into(),
+            why: error.why.into(),
+            fix: error.fix.into(),
+        }
+    }
+}
+
+impl From<RawError> for PluginError {
+    fn from(raw: RawError) -> Self {
+        Self {
+            what: raw.what.into(),
+            why: raw.why.into(),
+            fix: raw.fix.into(),
+        }
+    }
+}
+
+/// Result of every call across the boundary.
+pub type RawResult<T> = RResult<T, RawError>;
+
+/// A tensor with a name.
+#[repr(C)]
+#[derive(Debug, StableAbi)]
+pub struct RawNamed {
+    name: RString,
+    tensor: TensorHandle,
+    is_trainable: bool,
+}
+
+/// [`crate::model::ForwardInput`] on its way across.
+#[repr(C)]
+#[derive(Debug, StableAbi)]
+pub struct RawForwardInput {
+    tokens_tb: TensorHandle,
+    is_training: bool,
+    wants_stats: bool,
+}
+
+/// [`crate::model::ForwardOutput`] on its way across.
+#[repr(C)]
+#[derive(Debug, StableAbi)]
+pub struct RawForwardOutput {
+    logits_tbv: TensorHandle,
+    regularizers: RVec<RawNamed>,
+    stats: RVec<RawNamed>,
+}
+
+/// [`crate::kernel::GroupedMatmul`] on its way across.
+#[repr(C)]
+#[derive(Debug, StableAbi)]
+pub struct RawGroupedMatmul {
+    x: TensorHandle,
+    weight: TensorHandle,
+    order: TensorHandle,
+    inverse: TensorHandle,
+    ends: TensorHandle,
+    gate: ROption<TensorHandle>,
+}
+
+/// What the host offers to plugins.
+#[sabi_trait]
+pub trait RawHost: Send + Sync {
+    fn info(&self) -> RString;
+    fn log(&self, level: u8, text: RStr<'_>);
+    fn progress(&self, label: RStr<'_>, done: u64, total: u64);
+    fn is_cancelled(&self) -> bool;
+    #[sabi(last_prefix_field)]
+    fn kernel(&self, request_json: RStr<'_>) -> RawResult<KernelObject>;
+}
+
+/// A task inside a plugin.
+#[sabi_trait]
+pub trait RawTask: Send {
+    #[sabi(last_prefix_field)]
+    fn plan(&self, facts_json: RStr<'_>) -> RawResult<RString>;
+}
+
+/// A token dataset inside a plugin.
+#[sabi_trait]
+pub trait RawTokenDataset: Send + Sync {
+    fn info(&self) -> RawResult<RString>;
+    fn read(&self, windows: RSlice<'_, u64>, tokens: RSliceMut<'_, i32>) -> RawResult<()>;
+    fn encode(&self, text: RStr<'_>) -> RawResult<RVec<i32>>;
+    #[sabi(last_prefix_field)]
+    fn decode(&self, ids: RSlice<'_, i32>) -> RawResult<RString>;
+}
+
+/// A model inside a plugin.
+#[sabi_trait]
+pub trait RawModel {
+    fn parameters(&self) -> RawResult<RVec<RawNamed>>;
+    fn forward(&mut self, input: RawForwardInput) -> RawResult<RawForwardOutput>;
+    #[sabi(last_prefix_field)]
+    fn graph_safe(&self) -> RawResult<bool>;
+}
+
+/// A kernel inside a plugin.
+#[sabi_trait]
+pub trait RawKernel {
+    fn capabilities(&self) -> RawResult<RString>;
+    #[sabi(last_prefix_field)]
+    fn grouped_matmul(&self, call: RawGroupedMatmul) -> RawResult<TensorHandle>;
+}
+
+/// The host's services as a boxed object.
+pub type HostObject = RawHost_TO<'static, RBox<()>>;
+/// A task as a boxed object.
+pub type TaskObject = RawTask_TO<'static, RBox<()>>;
+/// A token dataset as a boxed object.
+pub type TokenDatasetObject = RawTokenDataset_TO<'static, RBox<()>>;
+/// A model as a boxed object.
+pub type ModelObject = RawModel_TO<'static, RBox<()>>;
+/// A kernel as a boxed object.
+pub type KernelObject = RawKernel_TO<'static, RBox<()>>;
+
+/// What every plugin exports.
+#[repr(C)]
+#[derive(StableAbi)]
+#[sabi(kind(Prefix(prefix_ref = PluginModuleRef, prefix_fields = PluginModulePrefix)))]
+#[sabi(missing_field(panic))]
+pub struct PluginModule {
+    /// The manifest's records, one JSON object a line; the same as in the file's section.
+    pub manifest: extern "C" fn() -> RString,
+    /// JSON array of [`crate::ComponentInfo`].
+    pub components: extern "C" fn() -> RawResult<RString>,
+    /// Makes the task `name` from its configuration.
+    pub new_task: extern "C" fn(RStr<'_>, RStr<'_>, HostObject) -> RawResult<TaskObject>,
+    /// Opens the dataset `name`: configuration, request.
+    pub new_token_dataset:
+        extern "C" fn(RStr<'_>, RStr<'_>, RStr<'_>, HostObject) -> RawResult<TokenDatasetObject>,
+    /// Builds the model `name`: configuration, setup.
+    pub new_model:
+        extern "C" fn(RStr<'_>, RStr<'_>, RStr<'_>, HostObject) -> RawResult<ModelObject>,
+    /// Makes the kernel `name`.
+    #[sabi(last_prefix_field)]
+    pub new_kernel: extern "C" fn(RStr<'_>, HostObject) -> RawResult<KernelObject>,
+}
+
+impl RootModule for PluginModuleRef {
+    abi_stable::declare_root_module_statics! {PluginModuleRef}
+    const BASE_NAME: &'static str = "moeut_plugin";
+    const NAME: &'static str = "moeut_plugin";
+    const VERSION_STRINGS: VersionStrings = package_version_strings!();
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use abi_stable::type_layout::TLData;
+
+    /// `export_plugin!` has to spell the symbol as a literal.
+    #[test]
+    fn header_symbol_is_the_one_abi_stable_looks_for() {
+        let macro_text = include_str!("manifest.rs");
+        assert!(macro_text.contains(abi_stable::library::ROOT_MODULE_LOADER_NAME));
+    }
+
+    /// The frozen layout of ABI 1.0: a failure here means that published plugins would be refused.
+    #[test]
+    fn layout_of_the_current_version_is_pinned() {
+        let fields = |layout: &abi_stable::type_layout::TypeLayout| -> Vec<String> {
+            let fields = match layout.data() {
+                TLData::PrefixType(prefix) => prefix.fields,
+                TLData::Struct { fields } => fields,
+                other => panic!("{} has an unexpected shape: {other:?}", layout.name()),
+            };
+            fields.iter().map(|field| field.name().to_owned()).collect()
+        };
+        assert_eq!(
+            fields(<PluginModuleRef as StableAbi>::LAYOUT),
+            [
+                "manifest",
+                "components",
+                "new_task",
+                "new_token_dataset",
+                "new_model",
+                "new_kernel"
+            ]
+        );
+        assert_eq!(
+            fields(<RawGroupedMatmul as StableAbi>::LAYOUT),
+            ["x", "weight", "order", "inverse", "ends", "gate"]
+        );
+        assert_eq!(
+            fields(<RawForwardInput as StableAbi>::LAYOUT),
+            ["tokens_tb", "is_training", "wants_stats"]
+        );
+        assert_eq!(
+            fields(<RawForwardOutput as StableAbi>::LAYOUT),
+            ["logits_tbv", "regularizers", "stats"]
+        );
+        assert_eq!(
+            fields(<RawNamed as StableAbi>::LAYOUT),
+            ["name", "tensor", "is_trainable"]
+        );
+        assert_eq!(
+            fields(<TensorHandle as StableAbi>::LAYOUT),
+            ["ptr", "release"]
+        );
+        for (layout, size) in [
+            (<RawGroupedMatmul as StableAbi>::LAYOUT, 104),
+            (<RawForwardInput as StableAbi>::LAYOUT, 24),
+            (<RawForwardOutput as StableAbi>::LAYOUT, 80),
+            (<RawNamed as StableAbi>::LAYOUT, 56),
+            (<RawError as StableAbi>::LAYOUT, 96),
+        ] {
+            assert_eq!(layout.size(), size, "{}", layout.name());
+        }
+    }
+}

@@ -1,0 +1,410 @@
+//! The plugin's side of the boundary: author traits in, guarded objects out.
+
+use super::{
+    HostObject, KernelObject, ModelObject, RawError, RawForwardInput, RawForwardOutput,
+    RawGroupedMatmul, RawKernel, RawKernel_TO, RawModel, RawModel_TO, RawNamed, RawResult, RawTask,
+    RawTask_TO, RawTokenDataset, RawTokenDataset_TO, TaskObject, TensorHandle, TokenDatasetObject,
+};
+use crate::kernel::{GroupedMatmul, Kernel, Selection};
+use crate::model::{ForwardInput, Model, NamedTensor};
+use crate::{ComponentInfo, ComponentKind, Host, PluginError, Task, TokenDataset};
+use abi_stable::sabi_trait::TD_Opaque;
+use abi_stable::std_types::{RResult, RSlice, RSliceMut, RStr, RString, RVec};
+use serde::{Serialize, de::DeserializeOwned};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
+/// Which plugin and component a call belongs to, for errors.
+#[derive(Debug, Clone, Copy)]
+pub struct Origin {
+    /// The plugin's crate name.
+    pub plugin: &'static str,
+    /// The component's name.
+    pub component: &'static str,
+}
+
+/// Runs a plugin's code so that neither error nor panic leaves it unnamed.
+pub(super) fn guard<T>(
+    origin: Origin,
+    call: &str,
+    body: impl FnOnce() -> Result<T, PluginError>,
+) -> RawResult<T> {
+    match catch_unwind(AssertUnwindSafe(body)) {
+        Ok(Ok(value)) => RResult::ROk(value),
+        Ok(Err(error)) => RResult::RErr(error.into()),
+        Err(payload) => {
+            let Origin { plugin, component } = origin;
+            let reason = payload
+                .downcast_ref::<String>()
+                .map(String::as_str)
+                .or_else(|| payload.downcast_ref::<&str>().copied())
+                .unwrap_or("no message");
+            let error = PluginError::new(format!(
+                "`{component}` of plugin `{plugin}` panicked in `{call}`"
+            ))
+            .why(reason)
+            .fix(format!(
+                "this is a defect of `{plugin}`: report it to its authors"
+            ));
+            // A payload may panic when it is dropped; there is nothing left to tell then.
+            std::mem::forget(payload);
+            RResult::RErr(RawError::from(error))
+        }
+    }
+}
+
+/// One component that a plugin crate registers; `inventory` collects them.
+#[derive(Clone, Copy)]
+pub struct Registration {
+    /// For errors.
+    pub origin: Origin,
+    /// The component's record in the manifest section, kept alive from here.
+    pub record: &'static [u8],
+    info: fn() -> ComponentInfo,
+    maker: Maker,
+}
+
+#[derive(Clone, Copy)]
+enum Maker {
+    Task(fn(Origin, &str, Host) -> Result<TaskObject, PluginError>),
+    Dataset(fn(Origin, &str, &str, Host) -> Result<TokenDatasetObject, PluginError>),
+    Model(fn(Origin, &str, &str, Host) -> Result<ModelObject, PluginError>),
+    Kernel(fn(Origin, Host) -> Result<KernelObject, PluginError>),
+}
+
+inventory::collect!(Registration);
+
+impl Registration {
+    /// Registers a task.
+    pub const fn task<T: Task>(plugin: &'static str, record: &'static [u8]) -> Self {
+        Self {
+            origin: Origin {
+                plugin,
+                component: T::NAME,
+            },
+            record,
+            info: || {
+                ComponentInfo::new(ComponentKind::Task, T::NAME, T::SUMMARY)
+                    .aliases(T::ALIASES)
+                    .args(T::ARGS)
+                    .profiles(T::PROFILES)
+            },
+            maker: Maker::Task(|origin, config, host| {
+                let task = T::new(decode(config, "arguments")?, &host)?;
+                Ok(RawTask_TO::from_value(
+                    Shim {
+                        origin,
+                        inner: task,
+                    },
+                    TD_Opaque,
+                ))
+            }),
+        }
+    }
+
+    /// Registers a token dataset.
+    pub const fn token_dataset<D: TokenDataset>(
+        plugin: &'static str,
+        record: &'static [u8],
+    ) -> Self {
+        Self {
+            origin: Origin {
+                plugin,
+                component: D::NAME,
+            },
+            record,
+            info: || ComponentInfo::new(ComponentKind::Dataset, D::NAME, D::SUMMARY).args(D::ARGS),
+            maker: Maker::Dataset(|origin, config, request, host| {
+                let request = decode(request, "request")?;
+                let dataset = D::open(decode(config, "arguments")?, &request, &host)?;
+                Ok(RawTokenDataset_TO::from_value(
+                    Shim {
+                        origin,
+                        inner: dataset,
+                    },
+                    TD_Opaque,
+                ))
+            }),
+        }
+    }
+
+    /// Registers a model.
+    pub const fn model<M: Model>(plugin: &'static str, record: &'static [u8]) -> Self {
+        Self {
+            origin: Origin {
+                plugin,
+                component: M::NAME,
+            },
+            record,
+            info: || ComponentInfo::new(ComponentKind::Model, M::NAME, M::SUMMARY).args(M::ARGS),
+            maker: Maker::Model(|origin, config, setup, host| {
+                let setup = decode(setup, "setup")?;
+                let model = M::build(decode(config, "arguments")?, &setup, &host)?;
+                Ok(RawModel_TO::from_value(
+                    Shim {
+                        origin,
+                        inner: model,
+                    },
+                    TD_Opaque,
+                ))
+            }),
+        }
+    }
+
+    /// Registers a kernel.
+    pub const fn kernel<K: Kernel>(plugin: &'static str, record: &'static [u8]) -> Self {
+        Self {
+            origin: Origin {
+                plugin,
+                component: K::NAME,
+            },
+            record,
+            info: || {
+                ComponentInfo::new(ComponentKind::Kernel, K::NAME, K::SUMMARY)
+                    .capabilities(K::capabilities())
+            },
+            maker: Maker::Kernel(|origin, host| {
+                let kernel = K::new(&host)?;
+                Ok(RawKernel_TO::from_value(
+                    Shim {
+                        origin,
+                        inner: kernel,
+                    },
+                    TD_Opaque,
+                ))
+            }),
+        }
+    }
+}
+
+/// What [`crate::export_plugin!`] puts behind [`super::PluginModule::components`].
+pub extern "C" fn components() -> RawResult<RString> {
+    let origin = Origin {
+        plugin: "this plugin",
+        component: "registry",
+    };
+    guard(origin, "components", || {
+        let mut all: Vec<ComponentInfo> = registrations()
+            .map(|registration| (registration.info)())
+            .collect();
+        all.sort_by(|a, b| (a.kind, &a.name).cmp(&(b.kind, &b.name)));
+        encode(&all)
+    })
+}
+
+/// The component records of this plugin, one JSON object a line.
+pub fn component_records() -> String {
+    registrations()
+        .map(|registration| String::from_utf8_lossy(registration.record))
+        .collect()
+}
+
+/// Behind [`super::PluginModule::new_task`].
+pub extern "C" fn new_task(
+    name: RStr<'_>,
+    config: RStr<'_>,
+    host: HostObject,
+) -> RawResult<TaskObject> {
+    make(name, host, |origin, maker, host| match maker {
+        Maker::Task(make) => Some(make(origin, config.as_str(), host)),
+        Maker::Dataset(_) | Maker::Model(_) | Maker::Kernel(_) => None,
+    })
+}
+
+/// Behind [`super::PluginModule::new_token_dataset`].
+pub extern "C" fn new_token_dataset(
+    name: RStr<'_>,
+    config: RStr<'_>,
+    request: RStr<'_>,
+    host: HostObject,
+) -> RawResult<TokenDatasetObject> {
+    make(name, host, |origin, maker, host| match maker {
+        Maker::Dataset(make) => Some(make(origin, config.as_str(), request.as_str(), host)),
+        Maker::Task(_) | Maker::Model(_) | Maker::Kernel(_) => None,
+    })
+}
+
+/// Behind [`super::PluginModule::new_model`].
+pub extern "C" fn new_model(
+    name: RStr<'_>,
+    config: RStr<'_>,
+    setup: RStr<'_>,
+    host: HostObject,
+) -> RawResult<ModelObject> {
+    make(name, host, |origin, maker, host| match maker {
+        Maker::Model(make) => Some(make(origin, config.as_str(), setup.as_str(), host)),
+        Maker::Task(_) | Maker::Dataset(_) | Maker::Kernel(_) => None,
+    })
+}
+
+/// Behind [`super::PluginModule::new_kernel`].
+pub extern "C" fn new_kernel(name: RStr<'_>, host: HostObject) -> RawResult<KernelObject> {
+    make(name, host, |origin, maker, host| match maker {
+        Maker::Kernel(make) => Some(make(origin, host)),
+        Maker::Task(_) | Maker::Dataset(_) | Maker::Model(_) => None,
+    })
+}
+
+fn registrations() -> impl Iterator<Item = &'static Registration> {
+    inventory::iter::<Registration>.into_iter()
+}
+
+/// Finds the registration called `name` for which `build` has an answer, and runs it under guard.
+fn make<T>(
+    name: RStr<'_>,
+    host: HostObject,
+    build: impl Fn(Origin, Maker, Host) -> Option<Result<T, PluginError>>,
+) -> RawResult<T> {
+    let name = name.as_str();
+    let origin = registrations()
+        .find(|registration| registration.origin.component == name)
+        .map_or(
+            Origin {
+                plugin: "this plugin",
+                component: "registry",
+            },
+            |found| found.origin,
+        );
+    guard(origin, "new", || {
+        let host = Host::new(host)?;
+        registrations()
+            .filter(|registration| registration.origin.component == name)
+            .find_map(|registration| build(registration.origin, registration.maker, host.clone()))
+            .unwrap_or_else(|| {
+                Err(PluginError::new(format!(
+                    "the plugin has no component `{name}`"
+                )))
+            })
+    })
+}
+
+/// An author's value behind a stable vtable.
+struct Shim<T> {
+    origin: Origin,
+    inner: T,
+}
+
+impl<T: Task> RawTask for Shim<T> {
+    fn plan(&self, facts_json: RStr<'_>) -> RawResult<RString> {
+        guard(self.origin, "plan", || {
+            encode(&self.inner.plan(&decode(facts_json.as_str(), "facts")?)?)
+        })
+    }
+}
+
+impl<D: TokenDataset> RawTokenDataset for Shim<D> {
+    fn info(&self) -> RawResult<RString> {
+        guard(self.origin, "info", || encode(&self.inner.info()))
+    }
+
+    fn read(&self, windows: RSlice<'_, u64>, mut tokens: RSliceMut<'_, i32>) -> RawResult<()> {
+        guard(self.origin, "read", || {
+            self.inner.read(windows.as_slice(), tokens.as_mut_slice())
+        })
+    }
+
+    fn encode(&self, text: RStr<'_>) -> RawResult<RVec<i32>> {
+        guard(self.origin, "encode", || {
+            Ok(self.inner.encode(text.as_str())?.into())
+        })
+    }
+
+    fn decode(&self, ids: RSlice<'_, i32>) -> RawResult<RString> {
+        guard(self.origin, "decode", || {
+            Ok(self.inner.decode(ids.as_slice())?.into())
+        })
+    }
+}
+
+impl<M: Model> RawModel for Shim<M> {
+    fn parameters(&self) -> RawResult<RVec<RawNamed>> {
+        guard(self.origin, "parameters", || {
+            let all = self.inner.parameters().into_iter();
+            Ok(all
+                .map(|parameter| RawNamed {
+                    name: parameter.name.into(),
+                    tensor: parameter.tensor,
+                    is_trainable: parameter.is_trainable,
+                })
+                .collect())
+        })
+    }
+
+    fn forward(&mut self, input: RawForwardInput) -> RawResult<RawForwardOutput> {
+        guard(self.origin, "forward", || {
+            let output = self.inner.forward(ForwardInput {
+                tokens_tb: input.tokens_tb,
+                is_training: input.is_training,
+                wants_stats: input.wants_stats,
+            })?;
+            Ok(RawForwardOutput {
+                logits_tbv: output.logits_tbv,
+                regularizers: output.regularizers.into_iter().map(named).collect(),
+                stats: output.stats.into_iter().map(named).collect(),
+            })
+        })
+    }
+
+    fn graph_safe(&self) -> RawResult<bool> {
+        guard(self.origin, "graph_safe", || Ok(self.inner.graph_safe()))
+    }
+}
+
+impl<K: Kernel> RawKernel for Shim<K> {
+    fn capabilities(&self) -> RawResult<RString> {
+        guard(self.origin, "capabilities", || encode(&K::capabilities()))
+    }
+
+    fn grouped_matmul(&self, call: RawGroupedMatmul) -> RawResult<TensorHandle> {
+        guard(self.origin, "grouped_matmul", || {
+            self.inner.grouped_matmul(GroupedMatmul {
+                x: call.x,
+                weight: call.weight,
+                selection: Selection {
+                    order: call.order,
+                    inverse: call.inverse,
+                    ends: call.ends,
+                },
+                gate: call.gate.into_option(),
+            })
+        })
+    }
+}
+
+fn named(value: NamedTensor) -> RawNamed {
+    RawNamed {
+        name: value.name.into(),
+        tensor: value.tensor,
+        is_trainable: false,
+    }
+}
+
+fn encode(value: &impl Serialize) -> Result<RString, PluginError> {
+    serde_json::to_string(value)
+        .map(RString::from)
+        .map_err(|error| {
+            PluginError::new("a value cannot be written as JSON").why(error.to_string())
+        })
+}
+
+fn decode<T: DeserializeOwned>(json: &str, what: &str) -> Result<T, PluginError> {
+    serde_json::from_str(json).map_err(|error| {
+        PluginError::new(format!("invalid {what}"))
+            .why(error.to_string())
+            .fix("check the argument table of the component against its configuration struct")
+    })
+}
+
+/// A kernel of this very library as an object, for tests that need no second library.
+pub(super) fn kernel_object<K: Kernel>(kernel: K) -> KernelObject {
+    let origin = Origin {
+        plugin: "in process",
+        component: K::NAME,
+    };
+    RawKernel_TO::from_value(
+        Shim {
+            origin,
+            inner: kernel,
+        },
+        TD_Opaque,
+    )
+}

@@ -1,0 +1,89 @@
+//! What a token dataset is: windows of token ids from a long stream of text, and the tokenizer that made them.
+
+use crate::{ArgSpec, Host, PluginError};
+use serde::{Deserialize, Serialize, de::DeserializeOwned};
+
+/// A stream of tokens cut into windows of `seq_len + 1` ids that overlap by one.
+///
+/// Window `i` holds tokens `i·seq_len ..= (i+1)·seq_len`: the inputs are its first `seq_len` ids, the targets its last.
+pub trait TokenDataset: Sized + Send + Sync + 'static {
+    /// The name that tasks use; `snake_case`.
+    const NAME: &'static str;
+    /// One line for lists.
+    const SUMMARY: &'static str;
+    /// The arguments that fill [`TokenDataset::Config`].
+    const ARGS: &'static [ArgSpec] = &[];
+    /// The typed arguments.
+    type Config: DeserializeOwned;
+
+    /// Opens one split; downloads, trains the tokenizer and tokenizes as needed.
+    ///
+    /// # Errors
+    /// If the data is missing, unreadable or malformed.
+    fn open(
+        config: Self::Config,
+        request: &StreamRequest,
+        host: &Host,
+    ) -> Result<Self, PluginError>;
+
+    /// Sizes of the opened stream.
+    fn info(&self) -> StreamInfo;
+
+    /// Copies windows into `tokens`, row-major `[windows.len(), seq_len + 1]`.
+    ///
+    /// # Errors
+    /// If a window does not exist or the data cannot be read.
+    fn read(&self, windows: &[u64], tokens: &mut [i32]) -> Result<(), PluginError>;
+
+    /// Text to token ids, without begin and end marks.
+    ///
+    /// # Errors
+    /// If the tokenizer refuses the text.
+    fn encode(&self, text: &str) -> Result<Vec<i32>, PluginError>;
+
+    /// Token ids to text.
+    ///
+    /// # Errors
+    /// If an id is outside the vocabulary.
+    fn decode(&self, ids: &[i32]) -> Result<String, PluginError>;
+}
+
+/// Which part of a corpus.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Split {
+    /// For training.
+    Train,
+    /// Held out, for validation.
+    Validation,
+    /// Held out, for the final test.
+    Test,
+}
+
+/// A task's wish for a stream.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StreamRequest {
+    /// The name under which results are reported, such as `val`.
+    pub name: String,
+    /// Name of the dataset component.
+    pub dataset: String,
+    /// Which part of it.
+    pub split: Split,
+    /// Tokens that the model sees per sequence.
+    pub seq_len: u64,
+    /// Tokens after which the stream may end; no more than this needs to be downloaded.
+    pub token_limit: Option<u64>,
+}
+
+/// Sizes of an opened stream.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct StreamInfo {
+    /// Number of distinct token ids.
+    pub vocab_size: u64,
+    /// Number of windows.
+    pub n_windows: u64,
+    /// Number of tokens in the stream.
+    pub n_tokens: u64,
+    /// UTF-8 bytes of the text behind `n_tokens`, separators not counted; `None` if nobody recorded it.
+    pub utf8_bytes: Option<u64>,
+}
