@@ -235,6 +235,7 @@ impl RootModule for PluginModuleRef {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use abi_stable::abi_stability::PrefixStableAbi;
     use abi_stable::type_layout::TLData;
 
     /// `export_plugin!` has to spell the symbol as a literal.
@@ -256,7 +257,7 @@ mod tests {
             fields.iter().map(|field| field.name().to_owned()).collect()
         };
         assert_eq!(
-            fields(<PluginModuleRef as StableAbi>::LAYOUT),
+            fields(<PluginModulePrefix as PrefixStableAbi>::LAYOUT),
             [
                 "manifest",
                 "components",

@@ -1,1 +1,28 @@
-//! x
+//! What `tch` lacks of libtorch, behind safe functions: custom autograd functions, fused optimizer steps, gradient
+//! clipping without a host sync, random generator state, autocast, CUDA at run time, and tensors as plugin handles.
+//!
+//! This is the only C++ of the project besides CUDA kernels. The crate is copied into every library that uses it, so
+//! it holds no state: whatever must exist once per process lives in libtorch or in the host. No C++ exception and no
+//! panic crosses from one language into the other; both arrive as errors.
+//!
+//! It is not a second `tch`: what `tch` offers is used from there.
+
+mod convert;
+mod ffi;
+mod list;
+
+pub mod autocast;
+pub mod cuda;
+pub mod error;
+pub mod function;
+pub mod handle;
+pub mod optim;
+pub mod rng;
+pub mod version;
+
+pub use autocast::Autocast;
+pub use convert::{device, dtype, kind};
+pub use error::{OrPluginError, one_line, plugin_error};
+pub use function::{Context, Function, FunctionError, apply};
+pub use handle::{IntoHandle, IntoTensor};
+pub use version::{LIBTORCH_VERSION, runtime_version};

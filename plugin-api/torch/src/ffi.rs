@@ -1,0 +1,157 @@
+//! The C face of the shim (`cpp/*.cpp`), declared once. Nothing here is safe or public.
+
+#![expect(
+    unsafe_code,
+    reason = "declares the shim's C functions and reads their errors"
+)]
+
+use std::ffi::{CStr, c_char, c_int, c_void};
+
+use tch::TchError;
+use torch_sys::C_tensor;
+
+/// `std::vector<at::Tensor>`.
+#[repr(C)]
+pub(crate) struct RawList {
+    _private: [u8; 0],
+}
+
+/// `std::string` that receives the error of a callback.
+#[repr(C)]
+pub(crate) struct RawString {
+    _private: [u8; 0],
+}
+
+/// One running forward or backward of a custom function.
+#[repr(C)]
+pub(crate) struct RawCall {
+    _private: [u8; 0],
+}
+
+pub(crate) type Callback = unsafe extern "C" fn(
+    user: *mut c_void,
+    call: *mut RawCall,
+    given: *const RawList,
+    returned: *mut RawList,
+    error: *mut RawString,
+) -> bool;
+
+/// The Rust side of a custom function.
+#[repr(C)]
+pub(crate) struct Callbacks {
+    pub(crate) forward: Callback,
+    pub(crate) backward: Callback,
+    pub(crate) drop: unsafe extern "C" fn(user: *mut c_void),
+}
+
+/// Bytes of a CUDA device, as `MoeutMemory` in `device.cpp`.
+#[repr(C)]
+#[derive(Default)]
+pub(crate) struct RawMemory {
+    pub(crate) allocated: i64,
+    pub(crate) allocated_peak: i64,
+    pub(crate) reserved: i64,
+    pub(crate) reserved_peak: i64,
+    pub(crate) free: i64,
+    pub(crate) total: i64,
+}
+
+// Functions that return `*mut c_char` return an error text or null; `check` reads and frees it.
+unsafe extern "C" {
+    pub(crate) fn moeut_list_new(list: *mut *mut RawList) -> *mut c_char;
+    pub(crate) fn moeut_list_free(list: *mut RawList);
+    pub(crate) fn moeut_list_len(list: *const RawList) -> usize;
+    pub(crate) fn moeut_list_push(list: *mut RawList, tensor: *const C_tensor) -> *mut c_char;
+    pub(crate) fn moeut_list_get(
+        list: *const RawList,
+        index: usize,
+        tensor: *mut *mut C_tensor,
+    ) -> *mut c_char;
+    pub(crate) fn moeut_error_free(error: *mut c_char);
+    pub(crate) fn moeut_error_set(error: *mut RawString, text: *const c_char, length: usize);
+
+    pub(crate) fn moeut_function_apply(
+        callbacks: Callbacks,
+        user: *mut c_void,
+        inputs: *const RawList,
+        outputs: *mut RawList,
+    ) -> *mut c_char;
+    pub(crate) fn moeut_context_save(call: *mut RawCall, tensors: *const RawList) -> *mut c_char;
+    pub(crate) fn moeut_context_saved(call: *const RawCall, tensors: *mut RawList) -> *mut c_char;
+    pub(crate) fn moeut_context_needs_input_grad(
+        call: *const RawCall,
+        index: usize,
+        needs_grad: *mut bool,
+    ) -> *mut c_char;
+
+    pub(crate) fn moeut_fused_adam(
+        params: *const RawList,
+        grads: *const RawList,
+        exp_avgs: *const RawList,
+        exp_avg_sqs: *const RawList,
+        steps: *const RawList,
+        lr: f64,
+        beta1: f64,
+        beta2: f64,
+        weight_decay: f64,
+        eps: f64,
+        is_decoupled: bool,
+    ) -> *mut c_char;
+    pub(crate) fn moeut_global_norm(tensors: *const RawList, norm: *mut RawList) -> *mut c_char;
+    pub(crate) fn moeut_scale(tensors: *const RawList, factor: *const C_tensor) -> *mut c_char;
+    pub(crate) fn moeut_clip_grad_norm(
+        tensors: *const RawList,
+        max_norm: f64,
+        norm: *mut RawList,
+    ) -> *mut c_char;
+
+    pub(crate) fn moeut_rng_state(device: c_int, state: *mut RawList) -> *mut c_char;
+    pub(crate) fn moeut_rng_set_state(device: c_int, state: *const C_tensor) -> *mut c_char;
+    pub(crate) fn moeut_rng_seed(seed: u64) -> *mut c_char;
+    pub(crate) fn moeut_autocast_enter(
+        is_cuda: bool,
+        is_enabled: bool,
+        is_half: bool,
+        was_enabled: *mut bool,
+        previous_dtype: *mut c_int,
+    ) -> *mut c_char;
+    pub(crate) fn moeut_autocast_leave(
+        is_cuda: bool,
+        was_enabled: bool,
+        previous_dtype: c_int,
+    ) -> *mut c_char;
+    pub(crate) fn moeut_cuda_load(has_device: *mut bool) -> *mut c_char;
+    pub(crate) fn moeut_cuda_memory(device: c_int, memory: *mut RawMemory) -> *mut c_char;
+    pub(crate) fn moeut_cuda_reset_peak(device: c_int) -> *mut c_char;
+    pub(crate) fn moeut_header_version() -> *const c_char;
+    pub(crate) fn moeut_build_settings() -> *mut c_char;
+}
+
+/// Turns what a shim function returned into a `Result`.
+///
+/// # Safety
+/// `error` was just returned by a function of the shim and nobody else keeps it.
+pub(crate) unsafe fn check(error: *mut c_char) -> Result<(), TchError> {
+    // SAFETY: the caller passes an error of the shim.
+    match unsafe { take_text(error) } {
+        None => Ok(()),
+        Some(text) => Err(TchError::Torch(text)),
+    }
+}
+
+/// Copies and frees a text of the shim; `None` for null.
+///
+/// # Safety
+/// `text` is null or was made by the shim, and nobody else keeps it.
+pub(crate) unsafe fn take_text(text: *mut c_char) -> Option<String> {
+    if text.is_null() {
+        return None;
+    }
+    // SAFETY: the shim's texts come from `strdup`, so they end in a zero byte and live until freed below.
+    let owned = unsafe { CStr::from_ptr(text) }
+        .to_string_lossy()
+        .into_owned();
+    // SAFETY: see above; `owned` is a copy.
+    unsafe { moeut_error_free(text) };
+    Some(owned)
+}

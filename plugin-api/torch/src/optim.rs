@@ -1,0 +1,180 @@
+//! Optimizer steps and gradient clipping as one kernel over many tensors. No schedule, no parameter groups, no state:
+//! the caller owns the moments and the step counters.
+//!
+//! Nothing here waits for the device: norms and factors stay tensors.
+
+#![expect(unsafe_code, reason = "calls into the C++ shim")]
+
+use tch::{TchError, Tensor};
+
+use crate::ffi::{self, check};
+use crate::list::List;
+
+/// What one Adam step works on: entry `i` of each list belongs to parameter `i`.
+#[derive(Debug, Clone, Copy)]
+pub struct AdamTensors<'a> {
+    /// Parameters, changed in place. Devices and element types may be mixed.
+    pub params: &'a [&'a Tensor],
+    /// Gradients, of the shape, type and device of their parameters.
+    pub grads: &'a [&'a Tensor],
+    /// First moments, changed in place; of the parameters' shape, type, device and strides.
+    pub exp_avg: &'a [&'a Tensor],
+    /// Second moments, as `exp_avg`.
+    pub exp_avg_sq: &'a [&'a Tensor],
+    /// Steps done so far, one `Float` on the parameter's device each; incremented by one before it is used.
+    pub steps: &'a [&'a Tensor],
+}
+
+/// The numbers of Adam.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct AdamConfig {
+    /// Learning rate.
+    pub lr: f64,
+    /// Decay of the first moment per step, in `[0, 1)`.
+    pub beta1: f64,
+    /// Decay of the second moment per step, in `[0, 1)`.
+    pub beta2: f64,
+    /// Added to the root of the second moment.
+    pub eps: f64,
+    /// Decoupled (AdamW) or added to the gradient (Adam).
+    pub weight_decay: f64,
+}
+
+impl Default for AdamConfig {
+    fn default() -> Self {
+        Self {
+            lr: 1e-3,
+            beta1: 0.9,
+            beta2: 0.999,
+            eps: 1e-8,
+            weight_decay: 0.0,
+        }
+    }
+}
+
+impl AdamConfig {
+    fn check(&self) -> Result<(), TchError> {
+        let is_size = |x: f64| x.is_finite() && x >= 0.0;
+        let is_decay = |x: f64| (0.0..1.0).contains(&x);
+        let are_valid = is_size(self.lr)
+            && is_size(self.eps)
+            && is_size(self.weight_decay)
+            && is_decay(self.beta1)
+            && is_decay(self.beta2);
+        if are_valid {
+            Ok(())
+        } else {
+            Err(TchError::Convert(format!(
+                "{self:?} needs betas in [0, 1) and nothing below 0"
+            )))
+        }
+    }
+}
+
+/// One step of AdamW over all parameters.
+///
+/// ```text
+/// t ← t + 1;  p ← p · (1 - lr · wd)
+/// m ← β₁ m + (1 - β₁) g;  v ← β₂ v + (1 - β₂) g²
+/// p ← p - lr / (1 - β₁ᵗ) · m / (√(v / (1 - β₂ᵗ)) + eps)
+/// ```
+///
+/// # Errors
+/// If the lists do not match, or if a number of `config` is out of range; then nothing was changed.
+///
+/// # Source
+/// Loshchilov and Hutter, arXiv:1711.05101; the kernel is libtorch's `_fused_adamw_`.
+pub fn fused_adamw_(tensors: &AdamTensors, config: &AdamConfig) -> Result<(), TchError> {
+    fused(tensors, config, true)
+}
+
+/// One step of Adam: as [`fused_adamw_`], with `g ← g + wd · p` instead of the decay of `p`.
+///
+/// # Errors
+/// As [`fused_adamw_`].
+///
+/// # Source
+/// Kingma and Ba, arXiv:1412.6980; the kernel is libtorch's `_fused_adam_`.
+pub fn fused_adam_(tensors: &AdamTensors, config: &AdamConfig) -> Result<(), TchError> {
+    fused(tensors, config, false)
+}
+
+fn fused(tensors: &AdamTensors, config: &AdamConfig, is_decoupled: bool) -> Result<(), TchError> {
+    config.check()?;
+    let params = List::of(tensors.params)?;
+    let grads = List::of(tensors.grads)?;
+    let exp_avg = List::of(tensors.exp_avg)?;
+    let exp_avg_sq = List::of(tensors.exp_avg_sq)?;
+    let steps = List::of(tensors.steps)?;
+    // SAFETY: the lists outlive the call; the shim checks that their tensors match.
+    unsafe {
+        check(ffi::moeut_fused_adam(
+            params.as_ptr(),
+            grads.as_ptr(),
+            exp_avg.as_ptr(),
+            exp_avg_sq.as_ptr(),
+            steps.as_ptr(),
+            config.lr,
+            config.beta1,
+            config.beta2,
+            config.weight_decay,
+            config.eps,
+            is_decoupled,
+        ))
+    }
+}
+
+/// The Euclidean norm over the elements of all tensors: a tensor without axes on the first one's device.
+///
+/// An empty list has norm 0. The result has the tensors' element type, the widest one where they are mixed.
+///
+/// # Errors
+/// If a tensor is undefined, sparse or not floating-point.
+pub fn global_norm(tensors: &[&Tensor]) -> Result<Tensor, TchError> {
+    let tensors = List::of(tensors)?;
+    let mut norm = List::new()?;
+    // SAFETY: both lists outlive the call.
+    unsafe { check(ffi::moeut_global_norm(tensors.as_ptr(), norm.as_mut_ptr())) }?;
+    norm.to_tensor()
+}
+
+/// Multiplies all gradients in place by `factor`, a tensor without axes on any device.
+///
+/// # Errors
+/// If `factor` has axes, or if a gradient is undefined, sparse or not floating-point.
+pub fn scale_grads_(grads: &[&Tensor], factor: &Tensor) -> Result<(), TchError> {
+    let grads = List::of(grads)?;
+    // SAFETY: list and tensor outlive the call.
+    unsafe { check(ffi::moeut_scale(grads.as_ptr(), factor.as_ptr())) }
+}
+
+/// Scales gradients in place by `min(1, max_norm / (norm + 1e-6))` and returns their norm before that.
+///
+/// A norm that is not finite makes the gradients so, too, as in PyTorch: the caller looks at the norm.
+///
+/// # Errors
+/// If `max_norm` is negative or not a number, else as [`global_norm`].
+///
+/// # Source
+/// PyTorch, `torch.nn.utils.clip_grad_norm_`.
+pub fn clip_grad_norm_(grads: &[&Tensor], max_norm: f64) -> Result<Tensor, TchError> {
+    if max_norm.is_nan() || max_norm < 0.0 {
+        return Err(TchError::Convert(format!(
+            "`max_norm` is {max_norm}, it must be at least 0"
+        )));
+    }
+    let grads = List::of(grads)?;
+    let mut norm = List::new()?;
+    // SAFETY: both lists outlive the call.
+    unsafe {
+        check(ffi::moeut_clip_grad_norm(
+            grads.as_ptr(),
+            max_norm,
+            norm.as_mut_ptr(),
+        ))
+    }?;
+    norm.to_tensor()
+}
+
+#[cfg(test)]
+mod tests;
