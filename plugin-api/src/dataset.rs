@@ -84,6 +84,6 @@ pub struct StreamInfo {
     pub n_windows: u64,
     /// Number of tokens in the stream.
     pub n_tokens: u64,
-    /// UTF-8 bytes of the text behind `n_tokens`, separators not counted; `None` if nobody recorded it.
-    pub utf8_bytes: Option<u64>,
+    /// UTF-8 bytes of document text per token, for losses in bits per byte; `None` if nobody counted.
+    pub utf8_bytes_per_token: Option<f64>,
 }

@@ -18,6 +18,7 @@ pub mod function;
 pub mod handle;
 pub mod optim;
 pub mod rng;
+pub mod testing;
 pub mod version;
 
 pub use autocast::Autocast;

@@ -1,0 +1,231 @@
+//! What can go wrong between a shard of text and a window of tokens, with advice as data.
+//!
+//! `Display` is the *why*; [`TextError::what`] and [`TextError::help`] are the other two parts of a user error.
+
+use std::{
+    io,
+    path::{Path, PathBuf},
+};
+
+use moeut_plugin_api::PluginError;
+
+/// Any failure of this crate.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum TextError {
+    /// A file or folder could not be used.
+    #[error("cannot {doing} `{}`: {source}", path.display())]
+    Io {
+        /// The verb: `read`, `write`, `lock`.
+        doing: &'static str,
+        /// Which file.
+        path: PathBuf,
+        /// The system's answer.
+        source: io::Error,
+    },
+    /// A shard broke off or could not be unpacked.
+    #[error("shard `{shard}` cannot be read after line {line}: {source}")]
+    BrokenShard {
+        /// File name or address.
+        shard: String,
+        /// Lines read before it happened.
+        line: u64,
+        /// The reader's answer.
+        source: io::Error,
+    },
+    /// A line is not a JSON object with a string `text`.
+    #[error("`{shard}` line {line}: {reason}; the line starts `{excerpt}`")]
+    MalformedLine {
+        /// File name or address.
+        shard: String,
+        /// Counted from 1.
+        line: u64,
+        /// What the JSON reader says.
+        reason: String,
+        /// At most 60 characters of it.
+        excerpt: String,
+    },
+    /// A source has no shard of a split.
+    #[error("{place} has no file like `{pattern}`")]
+    NoShards {
+        /// Where was looked.
+        place: String,
+        /// The name that was looked for.
+        pattern: String,
+        /// `train` or `validation`.
+        split: &'static str,
+    },
+    /// The server answered with an error that trying again does not cure.
+    #[error("`{url}` answered {status}")]
+    HttpStatus {
+        /// The address.
+        url: String,
+        /// The HTTP status.
+        status: u16,
+    },
+    /// The connection failed again and again.
+    #[error("`{url}` failed {attempts} times in a row at byte {position}: {reason}")]
+    Network {
+        /// The address.
+        url: String,
+        /// Attempts without one new byte.
+        attempts: u32,
+        /// Bytes received so far.
+        position: u64,
+        /// The last failure.
+        reason: String,
+    },
+    /// Not a SentencePiece model.
+    #[error("`{name}` is not a SentencePiece model: {reason}")]
+    BadModel {
+        /// File name, or what it is.
+        name: String,
+        /// SentencePiece's message.
+        reason: String,
+    },
+    /// The model in the cache has another size than its folder says.
+    #[error("`{}` has {found} pieces, but {expected} are asked for", path.display())]
+    VocabSize {
+        /// The model file.
+        path: PathBuf,
+        /// Its pieces.
+        found: usize,
+        /// The pieces asked for.
+        expected: usize,
+    },
+    /// SentencePiece's trainer gave up.
+    #[error("SentencePiece says: {reason}")]
+    Train {
+        /// Its message.
+        reason: String,
+    },
+    /// SentencePiece refused to encode or decode.
+    #[error("SentencePiece says: {reason}")]
+    Encode {
+        /// Its message.
+        reason: String,
+    },
+    /// A token id outside the vocabulary.
+    #[error("token id {id} is not in 0..{vocab_size}")]
+    IdOutOfRange {
+        /// The id.
+        id: i64,
+        /// Size of the vocabulary.
+        vocab_size: usize,
+    },
+    /// A token id outside the vocabulary, in a file of the cache.
+    #[error("`{}` holds token id {id} at position {position}, which is not in 0..{vocab_size}", path.display())]
+    BadToken {
+        /// The chunk.
+        path: PathBuf,
+        /// Index of the token in the chunk.
+        position: u64,
+        /// The id.
+        id: i64,
+        /// Size of the vocabulary.
+        vocab_size: usize,
+    },
+    /// The stream is shorter than one window.
+    #[error("{n_tokens} tokens do not fill one window of {seq_len}")]
+    TooShort {
+        /// Tokens in the stream.
+        n_tokens: u64,
+        /// Tokens per window.
+        seq_len: usize,
+    },
+    /// The host asked to stop.
+    #[error("the run was cancelled")]
+    Cancelled,
+}
+
+impl TextError {
+    pub(crate) fn io(doing: &'static str, path: &Path, source: io::Error) -> Self {
+        Self::Io {
+            doing,
+            path: path.to_owned(),
+            source,
+        }
+    }
+
+    /// What failed, in the user's words.
+    pub fn what(&self) -> &'static str {
+        match self {
+            Self::Io { .. } => "a file of the dataset cannot be used",
+            Self::BrokenShard { .. } | Self::MalformedLine { .. } => "a shard of text is damaged",
+            Self::NoShards { .. } => "the dataset has no text",
+            Self::HttpStatus { .. } | Self::Network { .. } => "the dataset cannot be downloaded",
+            Self::BadModel { .. } | Self::VocabSize { .. } => "the tokenizer cannot be used",
+            Self::Train { .. } => "the tokenizer cannot be trained",
+            Self::Encode { .. } | Self::IdOutOfRange { .. } => "the text cannot be tokenized",
+            Self::BadToken { .. } => "the token cache is damaged",
+            Self::TooShort { .. } => "the dataset is too small",
+            Self::Cancelled => "the dataset was not prepared",
+        }
+    }
+
+    /// Something to do about it.
+    pub fn help(&self) -> String {
+        match self {
+            Self::Io { doing: "lock", .. } => "check that the cache's file system supports file locks".to_owned(),
+            Self::Io { path, .. } => {
+                format!("check that the file exists, its permissions and the free space: `ls -l {0}; df -h {0}`", path.display())
+            }
+            Self::BrokenShard { shard, .. } => format!("fetch `{shard}` again, then check it with `gzip -t`"),
+            Self::MalformedLine { .. } => {
+                "every line must be a JSON object with a string `text`; correct or delete the line".to_owned()
+            }
+            Self::NoShards { pattern, split, .. } => {
+                format!("put at least one {split} shard there, named like `{pattern}`")
+            }
+            Self::HttpStatus { status: 401 | 403, .. } => {
+                "accept the dataset's terms on its page, then `export HF_TOKEN=…` with a token that may read it".to_owned()
+            }
+            Self::HttpStatus { .. } => {
+                "check the address in a browser; for a mirror `export HF_ENDPOINT=https://…`, or download the shards and name their folder".to_owned()
+            }
+            Self::Network { .. } => {
+                "check the connection and start again: finished shards are kept; for a mirror `export HF_ENDPOINT=https://…`".to_owned()
+            }
+            Self::BadModel { name, .. } => format!("delete `{name}` to have it trained again"),
+            Self::VocabSize { path, found, .. } => {
+                format!("ask for a vocabulary of {found}, or delete `{}` to have it trained again", path.display())
+            }
+            Self::Train { .. } => "give it more text, or ask for a smaller vocabulary".to_owned(),
+            Self::Encode { .. } | Self::IdOutOfRange { .. } => {
+                "check that the tokenizer is the one the tokens were made with".to_owned()
+            }
+            Self::BadToken { path, .. } => format!("`rm {}` to have it made again", path.display()),
+            Self::TooShort { n_tokens, .. } => format!("ask for windows of at most {n_tokens} tokens, or give it more text"),
+            Self::Cancelled => "start again: finished shards are kept".to_owned(),
+        }
+    }
+}
+
+impl From<TextError> for PluginError {
+    fn from(error: TextError) -> Self {
+        Self::new(error.what())
+            .why(error.to_string())
+            .fix(error.help())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_plugin_error_has_all_three_parts() {
+        let error = TextError::HttpStatus {
+            url: "https://hub/a".to_owned(),
+            status: 403,
+        };
+        let plugin_error = PluginError::from(error);
+        assert_eq!(plugin_error.what, "the dataset cannot be downloaded");
+        assert_eq!(plugin_error.why, "`https://hub/a` answered 403");
+        assert!(
+            plugin_error.fix.contains("export HF_TOKEN="),
+            "{}",
+            plugin_error.fix
+        );
+    }
+}
