@@ -1,1 +1,13 @@
-//! x
+//! moeut-host: trains language models whose tasks, datasets, models and kernels are plugins.
+//!
+//! Reading order is the data flow: [`cli`] → [`args`] → [`plugins`] → [`train`] → [`log`], [`checkpoint`].
+
+pub mod args;
+pub mod checkpoint;
+pub mod cli;
+pub mod doctor;
+pub mod error;
+pub mod log;
+pub mod plugins;
+pub mod services;
+pub mod train;

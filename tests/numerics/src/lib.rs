@@ -1,1 +1,12 @@
-//! x
+//! A harness that runs models in their real plugin libraries against recorded runs of the Python reference.
+//!
+//! It is a small host: it opens plugins, hands kernels to models and trains. It does not use `moeut-host`, so that a
+//! difference can only come from model, kernel or optimizer step.
+
+pub mod error_of;
+pub mod fixture;
+pub mod plugins;
+pub mod replay;
+
+/// Errors of all kinds; a test only shows them.
+pub type Result<T> = std::result::Result<T, Box<dyn std::error::Error + Send + Sync>>;

@@ -1,0 +1,367 @@
+//! The host's configuration: what its arguments mean, typed and checked.
+
+use super::arguments::Arguments;
+use super::error::ArgsError;
+use super::host_table::{MINIMUM, host_args};
+use moeut_plugin_api::DType;
+use moeut_plugin_api::args::ArgDef;
+use serde::{Deserialize, Deserializer};
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+/// Everything that the host itself takes from the command line.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+#[expect(
+    clippy::struct_excessive_bools,
+    reason = "four independent yes/no flags of the reference's command line"
+)]
+pub struct HostConfig {
+    /// The task to train.
+    pub task: Option<String>,
+    /// The run's name, which is that of its folder.
+    pub name: Option<String>,
+    /// More folders with plugins.
+    #[serde(deserialize_with = "none_is_default")]
+    pub plugin_dirs: Vec<PathBuf>,
+    /// A checkpoint, or a folder with checkpoints, to start from.
+    #[serde(deserialize_with = "empty_is_none")]
+    pub restore: Option<PathBuf>,
+    /// Whether to remove what an earlier run of this name left.
+    pub reset: bool,
+    /// Folder of all runs.
+    pub save_dir: PathBuf,
+    /// Folder of tokenizers and tokenized data.
+    pub cache_dir: PathBuf,
+    /// Fixes all random numbers.
+    pub seed: Option<i64>,
+    /// Whether to repeat the reference's quirks.
+    pub compat: bool,
+    /// The device.
+    pub gpu: GpuChoice,
+    /// CPU threads of a tensor operation; libtorch's choice if absent.
+    pub threads: Option<usize>,
+    /// Type of the parameters, `f32` or `f64`.
+    pub dtype: DType,
+    /// Whether to compute in 16 bits where that is safe.
+    pub amp: bool,
+    /// Whether these 16 bits are bfloat16 if the GPU has it.
+    pub bfloat16: bool,
+    /// Where metrics go.
+    pub log: LogSink,
+    /// Steps over which metrics are averaged.
+    pub log_interval: u64,
+    /// Steps between checkpoints; only at the end if absent.
+    pub save_interval: Option<u64>,
+    /// Checkpoints that stay.
+    pub n_kept: usize,
+    /// Steps between validations.
+    pub eval_interval: u64,
+    /// Continuations of prompts at the end of training.
+    pub sample: SampleConfig,
+    /// Steps of the training; until interrupted if absent.
+    pub n_steps: Option<u64>,
+    /// Sequences in one step, over all devices.
+    pub batch_size: usize,
+    /// Parts of a batch, one after the other; excludes `per_device_batch_size`.
+    pub n_microbatches: Option<usize>,
+    /// Most sequences that a device takes at once; excludes `n_microbatches`.
+    pub per_device_batch_size: Option<usize>,
+    /// Sequences in a batch of the validation; derived from `batch_size` if absent.
+    pub eval_batch_size: Option<usize>,
+    /// Learning rate over time.
+    pub schedule: ScheduleConfig,
+    /// How gradients become updates.
+    pub optimizer: OptimizerConfig,
+    /// Weight of all regularizers together.
+    pub reg_weight: f64,
+    /// Weights of single regularizers, by name; 1 for the others.
+    #[serde(deserialize_with = "none_is_default")]
+    pub reg_scales: BTreeMap<String, f64>,
+}
+
+/// Continuations of prompts at the end of training.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SampleConfig {
+    /// How many prompts; 0 for no continuations.
+    pub n_prompts: usize,
+    /// Tokens per continuation.
+    pub length: usize,
+    /// Logits are divided by it; 0 takes the likeliest token.
+    pub temperature: f64,
+}
+
+/// Learning rate over time; [`crate::train::schedule::Schedule`] has the equations.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ScheduleConfig {
+    /// Shape of the curve.
+    pub kind: ScheduleKind,
+    /// Peak learning rate.
+    pub lr: f64,
+    /// Steps of linear warm-up.
+    pub warmup_steps: u64,
+    /// `cos`: last learning rate as a fraction of `lr`.
+    pub min_lr_multiplier: f64,
+    /// `step`: steps after which the learning rate falls.
+    #[serde(deserialize_with = "none_is_default")]
+    pub boundaries: Vec<u64>,
+    /// `step`: factor by which it falls.
+    pub gamma: f64,
+}
+
+/// Shape of the learning rate's curve.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ScheduleKind {
+    /// Piecewise constant.
+    Step,
+    /// Inverse square root with its own warm-up.
+    Noam,
+    /// Half a cosine.
+    Cos,
+}
+
+/// How gradients become updates.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct OptimizerConfig {
+    /// The update rule.
+    pub kind: OptimizerKind,
+    /// Decoupled decay of all parameters, per step and unit of learning rate.
+    pub weight_decay: f64,
+    /// Largest norm of the gradient of all parameters together; not clipped if absent.
+    pub max_grad_norm: Option<f64>,
+    /// Constants of Adam.
+    pub adam: AdamConfig,
+}
+
+/// The update rule.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum OptimizerKind {
+    /// Adam with decoupled weight decay.
+    #[serde(rename = "adamw")]
+    AdamW,
+}
+
+/// Constants of Adam.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct AdamConfig {
+    /// Decay of the averages of gradient and squared gradient, per step.
+    pub betas: [f64; 2],
+    /// Added to the root of the squared gradient.
+    pub eps: f64,
+}
+
+/// Where metrics go.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum LogSink {
+    /// TensorBoard event files.
+    Tb,
+    /// Nowhere.
+    None,
+}
+
+/// Which device the user asks for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(try_from = "String")]
+pub enum GpuChoice {
+    /// A free GPU, or the CPU where there is none.
+    Auto,
+    /// The CPU.
+    Cpu,
+    /// The GPU of this index.
+    Index(u32),
+}
+
+impl TryFrom<String> for GpuChoice {
+    type Error = String;
+
+    fn try_from(raw: String) -> Result<Self, String> {
+        match raw.to_ascii_lowercase().as_str() {
+            "" | "auto" => Ok(Self::Auto),
+            "none" => Ok(Self::Cpu),
+            index => index
+                .parse()
+                .map(Self::Index)
+                .map_err(|_| GPU_EXPECTATION.to_owned()),
+        }
+    }
+}
+
+const GPU_EXPECTATION: &str = "auto, none or the index of a GPU";
+
+impl HostConfig {
+    /// The host's part of the arguments.
+    ///
+    /// # Errors
+    /// If a value is out of range, or `-n_microbatch` and `-per_device_batch_size` are both given.
+    pub fn new(arguments: &Arguments) -> Result<Self, ArgsError> {
+        check(arguments)?;
+        let defs: Vec<ArgDef> = host_args().iter().map(ArgDef::from).collect();
+        serde_json::from_value(arguments.config_for(&defs)?).map_err(|error| {
+            ArgsError::HostConfig {
+                reason: error.to_string(),
+            }
+        })
+    }
+}
+
+/// What the types of arguments alone do not rule out.
+fn check(arguments: &Arguments) -> Result<(), ArgsError> {
+    let value = |name: &str| arguments.values.get(name);
+    for &(name, minimum) in MINIMUM {
+        if value(name)
+            .and_then(serde_json::Value::as_f64)
+            .is_some_and(|number| number < minimum)
+        {
+            return Err(mismatch(arguments, name, &format!("{minimum} or more")));
+        }
+    }
+    let is_negative = |step: &serde_json::Value| step.as_i64().is_some_and(|step| step < 0);
+    if value("lr_sched.steps")
+        .and_then(|steps| steps.as_array())
+        .is_some_and(|steps| steps.iter().any(is_negative))
+    {
+        return Err(mismatch(
+            arguments,
+            "lr_sched.steps",
+            "a list of numbers of 0 or more",
+        ));
+    }
+    if value("adam.betas")
+        .is_some_and(|betas| betas.as_array().is_none_or(|betas| betas.len() != 2))
+    {
+        return Err(mismatch(
+            arguments,
+            "adam.betas",
+            "two numbers, as in `0.9,0.999`",
+        ));
+    }
+    if let Some(gpu) = value("gpu").and_then(serde_json::Value::as_str)
+        && let Err(expected) = GpuChoice::try_from(gpu.to_owned())
+    {
+        return Err(mismatch(arguments, "gpu", &expected));
+    }
+    let is_given = |name: &str| value(name).is_some_and(|value| !value.is_null());
+    if is_given("n_microbatch") && is_given("per_device_batch_size") {
+        return Err(ArgsError::Exclusive {
+            first: "n_microbatch".into(),
+            second: "per_device_batch_size".into(),
+        });
+    }
+    Ok(())
+}
+
+fn mismatch(arguments: &Arguments, name: &str, expected: &str) -> ArgsError {
+    let (raw, from) = arguments.raw_and_source(name);
+    ArgsError::Value {
+        name: name.to_owned(),
+        from,
+        raw: raw.to_owned(),
+        expected: expected.to_owned(),
+    }
+}
+
+/// `none` for a list means the empty one.
+fn none_is_default<'de, D: Deserializer<'de>, T: Deserialize<'de> + Default>(
+    source: D,
+) -> Result<T, D::Error> {
+    Option::<T>::deserialize(source).map(Option::unwrap_or_default)
+}
+
+/// The reference's default for a missing path is the empty text.
+fn empty_is_none<'de, D: Deserializer<'de>>(source: D) -> Result<Option<PathBuf>, D::Error> {
+    Option::<PathBuf>::deserialize(source)
+        .map(|path| path.filter(|path| !path.as_os_str().is_empty()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::{Owner, parse};
+    use super::*;
+    use moeut_plugin_api::testing::check_args;
+
+    fn config(line: &str) -> Result<HostConfig, ArgsError> {
+        let argv: Vec<String> = line.split_whitespace().map(String::from).collect();
+        HostConfig::new(&parse(&argv, &[Owner::host()], None)?)
+    }
+
+    #[test]
+    fn the_table_fills_the_configuration() {
+        check_args::<HostConfig>(host_args(), &[]);
+        for (name, _) in MINIMUM {
+            assert!(
+                host_args()
+                    .iter()
+                    .any(|spec| ArgDef::from(spec).name == *name),
+                "{name}"
+            );
+        }
+    }
+
+    #[test]
+    fn a_sweep_of_the_paper_reaches_the_fields() {
+        let config = config(
+            "-task c4_transformer -amp 1 -batch_size 64 -grad_clip 0.25 -lr 0.00025 -lr_sched.type cos -lr_warmup 4000 \
+             -min_lr_multiplier 0.1 -n_microbatch 2 -optimizer adamw -save_interval 10000 -stop_after 100000 \
+             -test_interval 2000 -wd 0.01 -gpu 1",
+        )
+        .unwrap();
+        assert_eq!(config.schedule.kind, ScheduleKind::Cos);
+        assert_eq!(config.schedule.warmup_steps, 4000);
+        assert_eq!(config.n_microbatches, Some(2));
+        assert_eq!(config.n_steps, Some(100_000));
+        assert_eq!(config.optimizer.max_grad_norm, Some(0.25));
+        let adam = AdamConfig {
+            betas: [0.9, 0.999],
+            eps: 1e-8,
+        };
+        assert_eq!(config.optimizer.adam, adam);
+        assert_eq!(config.gpu, GpuChoice::Index(1));
+        assert_eq!(config.restore, None);
+        assert_eq!(config.dtype, DType::F32);
+    }
+
+    #[test]
+    fn none_is_understood_everywhere() {
+        let config =
+            config("--log=None -gpu None -grad_clip none -lr_sched.steps none -save_interval none")
+                .unwrap();
+        assert_eq!(config.log, LogSink::None);
+        assert_eq!(config.gpu, GpuChoice::Cpu);
+        assert_eq!(config.optimizer.max_grad_norm, None);
+        assert_eq!(config.schedule.boundaries, Vec::<u64>::new());
+        assert_eq!(config.save_interval, None);
+    }
+
+    #[test]
+    fn values_out_of_range_are_refused() {
+        for (line, why) in [
+            ("-batch_size 0", "`0` is not 1 or more (from: command line)"),
+            ("-lr -1", "`-1` is not 0 or more (from: command line)"),
+            (
+                "-gpu first",
+                "`first` is not auto, none or the index of a GPU (from: command line)",
+            ),
+            (
+                "-adam.betas 0.9",
+                "`0.9` is not two numbers, as in `0.9,0.999` (from: command line)",
+            ),
+            (
+                "-lr_sched.steps 1,-2",
+                "`1,-2` is not a list of numbers of 0 or more (from: command line)",
+            ),
+            (
+                "-n_microbatch 2 -per_device_batch_size 8",
+                "each determines the other",
+            ),
+        ] {
+            assert_eq!(config(line).unwrap_err().why(), why, "{line}");
+        }
+    }
+}

@@ -1,0 +1,150 @@
+//! What can go wrong with a checkpoint, and what a user can do about it.
+
+use std::path::{Path, PathBuf};
+
+use moeut_plugin_api::PluginError;
+
+/// Why a checkpoint could not be written or read.
+#[derive(Debug, thiserror::Error)]
+pub enum CheckpointError {
+    /// The file system refused.
+    #[error("cannot {action} `{}`: {source}", path.display())]
+    Io {
+        /// What was tried, as a verb: `read`, `write`, `rename`.
+        action: &'static str,
+        /// The file or folder.
+        path: PathBuf,
+        /// The system's reason.
+        source: std::io::Error,
+    },
+    /// A file is there, but it is not what was written.
+    #[error("`{}` is damaged: {why}", path.display())]
+    Corrupt {
+        /// The file.
+        path: PathBuf,
+        /// What differs, with values.
+        why: String,
+    },
+    /// A folder holds no checkpoint.
+    #[error("no checkpoint in `{}`: {why}", path.display())]
+    None {
+        /// The folder that was searched.
+        path: PathBuf,
+        /// What was found instead.
+        why: String,
+    },
+    /// A folder holds checkpoints, and none of them can be used.
+    #[error("no usable checkpoint in `{}`: {}", path.display(), reasons.join("; "))]
+    AllUnusable {
+        /// The folder that was searched.
+        path: PathBuf,
+        /// One reason for each checkpoint, the newest first.
+        reasons: Vec<String>,
+    },
+    /// A tensor could not be copied, or is of a kind that the file format lacks.
+    #[error("cannot store or restore tensor `{name}`: {why}")]
+    Tensor {
+        /// The tensor's name.
+        name: String,
+        /// libtorch's reason, its first line.
+        why: String,
+    },
+    /// The thread that writes panicked, which is a bug of ours.
+    #[error("the checkpoint writer stopped: {why}")]
+    Writer {
+        /// The message of the panic.
+        why: String,
+    },
+}
+
+impl CheckpointError {
+    pub(super) fn io(action: &'static str, path: &Path) -> impl FnOnce(std::io::Error) -> Self {
+        move |source| Self::Io {
+            action,
+            path: path.to_owned(),
+            source,
+        }
+    }
+
+    pub(super) fn corrupt(path: &Path, why: impl Into<String>) -> Self {
+        Self::Corrupt {
+            path: path.to_owned(),
+            why: why.into(),
+        }
+    }
+
+    /// libtorch appends a C++ backtrace to its messages; only the first line is for a user.
+    pub(super) fn tensor(name: &str, source: &tch::TchError) -> Self {
+        let text = source.to_string();
+        let why = text.lines().next().unwrap_or_default().to_owned();
+        Self::Tensor {
+            name: name.to_owned(),
+            why,
+        }
+    }
+
+    /// What to do about it.
+    pub fn help(&self) -> String {
+        match self {
+            Self::Io { path, source, .. } => {
+                // The file itself may be gone or never have been.
+                let path = path.ancestors().find(|path| path.exists()).unwrap_or(Path::new("."));
+                match source.kind() {
+                std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded => {
+                    format!("free space: `df -h {}`", path.display())
+                }
+                _ => format!("check that the folder exists and is writable: `ls -ld {}`", path.display()),
+                }
+            }
+            Self::Corrupt { path, .. } => {
+                let siblings = path.parent().and_then(Path::parent).unwrap_or(Path::new("."));
+                format!(
+                    "restore the newest whole checkpoint beside it: `-restore {}`",
+                    siblings.display()
+                )
+            }
+            Self::None { .. } => {
+                "give `-restore` a `model-<step>` folder or a folder that holds such folders".to_owned()
+            }
+            Self::AllUnusable { .. } => {
+                "start again with `-reset 1`, or give `-restore` another run's checkpoint folder".to_owned()
+            }
+            Self::Tensor { .. } => {
+                "store tensors as bool, u8, i8, i16, i32, i64, f16, bf16, f32 or f64, and check free memory: `free -h`"
+                    .to_owned()
+            }
+            Self::Writer { .. } => "report this with the message above; training itself is not affected".to_owned(),
+        }
+    }
+}
+
+impl From<CheckpointError> for PluginError {
+    fn from(error: CheckpointError) -> Self {
+        let fix = error.help();
+        let text = error.to_string();
+        match text.split_once(": ") {
+            Some((what, why)) => Self::new(what).why(why).fix(fix),
+            None => Self::new(text).fix(fix),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn errors_have_three_parts() {
+        let error = CheckpointError::corrupt(
+            Path::new("save/a/model-5/state.json"),
+            "3 bytes instead of 9",
+        );
+        let parts = PluginError::from(error);
+        assert_eq!(parts.what, "`save/a/model-5/state.json` is damaged");
+        assert_eq!(parts.why, "3 bytes instead of 9");
+        assert_eq!(
+            parts.fix,
+            "restore the newest whole checkpoint beside it: `-restore save/a`"
+        );
+    }
+}

@@ -1,0 +1,110 @@
+//! What is there and what is wrong with it: `plugins list` and `doctor`.
+
+use crate::plugins::{Component, Registry, folders};
+use moeut_plugin_api::PluginError;
+use moeut_plugin_api::abi::{ABI_MAJOR, ABI_MINOR};
+use std::collections::BTreeSet;
+use std::fmt::Write;
+
+/// One line per component: kind, name, version, ABI, libtorch, file.
+pub fn plugin_table(registry: &Registry) -> String {
+    let mut rows = vec![["KIND", "NAME", "VERSION", "ABI", "LIBTORCH", "FILE"].map(str::to_owned)];
+    let mut seen = BTreeSet::new();
+    for component in registry.components() {
+        let is_shadowed = !seen.insert((component.info.kind, component.info.name.clone()));
+        rows.push(row(&component, is_shadowed));
+    }
+    let mut text = columns(&rows);
+    if rows.len() == 1 {
+        text = "no plugins\n".to_owned();
+    }
+    for note in registry.notes() {
+        let _ = writeln!(text, "note: {note}");
+    }
+    text + &problems(registry)
+}
+
+fn row(component: &Component<'_>, is_shadowed: bool) -> [String; 6] {
+    let plugin = &component.library.manifest.plugin;
+    let file = component.library.manifest.path.display();
+    let aliases = &component.info.aliases;
+    let or_dash = |text: &str| if text.is_empty() { "-".to_owned() } else { text.to_owned() };
+    [
+        component.info.kind.to_string(),
+        if aliases.is_empty() {
+            component.info.name.clone()
+        } else {
+            format!("{} ({})", component.info.name, aliases.join(", "))
+        },
+        plugin.version.clone(),
+        plugin.abi.clone(),
+        or_dash(&plugin.libtorch),
+        if is_shadowed { format!("{file} (shadowed)") } else { file.to_string() },
+    ]
+}
+
+fn columns(rows: &[[String; 6]]) -> String {
+    let width = |column: usize| rows.iter().map(|row| row[column].chars().count()).max().unwrap_or(0);
+    let widths: Vec<usize> = (0..6).map(width).collect();
+    let mut text = String::new();
+    for row in rows {
+        let cells: Vec<String> =
+            row.iter().zip(&widths).map(|(cell, &width)| format!("{cell:width$}")).collect();
+        let _ = writeln!(text, "{}", cells.join("  ").trim_end());
+    }
+    text
+}
+
+fn problems(registry: &Registry) -> String {
+    let mut text = String::new();
+    for problem in registry.problems() {
+        let PluginError { what, why, fix } = &problem.error;
+        let _ = writeln!(text, "problem: {what}\n    why: {why}\n    fix: {fix}");
+    }
+    text
+}
+
+/// Everything about this machine that a run depends on.
+pub fn report(registry: &Registry, cuda: &Result<bool, PluginError>) -> String {
+    let mut text = String::new();
+    let libtorch = moeut_torch::version::runtime_version();
+    let _ = writeln!(text, "moeut-host   {} (plugin ABI {ABI_MAJOR}.{ABI_MINOR})", env!("CARGO_PKG_VERSION"));
+    let _ = writeln!(
+        text,
+        "libtorch     {} (needed: {})",
+        libtorch.as_deref().unwrap_or("of unknown version"),
+        moeut_torch::LIBTORCH_VERSION
+    );
+    let n_gpus = if matches!(cuda, Ok(true)) { tch::Cuda::device_count() } else { 0 };
+    match cuda {
+        Ok(true) => {
+            let _ = writeln!(text, "CUDA         {n_gpus} device(s); driver {}", driver());
+        }
+        Ok(false) => {
+            let _ = writeln!(text, "CUDA         libraries load, but there is no device; driver {}", driver());
+        }
+        Err(error) => {
+            let _ = writeln!(text, "CUDA         not available: {}\n    fix: {}", error.why, error.fix);
+        }
+    }
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    let _ = writeln!(text, "CPU          {cores} cores, {} threads for tensors", tch::get_num_threads());
+    let _ = writeln!(text, "plugin folders, first wins:");
+    for folder in registry.folders() {
+        let n_files = folders::libraries(&folder.path).map(|files| files.len());
+        let state = match n_files {
+            Ok(0) if !folder.path.exists() => "not there".to_owned(),
+            Ok(n) => format!("{n} libraries"),
+            Err(error) => format!("cannot be read: {error}"),
+        };
+        let _ = writeln!(text, "    {} ({}): {state}", folder.path.display(), folder.origin);
+    }
+    let _ = writeln!(text, "{} components are usable, {} files are not", registry.components().count(), registry.problems().len());
+    text + &problems(registry)
+}
+
+/// Version of NVIDIA's kernel driver.
+fn driver() -> String {
+    std::fs::read_to_string("/sys/module/nvidia/version")
+        .map_or_else(|_| "not found".to_owned(), |version| version.trim().to_owned())
+}

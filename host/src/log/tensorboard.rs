@@ -1,0 +1,343 @@
+//! TensorBoard event files: scalars and texts.
+//!
+//! A file is a sequence of frames, each around one protobuf message `Event`:
+//!
+//! ```text
+//! u64 length | u32 masked CRC-32C of the length | message | u32 masked CRC-32C of the message   (little endian)
+//! ```
+//!
+//! The five message types are encoded by hand: a protobuf library would bring a build step for thirty lines. Field
+//! numbers are those of TensorFlow's `event.proto`, `summary.proto` and `tensor.proto`. No server is started here.
+
+use std::fs::{self, File};
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use super::{Record, Sink, SinkError};
+
+/// Writes one event file per process; TensorBoard joins the files of a folder.
+#[derive(Debug)]
+pub struct TensorBoard {
+    path: PathBuf,
+    file: File,
+    /// Bytes of whole frames; a frame that was torn by a full disk is cut back to this.
+    n_bytes: u64,
+}
+
+impl TensorBoard {
+    /// Starts a file in `dir`. A run that goes on after step `resume_at` tells TensorBoard to forget the later steps
+    /// of the folder's earlier files.
+    ///
+    /// # Errors
+    /// If the file cannot be created.
+    pub fn open(dir: &Path, resume_at: Option<u64>) -> Result<Self, SinkError> {
+        fs::create_dir_all(dir).map_err(SinkError::io("create", dir))?;
+        let now = SystemTime::now();
+        let seconds = now.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
+        let name = format!(
+            "events.out.tfevents.{seconds}.{}.{}",
+            host_name(),
+            std::process::id()
+        );
+        let (path, file) = create_new(dir, &name)?;
+        let mut sink = Self {
+            path,
+            file,
+            n_bytes: 0,
+        };
+        sink.append(&frame(&file_version(now).0))?;
+        if let Some(step) = resume_at {
+            sink.append(&frame(&session_start(now, step + 1).0))?;
+        }
+        Ok(sink)
+    }
+
+    /// One call to the system per record: what was logged is in the file even if the process is killed.
+    fn append(&mut self, frame: &[u8]) -> Result<(), SinkError> {
+        if let Err(error) = self.file.write_all(frame) {
+            // Readers stop at a torn frame, so a second failure here costs the rest of this file, nothing else.
+            let _ = self.file.set_len(self.n_bytes);
+            return Err(SinkError::io("write", &self.path)(error));
+        }
+        self.n_bytes += frame.len() as u64;
+        Ok(())
+    }
+}
+
+impl Sink for TensorBoard {
+    #[expect(clippy::unnecessary_literal_bound, reason = "the trait's signature")]
+    fn name(&self) -> &str {
+        "tensorboard"
+    }
+
+    fn write(&mut self, record: &Record) -> Result<(), SinkError> {
+        self.append(&frame(&summary(SystemTime::now(), record).0))
+    }
+
+    fn flush(&mut self) -> Result<(), SinkError> {
+        self.file
+            .sync_all()
+            .map_err(SinkError::io("sync", &self.path))
+    }
+}
+
+/// The last part of the name counts up, should a process open the same folder twice within a second.
+fn create_new(dir: &Path, name: &str) -> Result<(PathBuf, File), SinkError> {
+    let mut n_earlier = 0;
+    loop {
+        let path = dir.join(format!("{name}.{n_earlier}"));
+        // Appending: after a cut the next frame must go to the new end.
+        match File::options().append(true).create_new(true).open(&path) {
+            Ok(file) => return Ok((path, file)),
+            Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => n_earlier += 1,
+            Err(error) => return Err(SinkError::io("create", &path)(error)),
+        }
+    }
+}
+
+fn host_name() -> String {
+    let name = fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
+    let name: String = name
+        .trim()
+        .chars()
+        .map(|c| {
+            if c.is_ascii_alphanumeric() || c == '-' {
+                c
+            } else {
+                '_'
+            }
+        })
+        .collect();
+    if name.is_empty() {
+        "localhost".to_owned()
+    } else {
+        name
+    }
+}
+
+fn frame(message: &[u8]) -> Vec<u8> {
+    let length = (message.len() as u64).to_le_bytes();
+    let mut frame = Vec::with_capacity(message.len() + 16);
+    frame.extend_from_slice(&length);
+    frame.extend_from_slice(&masked_crc(&length).to_le_bytes());
+    frame.extend_from_slice(message);
+    frame.extend_from_slice(&masked_crc(message).to_le_bytes());
+    frame
+}
+
+/// The mask keeps the checksum of data that contains checksums from being a poor one. Constants: TensorFlow's
+/// `core/lib/hash/crc32c.h`.
+fn masked_crc(data: &[u8]) -> u32 {
+    crc32c::crc32c(data)
+        .rotate_right(15)
+        .wrapping_add(0xa282_ead8)
+}
+
+/// A protobuf message under construction.
+#[derive(Default)]
+struct Message(Vec<u8>);
+
+impl Message {
+    fn varint(&mut self, mut value: u64) {
+        while value >= 0x80 {
+            self.0.push(value.to_le_bytes()[0] | 0x80);
+            value >>= 7;
+        }
+        self.0.push(value.to_le_bytes()[0]);
+    }
+
+    fn integer(mut self, field: u8, value: u64) -> Self {
+        self.0.push(field << 3);
+        self.varint(value);
+        self
+    }
+
+    fn double(mut self, field: u8, value: f64) -> Self {
+        self.0.push(field << 3 | 1);
+        self.0.extend_from_slice(&value.to_le_bytes());
+        self
+    }
+
+    fn float(mut self, field: u8, value: f32) -> Self {
+        self.0.push(field << 3 | 5);
+        self.0.extend_from_slice(&value.to_le_bytes());
+        self
+    }
+
+    fn bytes(mut self, field: u8, value: &[u8]) -> Self {
+        self.0.push(field << 3 | 2);
+        self.varint(value.len() as u64);
+        self.0.extend_from_slice(value);
+        self
+    }
+}
+
+/// `tensorflow.Event` without its content.
+fn event(now: SystemTime, step: u64) -> Message {
+    let seconds = now
+        .duration_since(UNIX_EPOCH)
+        .unwrap_or_default()
+        .as_secs_f64();
+    Message::default().double(1, seconds).integer(2, step)
+}
+
+fn file_version(now: SystemTime) -> Message {
+    event(now, 0).bytes(3, b"brain.Event:2")
+}
+
+/// `SessionLog { status: START }`: readers drop what earlier files have from this step on.
+fn session_start(now: SystemTime, step: u64) -> Message {
+    let session_log = Message::default().integer(1, 1);
+    event(now, step).bytes(7, &session_log.0)
+}
+
+fn summary(now: SystemTime, record: &Record) -> Message {
+    let mut summary = Message::default();
+    for (name, value) in &record.scalars {
+        #[expect(
+            clippy::cast_possible_truncation,
+            reason = "the format has 32-bit floats"
+        )]
+        let value = Message::default()
+            .bytes(1, name.as_bytes())
+            .float(2, *value as f32);
+        summary = summary.bytes(1, &value.0);
+    }
+    for (name, text) in &record.texts {
+        summary = summary.bytes(1, &text_value(name, text).0);
+    }
+    event(now, record.step).bytes(5, &summary.0)
+}
+
+/// A text is a string tensor of shape `[1]`, marked for the text plugin.
+fn text_value(name: &str, text: &str) -> Message {
+    const DT_STRING: u64 = 7;
+    let plugin_data = Message::default().bytes(1, b"text");
+    let metadata = Message::default().bytes(1, &plugin_data.0);
+    let dim = Message::default().integer(1, 1);
+    let shape = Message::default().bytes(2, &dim.0);
+    let tensor = Message::default()
+        .integer(1, DT_STRING)
+        .bytes(2, &shape.0)
+        .bytes(8, text.as_bytes());
+    Message::default()
+        .bytes(1, format!("{name}/text_summary").as_bytes())
+        .bytes(8, &tensor.0)
+        .bytes(9, &metadata.0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Checks length and checksums of every frame and returns the messages.
+    fn messages(file: &[u8]) -> Vec<&[u8]> {
+        let mut rest = file;
+        let mut messages = Vec::new();
+        let word = |bytes: &[u8]| u32::from_le_bytes(bytes.try_into().unwrap());
+        while !rest.is_empty() {
+            let length =
+                usize::try_from(u64::from_le_bytes(rest[..8].try_into().unwrap())).unwrap();
+            assert_eq!(word(&rest[8..12]), masked_crc(&rest[..8]));
+            let message = &rest[12..12 + length];
+            assert_eq!(word(&rest[12 + length..16 + length]), masked_crc(message));
+            messages.push(message);
+            rest = &rest[16 + length..];
+        }
+        messages
+    }
+
+    fn read_varint(rest: &mut &[u8]) -> u64 {
+        let mut value = 0;
+        for shift in (0..).step_by(7) {
+            let (&byte, tail) = rest.split_first().unwrap();
+            *rest = tail;
+            value |= u64::from(byte & 0x7f) << shift;
+            if byte < 0x80 {
+                break;
+            }
+        }
+        value
+    }
+
+    /// The fields of a message: `(number, value)`, integers as eight bytes.
+    fn fields(mut rest: &[u8]) -> Vec<(u64, Vec<u8>)> {
+        let mut fields = Vec::new();
+        while !rest.is_empty() {
+            let key = read_varint(&mut rest);
+            let length = match key & 7 {
+                0 => {
+                    fields.push((key >> 3, read_varint(&mut rest).to_le_bytes().to_vec()));
+                    continue;
+                }
+                1 => 8,
+                2 => usize::try_from(read_varint(&mut rest)).unwrap(),
+                5 => 4,
+                other => panic!("wire type {other}"),
+            };
+            fields.push((key >> 3, rest[..length].to_vec()));
+            rest = &rest[length..];
+        }
+        fields
+    }
+
+    fn field(message: &[u8], number: u64) -> Vec<u8> {
+        let found = fields(message).into_iter().find(|(n, _)| *n == number);
+        found.unwrap_or_else(|| panic!("no field {number}")).1
+    }
+
+    #[test]
+    fn the_checksum_is_the_known_one() {
+        // CRC-32C of "123456789" is the check value of the algorithm's catalogue entry.
+        assert_eq!(crc32c::crc32c(b"123456789"), 0xe306_9283);
+        assert_eq!(masked_crc(b"123456789"), 0xc78a_b0e5);
+    }
+
+    #[test]
+    fn scalars_and_texts_are_read_back() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut sink = TensorBoard::open(dir.path(), Some(299)).unwrap();
+        sink.write(&Record {
+            step: 300,
+            scalars: vec![("train/loss".to_owned(), 7.25), ("lr".to_owned(), 0.5)],
+            texts: vec![("sample".to_owned(), "Once upon".repeat(50))],
+        })
+        .unwrap();
+        sink.flush().unwrap();
+
+        let name = sink.path.file_name().unwrap().to_str().unwrap().to_owned();
+        assert!(name.starts_with("events.out.tfevents."), "{name}");
+        assert_eq!(name.split('.').count(), 7, "{name}");
+
+        let file = fs::read(&sink.path).unwrap();
+        let events = messages(&file);
+        assert_eq!(events.len(), 3);
+        assert_eq!(field(events[0], 3), b"brain.Event:2");
+        assert_eq!(field(events[1], 2), 300u64.to_le_bytes());
+        assert_eq!(field(&field(events[1], 7), 1), 1u64.to_le_bytes());
+        assert_eq!(field(events[2], 2), 300u64.to_le_bytes());
+
+        let values: Vec<Vec<u8>> = fields(&field(events[2], 5))
+            .into_iter()
+            .map(|(_, v)| v)
+            .collect();
+        assert_eq!(field(&values[0], 1), b"train/loss");
+        assert_eq!(field(&values[0], 2), 7.25f32.to_le_bytes());
+        assert_eq!(field(&values[1], 1), b"lr");
+        assert_eq!(field(&values[2], 1), b"sample/text_summary");
+        assert_eq!(
+            field(&field(&values[2], 8), 8),
+            "Once upon".repeat(50).as_bytes()
+        );
+        assert_eq!(field(&field(&field(&values[2], 9), 1), 1), b"text");
+    }
+
+    #[test]
+    fn two_sinks_in_one_folder_have_files_of_their_own() {
+        let dir = tempfile::tempdir().unwrap();
+        let first = TensorBoard::open(dir.path(), None).unwrap();
+        let second = TensorBoard::open(dir.path(), None).unwrap();
+        assert_ne!(first.path, second.path);
+    }
+}

@@ -1,0 +1,288 @@
+//! Reads what a file says about itself, and decides whether it may be opened. Runs nothing of it.
+
+use moeut_plugin_api::abi::manifest::{ComponentRecord, PluginRecord, Record, SECTION};
+use moeut_plugin_api::abi::{ABI_MAJOR, ABI_MINOR};
+use moeut_plugin_api::{ComponentKind, PluginError};
+use object::{Object, ObjectSection};
+use sha2::{Digest, Sha256};
+use std::fs::File;
+use std::io::Read;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+/// Larger files are no plugins of ours: the largest so far has 5 MB unstripped.
+const MAX_BYTES: u64 = 1 << 30;
+
+/// A plugin file that may be opened.
+#[derive(Debug)]
+pub struct Manifest {
+    /// Where it is.
+    pub path: PathBuf,
+    /// The handle whose bytes were read; opening goes through it, so that nobody can swap the file in between.
+    pub file: File,
+    /// SHA-256 of the file, in hex.
+    pub sha256: String,
+    /// About the library.
+    pub plugin: PluginRecord,
+    /// Its components.
+    pub components: Vec<ComponentRecord>,
+    /// Whether others of the file's group may write it, which deserves a warning.
+    pub is_group_writable: bool,
+}
+
+/// Why a file is not opened.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum Refusal {
+    /// It cannot be read.
+    #[error("it cannot be read: {0}")]
+    Unreadable(String),
+    /// It is no library for this machine, or cut off.
+    #[error("it is not a complete ELF library: {0}")]
+    NotALibrary(String),
+    /// It is a library without a manifest.
+    #[error("it is a library, but holds no moeut manifest (section `{SECTION}`)")]
+    NotAPlugin,
+    /// Its manifest does not parse.
+    #[error("its manifest is malformed: {0}")]
+    BadManifest(String),
+    /// It speaks another ABI.
+    #[error("it was built for plugin ABI {found}, and this host speaks {ABI_MAJOR}.{ABI_MINOR}")]
+    OtherAbi {
+        /// What it was built for.
+        found: String,
+    },
+    /// It was built against another libtorch.
+    #[error("it was built against libtorch {found}, and this host has {have}")]
+    OtherLibtorch {
+        /// What it was built against.
+        found: String,
+        /// What is here.
+        have: &'static str,
+    },
+    /// It was built for another kind of machine.
+    #[error("it was built for {found}, and this is {have}")]
+    OtherTarget {
+        /// What it was built for.
+        found: String,
+        /// What is here.
+        have: &'static str,
+    },
+    /// Anybody may change it, or the folder it is in.
+    #[error("`{0}` may be written by everybody, and loading a plugin runs it")]
+    WorldWritable(PathBuf),
+    /// Somebody else may change it.
+    #[error("`{path}` belongs to user {owner}, who is neither you nor root, and loading a plugin runs it")]
+    ForeignOwner {
+        /// The file or folder.
+        path: PathBuf,
+        /// Its owner's id.
+        owner: u32,
+    },
+    /// The system's loader or the layout check refused it.
+    #[error("{0}")]
+    Load(String),
+    /// What it registers is not what its manifest says.
+    #[error("its manifest says that it holds {said}, but it registers {registered}")]
+    LyingManifest {
+        /// By the file.
+        said: String,
+        /// By the code.
+        registered: String,
+    },
+}
+
+impl Refusal {
+    /// What to do about it.
+    pub fn fix(&self, path: &Path) -> String {
+        let path = path.display();
+        match self {
+            Self::Unreadable(_) => format!("check the permissions of `{path}`"),
+            Self::NotALibrary(_) => format!("copy or build `{path}` anew"),
+            Self::NotAPlugin | Self::BadManifest(_) => format!(
+                "a plugin's `lib.rs` needs `moeut_plugin_api::export_plugin!()`; move `{path}` away if it is none"
+            ),
+            Self::OtherAbi { .. } => {
+                format!("rebuild it against moeut-plugin-api {ABI_MAJOR}.{ABI_MINOR}")
+            }
+            Self::OtherLibtorch { have, .. } => format!("rebuild it against libtorch {have}"),
+            Self::OtherTarget { have, .. } => format!("rebuild it for {have}"),
+            Self::WorldWritable(place) => format!("type `chmod o-w {}`", place.display()),
+            Self::ForeignOwner { path, .. } => format!(
+                "if you trust it, copy it to a folder of your own, or type `chown $USER {}`",
+                path.display()
+            ),
+            Self::Load(_) => "rebuild the plugin against this host".to_owned(),
+            Self::LyingManifest { .. } => "rebuild the plugin from clean sources".to_owned(),
+        }
+    }
+
+    /// As the error of whoever needs this file.
+    pub fn into_error(self, path: &Path) -> PluginError {
+        PluginError::new(format!("plugin file `{}` is refused", path.display()))
+            .why(self.to_string())
+            .fix(self.fix(path))
+    }
+}
+
+/// Reads and checks a file.
+///
+/// # Errors
+/// If it may not be opened; see [`Refusal`].
+pub fn inspect(path: &Path) -> Result<Manifest, Refusal> {
+    let unreadable = |error: std::io::Error| Refusal::Unreadable(error.to_string());
+    let mut file = File::open(path).map_err(unreadable)?;
+    let metadata = file.metadata().map_err(unreadable)?;
+    check_owner(path, &metadata)?;
+    if let Some(folder) = path.parent().filter(|folder| !folder.as_os_str().is_empty()) {
+        check_owner(folder, &std::fs::metadata(folder).map_err(unreadable)?)?;
+    }
+    if metadata.len() > MAX_BYTES {
+        return Err(Refusal::NotALibrary(format!("{} bytes are too many", metadata.len())));
+    }
+
+    let mut bytes = Vec::new();
+    file.read_to_end(&mut bytes).map_err(unreadable)?;
+    let (plugin, components) = read_records(&bytes)?;
+    check_compatible(&plugin)?;
+    Ok(Manifest {
+        path: path.to_owned(),
+        file,
+        sha256: hex(&Sha256::digest(&bytes)),
+        plugin,
+        components,
+        is_group_writable: metadata.mode() & 0o020 != 0,
+    })
+}
+
+/// Refuses what others may change; a sticky folder such as `/tmp` is as open as any.
+fn check_owner(path: &Path, metadata: &std::fs::Metadata) -> Result<(), Refusal> {
+    if metadata.mode() & 0o002 != 0 {
+        return Err(Refusal::WorldWritable(path.to_owned()));
+    }
+    let owner = metadata.uid();
+    if owner != 0 && Some(owner) != current_user() {
+        return Err(Refusal::ForeignOwner { path: path.to_owned(), owner });
+    }
+    Ok(())
+}
+
+/// The effective user, as the owner of this process's folder in `/proc`.
+fn current_user() -> Option<u32> {
+    std::fs::metadata("/proc/self").ok().map(|metadata| metadata.uid())
+}
+
+fn read_records(bytes: &[u8]) -> Result<(PluginRecord, Vec<ComponentRecord>), Refusal> {
+    let not_a_library = |error: object::Error| Refusal::NotALibrary(error.to_string());
+    let elf = object::File::parse(bytes).map_err(not_a_library)?;
+    let section = elf.section_by_name(SECTION).ok_or(Refusal::NotAPlugin)?;
+    parse_records(section.data().map_err(not_a_library)?)
+}
+
+/// Parses the manifest's lines.
+///
+/// # Errors
+/// If a line is no record, or there is not exactly one about the plugin.
+pub fn parse_records(section: &[u8]) -> Result<(PluginRecord, Vec<ComponentRecord>), Refusal> {
+    let malformed = |error: &dyn std::fmt::Display| Refusal::BadManifest(error.to_string());
+    // The linker may pad between records.
+    let text = std::str::from_utf8(section).map_err(|error| malformed(&error))?;
+    let lines = text.split('\n').map(|line| line.trim_matches(['\0', ' ']));
+    let (mut plugins, mut components) = (Vec::new(), Vec::new());
+    for line in lines.filter(|line| !line.is_empty()) {
+        match serde_json::from_str(line).map_err(|error| malformed(&error))? {
+            Record::Plugin(plugin) => plugins.push(plugin),
+            Record::Component(component) => components.push(component),
+        }
+    }
+    components.sort_by(|a, b| (a.kind, &a.name).cmp(&(b.kind, &b.name)));
+    match <[PluginRecord; 1]>::try_from(plugins) {
+        Ok([plugin]) => Ok((plugin, components)),
+        Err(plugins) => Err(malformed(&format!("{} records about the plugin", plugins.len()))),
+    }
+}
+
+fn check_compatible(plugin: &PluginRecord) -> Result<(), Refusal> {
+    let abi = plugin.abi.split_once('.').and_then(|(major, minor)| {
+        Some((major.parse::<u32>().ok()?, minor.parse::<u32>().ok()?))
+    });
+    // A newer minor may rely on what this host lacks.
+    if abi.is_none_or(|(major, minor)| major != ABI_MAJOR || minor > ABI_MINOR) {
+        return Err(Refusal::OtherAbi { found: plugin.abi.clone() });
+    }
+    let have = moeut_plugin_api::abi::manifest::TARGET;
+    if plugin.target != have {
+        return Err(Refusal::OtherTarget { found: plugin.target.clone(), have });
+    }
+    let have = moeut_torch::LIBTORCH_VERSION;
+    let minor = |version: &str| version.splitn(3, '.').take(2).map(str::to_owned).collect::<Vec<_>>();
+    if !plugin.libtorch.is_empty() && minor(&plugin.libtorch) != minor(have) {
+        return Err(Refusal::OtherLibtorch { found: plugin.libtorch.clone(), have });
+    }
+    Ok(())
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+/// `task a, model b`, for errors.
+pub fn describe(components: impl Iterator<Item = (ComponentKind, String)>) -> String {
+    let all: Vec<String> = components.map(|(kind, name)| format!("{kind} `{name}`")).collect();
+    if all.is_empty() { "nothing".to_owned() } else { all.join(", ") }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const PLUGIN: &str = r#"{"record":"plugin","abi":"1.0","name":"p","version":"0.1.0","libtorch":"","target":"t","profile":"release","git":"","license":"MIT","authors":"a"}"#;
+
+    #[test]
+    fn records_parse_and_padding_is_skipped() {
+        let section = format!("{PLUGIN}\n\0\0\0{{\"record\":\"component\",\"kind\":\"task\",\"name\":\"x\"}}\n");
+        let (plugin, components) = parse_records(section.as_bytes()).unwrap();
+        assert_eq!((plugin.name.as_str(), components.len()), ("p", 1));
+    }
+
+    #[test]
+    fn a_manifest_has_one_plugin_record() {
+        for section in [String::new(), format!("{PLUGIN}\n{PLUGIN}\n"), "{}".to_owned(), "\u{1}x".to_owned()] {
+            assert!(matches!(parse_records(section.as_bytes()), Err(Refusal::BadManifest(_))));
+        }
+    }
+
+    #[test]
+    fn compatibility_is_by_abi_target_and_libtorch_minor() {
+        let record = |change: fn(&mut PluginRecord)| {
+            let (mut plugin, _) = parse_records(PLUGIN.as_bytes()).unwrap();
+            moeut_plugin_api::abi::manifest::TARGET.clone_into(&mut plugin.target);
+            change(&mut plugin);
+            check_compatible(&plugin)
+        };
+        assert_eq!(record(|_| ()), Ok(()));
+        assert_eq!(record(|plugin| plugin.libtorch = "2.11.3".into()), Ok(()));
+        for (change, expected) in [
+            ((|plugin| plugin.abi = "2.0".into()) as fn(&mut PluginRecord), "plugin ABI 2.0"),
+            (|plugin| plugin.abi = "1.1".into(), "plugin ABI 1.1"),
+            (|plugin| plugin.abi = "x".into(), "plugin ABI x"),
+            (|plugin| plugin.libtorch = "2.12.0".into(), "libtorch 2.12.0"),
+            (|plugin| plugin.target = "riscv".into(), "built for riscv"),
+        ] {
+            let refusal = record(change).unwrap_err().to_string();
+            assert!(refusal.contains(expected), "{refusal}");
+        }
+    }
+
+    #[test]
+    fn garbage_and_open_doors_are_refused() {
+        use std::os::unix::fs::PermissionsExt;
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("x.so");
+        std::fs::write(&path, b"\x7fELF and then nothing").unwrap();
+        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o644)).unwrap();
+        assert!(matches!(inspect(&path), Err(Refusal::NotALibrary(_))));
+        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o646)).unwrap();
+        assert!(matches!(inspect(&path), Err(Refusal::WorldWritable(_))));
+        assert!(matches!(inspect(&dir.path().join("none.so")), Err(Refusal::Unreadable(_))));
+    }
+}

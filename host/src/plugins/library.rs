@@ -1,0 +1,53 @@
+//! Opens a checked plugin file and compares what it registers with what its manifest said.
+
+use super::inspect::{Manifest, Refusal, describe, parse_records};
+use moeut_plugin_api::ComponentInfo;
+use moeut_plugin_api::abi::client::{OpenError, PluginClient};
+use std::os::fd::AsRawFd;
+use std::path::{Path, PathBuf};
+
+/// An opened plugin. It stays open for the life of the process.
+pub struct Library {
+    /// What its file says.
+    pub manifest: Manifest,
+    /// The way to call it.
+    pub client: PluginClient,
+    /// What it registers.
+    pub components: Vec<ComponentInfo>,
+}
+
+/// Opens a plugin.
+///
+/// # Errors
+/// If the loader refuses it, or its code and its manifest disagree.
+pub fn open(manifest: Manifest) -> Result<Library, Refusal> {
+    // Through the handle that was hashed: the path may point elsewhere by now.
+    let handle = PathBuf::from(format!("/proc/self/fd/{}", manifest.file.as_raw_fd()));
+    let client = PluginClient::open(&handle).map_err(|error| refusal(&error, &handle, &manifest.path))?;
+    let (plugin, _) = parse_records(client.manifest().as_bytes())?;
+    let components = client
+        .components()
+        .map_err(|error| Refusal::Load(error.to_string()))?;
+
+    let said: Vec<_> = manifest
+        .components
+        .iter()
+        .map(|component| (component.kind, component.name.clone()))
+        .collect();
+    let registered: Vec<_> = components
+        .iter()
+        .map(|component| (component.kind, component.name.clone()))
+        .collect();
+    if said != registered || plugin != manifest.plugin {
+        return Err(Refusal::LyingManifest {
+            said: describe(said.into_iter()),
+            registered: describe(registered.into_iter()),
+        });
+    }
+    Ok(Library { manifest, client, components })
+}
+
+fn refusal(error: &OpenError, handle: &Path, path: &Path) -> Refusal {
+    let text = error.to_string();
+    Refusal::Load(text.replace(&handle.display().to_string(), &path.display().to_string()))
+}

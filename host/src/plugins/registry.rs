@@ -1,0 +1,261 @@
+//! All components that are there, by kind and name.
+
+use super::folders::{Folder, libraries};
+use super::inspect::{self, Manifest};
+use super::library::{self, Library};
+use crate::args::nearest;
+use moeut_plugin_api::abi::client::PluginClient;
+use moeut_plugin_api::{ComponentInfo, ComponentKind, DType, Device, PluginError};
+use std::path::{Path, PathBuf};
+
+/// The plugins of a search path, opened.
+pub struct Registry {
+    libraries: Vec<Library>,
+    problems: Vec<Problem>,
+    notes: Vec<String>,
+    folders: Vec<Folder>,
+}
+
+/// A file that was skipped; fatal only to whoever needs it.
+#[derive(Debug, Clone)]
+pub struct Problem {
+    /// The file or folder.
+    pub path: PathBuf,
+    /// What, why and fix.
+    pub error: PluginError,
+    /// The components that the file would have had, as far as it says.
+    pub would_provide: Vec<(ComponentKind, String)>,
+}
+
+/// One component of an opened plugin.
+#[derive(Clone, Copy)]
+pub struct Component<'a> {
+    /// The plugin it is in.
+    pub library: &'a Library,
+    /// What it is.
+    pub info: &'a ComponentInfo,
+}
+
+impl Component<'_> {
+    /// The way to call its plugin.
+    pub fn client(&self) -> PluginClient {
+        self.library.client
+    }
+
+    /// Heading for help and errors: ``task `moeut_c4` (moeut-task-moeut-c4 0.1.0)``.
+    pub fn heading(&self) -> String {
+        let plugin = &self.library.manifest.plugin;
+        format!("{} `{}` ({} {})", self.info.kind, self.info.name, plugin.name, plugin.version)
+    }
+}
+
+impl Registry {
+    /// Opens every plugin of the search path that passes inspection.
+    pub fn open(folders: Vec<Folder>) -> Self {
+        let mut registry = Self {
+            libraries: Vec::new(),
+            problems: Vec::new(),
+            notes: Vec::new(),
+            folders,
+        };
+        for folder in registry.folders.clone() {
+            registry.open_folder(&folder);
+        }
+        registry
+    }
+
+    fn open_folder(&mut self, folder: &Folder) {
+        let files = match libraries(&folder.path) {
+            Ok(files) => files,
+            Err(error) => {
+                let problem = PluginError::new(format!(
+                    "plugin folder `{}` ({}) cannot be read",
+                    folder.path.display(),
+                    folder.origin
+                ))
+                .why(error.to_string())
+                .fix("correct the path or its permissions");
+                self.problem(&folder.path, problem, Vec::new());
+                return;
+            }
+        };
+        for path in files {
+            match inspect::inspect(&path) {
+                Ok(manifest) => self.open_file(manifest),
+                Err(refusal) => self.problem(&path, refusal.into_error(&path), Vec::new()),
+            }
+        }
+    }
+
+    fn open_file(&mut self, manifest: Manifest) {
+        let path = manifest.path.clone();
+        if let Some(same) = self
+            .libraries
+            .iter()
+            .find(|library| library.manifest.sha256 == manifest.sha256)
+        {
+            self.notes.push(format!(
+                "`{}` is identical to `{}` and counts once",
+                path.display(),
+                same.manifest.path.display()
+            ));
+            return;
+        }
+        if manifest.is_group_writable {
+            self.notes.push(format!(
+                "`{}` may be written by its group, and loading a plugin runs it",
+                path.display()
+            ));
+        }
+        let would_provide = manifest
+            .components
+            .iter()
+            .map(|component| (component.kind, component.name.clone()))
+            .collect();
+        match library::open(manifest) {
+            Ok(library) => self.libraries.push(library),
+            Err(refusal) => self.problem(&path, refusal.into_error(&path), would_provide),
+        }
+    }
+
+    fn problem(&mut self, path: &Path, error: PluginError, would_provide: Vec<(ComponentKind, String)>) {
+        self.problems.push(Problem { path: path.to_owned(), error, would_provide });
+    }
+
+    /// Files that were skipped.
+    pub fn problems(&self) -> &[Problem] {
+        &self.problems
+    }
+
+    /// What a user may want to know about the files that were taken.
+    pub fn notes(&self) -> &[String] {
+        &self.notes
+    }
+
+    /// The folders that were searched.
+    pub fn folders(&self) -> &[Folder] {
+        &self.folders
+    }
+
+    /// Every component of every opened plugin, shadowed ones too, in search order.
+    pub fn components(&self) -> impl Iterator<Item = Component<'_>> {
+        self.libraries.iter().flat_map(|library| {
+            library.components.iter().map(move |info| Component { library, info })
+        })
+    }
+
+    /// The component that `wanted` means: a name, an alias, or `name@plugin`.
+    ///
+    /// # Errors
+    /// If there is none, or two different files of one folder have it and neither was chosen.
+    pub fn find(&self, kind: ComponentKind, wanted: &str) -> Result<Component<'_>, PluginError> {
+        let (name, plugin) = match wanted.split_once('@') {
+            Some((name, plugin)) => (name, Some(plugin)),
+            None => (wanted, None),
+        };
+        let matches: Vec<Component<'_>> = self
+            .components()
+            .filter(|component| component.info.kind == kind)
+            .filter(|component| {
+                component.info.name == name
+                    || component.info.aliases.iter().any(|alias| alias == name)
+            })
+            .filter(|component| {
+                plugin.is_none_or(|plugin| component.library.manifest.plugin.name == plugin)
+            })
+            .collect();
+        let Some(&first) = matches.first() else {
+            return Err(self.missing(kind, name, plugin));
+        };
+        let folder = first.library.manifest.path.parent();
+        let rival = matches[1..].iter().find(|other| other.library.manifest.path.parent() == folder);
+        match rival {
+            None => Ok(first),
+            Some(rival) => Err(PluginError::new(format!("two plugins of one folder have the {kind} `{name}`"))
+                .why(format!(
+                    "`{}` and `{}`",
+                    first.library.manifest.path.display(),
+                    rival.library.manifest.path.display()
+                ))
+                .fix(format!(
+                    "remove one of the files, or say which: `{name}@{}`",
+                    first.library.manifest.plugin.name
+                ))),
+        }
+    }
+
+    /// The kernel that `wanted` means; `auto` is the fastest that supports device and element type.
+    ///
+    /// # Errors
+    /// If there is none that does.
+    pub fn find_kernel(
+        &self,
+        wanted: &str,
+        device: Device,
+        dtype: DType,
+    ) -> Result<Component<'_>, PluginError> {
+        let supports = |component: &Component<'_>| {
+            let capabilities = component.info.capabilities.as_ref();
+            capabilities.is_some_and(|capabilities| capabilities.supports(device, dtype))
+        };
+        if wanted != "auto" {
+            let component = self.find(ComponentKind::Kernel, wanted)?;
+            return if supports(&component) {
+                Ok(component)
+            } else {
+                Err(PluginError::new(format!("kernel `{wanted}` does not support {dtype} on {device}"))
+                    .why(format!("it says: {:?}", component.info.capabilities))
+                    .fix("set `-moe.kernel auto`"))
+            };
+        }
+        self.components()
+            .filter(|component| component.info.kind == ComponentKind::Kernel)
+            .filter(supports)
+            .max_by_key(|component| component.info.capabilities.as_ref().map(|c| c.speed_rank))
+            .ok_or_else(|| {
+                PluginError::new(format!("no kernel supports {dtype} on {device}"))
+                    .why(format!("found {}", self.names(ComponentKind::Kernel)))
+                    .fix("put a kernel plugin into a plugin folder; `moeut-host plugins list` shows them")
+            })
+    }
+
+    fn names(&self, kind: ComponentKind) -> String {
+        let of_kind = self.components().filter(|component| component.info.kind == kind);
+        let names: Vec<String> = of_kind.map(|component| format!("`{}`", component.info.name)).collect();
+        if names.is_empty() { format!("no {kind}s at all") } else { names.join(", ") }
+    }
+
+    fn missing(&self, kind: ComponentKind, name: &str, plugin: Option<&str>) -> PluginError {
+        let what = match plugin {
+            None => format!("unknown {kind} `{name}`"),
+            Some(plugin) => format!("unknown {kind} `{name}` of plugin `{plugin}`"),
+        };
+        let refused = self.problems.iter().find(|problem| {
+            problem.would_provide.iter().any(|(k, n)| *k == kind && n == name)
+        });
+        if let Some(problem) = refused {
+            return PluginError::new(what)
+                .why(format!("{}: {}", problem.error.what, problem.error.why))
+                .fix(problem.error.fix.clone());
+        }
+        let known: Vec<String> = self
+            .components()
+            .filter(|component| component.info.kind == kind)
+            .flat_map(|component| {
+                std::iter::once(&component.info.name).chain(&component.info.aliases)
+            })
+            .cloned()
+            .collect();
+        let near = nearest(name, known.iter().map(String::as_str));
+        let fix = if near.is_empty() {
+            "`moeut-host plugins list` shows what there is, `moeut-host doctor` what is wrong".to_owned()
+        } else {
+            let near: Vec<String> = near.iter().map(|name| format!("`{name}`")).collect();
+            format!("did you mean {}?", near.join(" or "))
+        };
+        PluginError::new(what)
+            .why(format!("found {}", self.names(kind)))
+            .fix(fix)
+    }
+
+}

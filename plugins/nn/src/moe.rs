@@ -1,0 +1,222 @@
+//! σ-MoE: a feed-forward layer whose hidden units are split into experts, a few of which each token uses.
+
+use crate::balance::Applications;
+use crate::norm::normed;
+use crate::routing::top_k;
+use crate::{Activation, Balance, BalanceConfig, Context, LayerNorm, Params, Routing, Scoring, init, usage};
+use moeut_plugin_api::PluginError;
+use serde::Deserialize;
+use tch::{Kind, Tensor};
+
+/// The layer's arguments.
+#[derive(Debug, Clone, Copy, PartialEq, Deserialize)]
+#[expect(clippy::struct_excessive_bools, reason = "each is an argument of the reference")]
+pub struct MoeConfig {
+    /// Experts, `E`.
+    pub n_experts: i64,
+    /// Hidden units of an expert, `S`.
+    pub d_expert: i64,
+    /// Experts that a token uses, `K`.
+    pub top_k: i64,
+    /// How router logits become gates.
+    pub scoring: Scoring,
+    /// Whether the gates' non-linearity sees only the `K` selected logits.
+    pub scores_after_top_k: bool,
+    /// Whether hidden units and output have biases.
+    pub has_bias: bool,
+    /// Whether the router has a bias.
+    pub has_router_bias: bool,
+    /// Probability that an expert is not eligible for a token, while training.
+    pub expert_dropout: f64,
+    /// Dropout of the router's input.
+    pub router_dropout: f64,
+    /// Initial deviations are multiplied by its root.
+    pub init_scale: f64,
+    /// `c` of the initial deviation √(c / L) on a pre-layernorm path.
+    pub layer_std_constant: f64,
+    /// Regularizer.
+    pub balance: BalanceConfig,
+}
+
+/// What the layer needs to know about its model.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct MoePlace {
+    /// Width of the residual stream, `D`.
+    pub d_model: i64,
+    /// Layers of the unrolled stack; a number on pre-layernorm paths, where initial deviations shrink with depth.
+    pub depth_init: Option<i64>,
+    /// Whether the router reads `LN(x)`.
+    pub has_norm: bool,
+    /// Between the two products.
+    pub activation: Activation,
+    /// The reference's regularizer sees only the selected logits if `scores_after_top_k`.
+    pub balances_selected: bool,
+}
+
+/// The layer.
+///
+/// ```text
+/// z = r · W_routerᵀ (+ b_r)          r = LN(x) with a peri-layernorm, else x
+/// (e, g) = top_k(σ(z))                not renormalized
+/// y = Σ_j g_j · act(x · W₁[e_j] (+ b₁[e_j])) · W₂[e_j] (+ b₂)
+/// ```
+///
+/// Sigmoid scores are selected by their logits: the order is the same, and saturated scores do not tie.
+///
+/// # Source
+/// Csordás et al., arXiv:2310.10837; reference `layers/moe_layer.py`.
+#[derive(Debug)]
+pub struct SigmaMoe {
+    config: MoeConfig,
+    activation: Activation,
+    balances_selected: bool,
+    norm: Option<LayerNorm>,
+    keys_eds: Tensor,
+    values_esd: Tensor,
+    router_ed: Tensor,
+    router_bias_e: Option<Tensor>,
+    hidden_bias_es: Option<Tensor>,
+    out_bias_d: Option<Tensor>,
+}
+
+/// What one layer gathers over its applications in one forward pass.
+#[derive(Debug)]
+pub struct MoePass {
+    keys_eds: Tensor,
+    values_esd: Tensor,
+    balance: Balance,
+    counts_e: Option<Tensor>,
+}
+
+/// What a pass leaves: the weighted regularizer and the selection counts int64 `[E]`, if wanted.
+#[derive(Debug)]
+pub struct MoeReport {
+    /// Scalar.
+    pub balance: Option<Tensor>,
+    /// Named statistics.
+    pub stats: Vec<(&'static str, Tensor)>,
+}
+
+impl SigmaMoe {
+    /// Adds `keys`, `values`, `expert_sel`, the biases, and the two buffers of the reference's checkpoints.
+    pub fn new(params: &Params, place: MoePlace, config: MoeConfig) -> Self {
+        let MoePlace { d_model, depth_init, .. } = place;
+        let MoeConfig { n_experts, d_expert, .. } = config;
+        let options @ (_, device) = params.options();
+        let depth = depth_init.map_or(1.0, |n_layers| config.layer_std_constant / n_layers as f64);
+        let scale = (depth * config.init_scale).sqrt();
+        let (std_in, std_out) = (
+            scale / (d_model as f64).sqrt(),
+            scale / ((n_experts * d_expert) as f64).sqrt(),
+        );
+        let zeros = |name, shape: &[i64]| params.trainable(name, Tensor::zeros(shape, options));
+        let normal =
+            |name, shape: &[i64], std| params.trainable(name, init::normal(shape, std, options));
+
+        let layer = Self {
+            config,
+            activation: place.activation,
+            balances_selected: place.balances_selected && config.scores_after_top_k,
+            keys_eds: normal("keys", &[n_experts, d_model, d_expert], std_in),
+            values_esd: normal("values", &[n_experts, d_expert, d_model], std_out),
+            router_ed: normal("expert_sel", &[n_experts, d_model], std_in),
+            hidden_bias_es: config.has_bias.then(|| zeros("bias", &[n_experts, d_expert])),
+            out_bias_d: config.has_bias.then(|| zeros("o_bias", &[d_model])),
+            router_bias_e: config.has_router_bias.then(|| zeros("sel_bias", &[n_experts])),
+            norm: place
+                .has_norm
+                .then(|| LayerNorm::new(&params.sub("norm"), d_model)),
+        };
+        // The reference saves these and reads neither; they keep checkpoints interchangeable.
+        let _ = params.buffer("iter", Tensor::zeros([0i64; 0], (Kind::Int64, device)));
+        let _ = params.buffer("kv_sel_counts_100", Tensor::zeros([n_experts, d_expert], options));
+        layer
+    }
+
+    /// Begins a forward pass; weights are cast once for all applications.
+    pub fn begin(&self, ctx: &Context) -> MoePass {
+        MoePass {
+            keys_eds: self.keys_eds.to_kind(ctx.compute),
+            values_esd: self.values_esd.to_kind(ctx.compute),
+            balance: Balance::new(self.config.balance, Applications::Summed),
+            counts_e: None,
+        }
+    }
+
+    /// One application: `[B, T, D]` → `[B, T, D]`.
+    ///
+    /// # Errors
+    /// Whatever the kernel says.
+    pub fn forward(&self, x_btd: &Tensor, pass: &mut MoePass, ctx: &Context) -> Result<Tensor, PluginError> {
+        let d_model = self.router_ed.size()[1];
+        let (ids_nk, gate_nk) = self.route(x_btd, pass, ctx)?;
+        let routing = Routing::new(&ids_nk, self.config.n_experts);
+        if ctx.wants_stats {
+            let counts_e = routing.counts();
+            pass.counts_e = Some(match pass.counts_e.take() {
+                Some(sum_e) => sum_e + counts_e,
+                None => counts_e,
+            });
+        }
+
+        let x_nd = x_btd.reshape([-1, d_model]);
+        let mut hidden_ms = ctx.grouped_matmul(&x_nd, &pass.keys_eds, &routing, None)?;
+        if let Some(bias_es) = &self.hidden_bias_es {
+            let bias_ms = bias_es.index_select(0, &ids_nk.reshape([-1]));
+            hidden_ms = hidden_ms + bias_ms.to_kind(ctx.compute);
+        }
+        let hidden_ms = self.activation.forward(hidden_ms);
+        let y_nd = ctx.grouped_matmul(&hidden_ms, &pass.values_esd, &routing, Some(&gate_nk))?;
+        let y_btd = y_nd.view_as(x_btd);
+        Ok(match &self.out_bias_d {
+            Some(bias_d) => y_btd + bias_d,
+            None => y_btd,
+        })
+    }
+
+    /// Ends a forward pass.
+    pub fn finish(pass: MoePass) -> MoeReport {
+        let stats = pass.counts_e.map_or_else(Vec::new, |counts_e| {
+            vec![
+                ("usag_rel_perplexity_all_layers", usage::relative_perplexity(&counts_e)),
+                ("dead_expert_proportion_all_layers", usage::dead_share(&counts_e)),
+            ]
+        });
+        MoeReport {
+            balance: pass.balance.finish(),
+            stats,
+        }
+    }
+
+    /// Ids int64 `[N, K]` and gates `[N, K]`.
+    fn route(
+        &self,
+        x_btd: &Tensor,
+        pass: &mut MoePass,
+        ctx: &Context,
+    ) -> Result<(Tensor, Tensor), PluginError> {
+        let MoeConfig { top_k: k, scoring, scores_after_top_k, .. } = self.config;
+        let router_in = normed(self.norm.as_ref(), x_btd);
+        let router_in = ctx.dropout(router_in, self.config.router_dropout);
+        let logits_bte = ctx.router_logits(&router_in, &self.router_ed, self.router_bias_e.as_ref())?;
+
+        let scores_bte = if scoring == Scoring::Softmax && !scores_after_top_k {
+            logits_bte.softmax(-1, None)
+        } else {
+            logits_bte.shallow_clone()
+        };
+        let drop = if ctx.is_training { self.config.expert_dropout } else { 0.0 };
+        let ids_btk = top_k(&scores_bte, k, drop);
+        let picked_btk = scores_bte.gather(-1, &ids_btk, false);
+        if ctx.is_training {
+            let balanced = if self.balances_selected { &picked_btk } else { &logits_bte };
+            pass.balance.add(balanced);
+        }
+        let gate_btk = match scoring {
+            Scoring::Sigmoid => picked_btk.sigmoid(),
+            Scoring::Softmax if scores_after_top_k => picked_btk.softmax(-1, None),
+            Scoring::Softmax => picked_btk,
+        };
+        Ok((ids_btk.reshape([-1, k]), gate_btk.reshape([-1, k])))
+    }
+}

@@ -1,0 +1,59 @@
+//! Layer normalization, and where a block puts it.
+
+use crate::Params;
+use serde::Deserialize;
+use tch::Tensor;
+
+/// Added to the variance, as everywhere in the reference.
+const EPS: f64 = 1e-5;
+
+/// Where a block normalizes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Norm {
+    /// `x + f(LN(x))`.
+    Pre,
+    /// `LN(x + f(x))`.
+    Post,
+    /// `x + f(x)`, where only what feeds a softmax or sigmoid (q, k, routers) sees `LN(x)`: the paper's
+    /// peri-layernorm.
+    Peri,
+}
+
+/// `y = (x - mean) / √(var + 1e-5) · weight + bias` over the last axis.
+#[derive(Debug)]
+pub struct LayerNorm {
+    affine: Option<(Tensor, Tensor)>,
+    d: i64,
+}
+
+impl LayerNorm {
+    /// With weight and bias, initially one and zero.
+    pub fn new(params: &Params, d: i64) -> Self {
+        let weight = params.trainable("weight", Tensor::ones([d], params.options()));
+        let bias = params.trainable("bias", Tensor::zeros([d], params.options()));
+        Self {
+            affine: Some((weight, bias)),
+            d,
+        }
+    }
+
+    /// Without parameters.
+    pub fn plain(d: i64) -> Self {
+        Self { affine: None, d }
+    }
+
+    /// `[.., d]` → `[.., d]`.
+    pub fn forward(&self, x: &Tensor) -> Tensor {
+        let (weight, bias) = match &self.affine {
+            Some((weight, bias)) => (Some(weight), Some(bias)),
+            None => (None, None),
+        };
+        x.layer_norm([self.d], weight, bias, EPS, true)
+    }
+}
+
+/// `LN(x)` where there is a norm, else `x`.
+pub(crate) fn normed(norm: Option<&LayerNorm>, x: &Tensor) -> Tensor {
+    norm.map_or_else(|| x.shallow_clone(), |norm| norm.forward(x))
+}

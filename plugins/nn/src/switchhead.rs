@@ -1,0 +1,376 @@
+//! SwitchHead: multi-head attention whose projections are mixtures of experts, with rotary positions.
+
+use crate::attention::{Heads, causal_attention, linear};
+use crate::balance::Applications;
+use crate::norm::normed;
+use crate::routing::top_k;
+use crate::{Balance, BalanceConfig, Context, LayerNorm, Params, Rope, RopeConfig, Routing, Scoring, init, usage};
+use moeut_plugin_api::PluginError;
+use std::collections::BTreeMap;
+use tch::{Kind, Tensor};
+
+/// One of the four projections. The order is that in which shared selections are named.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Side {
+    /// Queries.
+    Q,
+    /// Values.
+    V,
+    /// Keys.
+    K,
+    /// Output.
+    O,
+}
+
+impl Side {
+    /// All four.
+    pub const ALL: [Self; 4] = [Self::Q, Self::V, Self::K, Self::O];
+
+    /// As in parameter and regularizer names.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Q => "q",
+            Self::V => "v",
+            Self::K => "k",
+            Self::O => "o",
+        }
+    }
+}
+
+/// Which projections have experts, and which of them share a selection.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[expect(clippy::struct_excessive_bools, reason = "each is an argument of the reference")]
+pub struct ExpertSides {
+    /// `W_q` has experts.
+    pub q: bool,
+    /// `W_k` has experts.
+    pub k: bool,
+    /// `W_v` has experts.
+    pub v: bool,
+    /// `W_o` has experts.
+    pub o: bool,
+    /// Values share the output's selection.
+    pub same_sel: bool,
+    /// Queries and keys have selections of their own.
+    pub separate_kq_sel: bool,
+}
+
+impl ExpertSides {
+    /// For each projection with experts the side whose selection matrix it uses.
+    pub fn sources(self) -> BTreeMap<Side, Side> {
+        let mut sources = BTreeMap::new();
+        if self.o {
+            sources.insert(Side::O, Side::O);
+        }
+        if self.q {
+            let is_own = self.separate_kq_sel || !self.o;
+            sources.insert(Side::Q, if is_own { Side::Q } else { Side::O });
+        }
+        if self.v {
+            let is_shared = self.same_sel && self.o;
+            sources.insert(Side::V, if is_shared { Side::O } else { Side::V });
+        }
+        if self.k {
+            let other = match (self.same_sel, self.separate_kq_sel) {
+                (true, true) => sources.get(&Side::Q),
+                (false, true) => None,
+                (_, false) => sources.get(&Side::V),
+            };
+            sources.insert(Side::K, other.copied().unwrap_or(Side::K));
+        }
+        sources
+    }
+}
+
+/// The layer's arguments, all of them resolved.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct SwitchHeadConfig {
+    /// Number and width of the heads.
+    pub heads: Heads,
+    /// Width of a value head.
+    pub d_value: i64,
+    /// Experts per head, `A`.
+    pub n_experts: i64,
+    /// Experts that a token uses per head, `k`.
+    pub top_k: i64,
+    /// Which projections are mixtures.
+    pub sides: ExpertSides,
+    /// How logits become gates.
+    pub scoring: Scoring,
+    /// Dropout of the keys.
+    pub dropout: f64,
+    /// Probability that an expert is not eligible for a token, while training.
+    pub expert_dropout: f64,
+    /// Dropout of the routers' input.
+    pub router_dropout: f64,
+    /// Whether each coordinate of the expert projections starts with unit norm over the experts.
+    pub has_norm_init: bool,
+    /// Regularizer of each selection.
+    pub balance: BalanceConfig,
+    /// Positions.
+    pub rope: RopeConfig,
+}
+
+/// What the layer needs to know about its model.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct SwitchHeadPlace {
+    /// Width of the residual stream, `D`.
+    pub d_model: i64,
+    /// Layers of the unrolled stack; a number on pre-layernorm paths, where initial deviations shrink with depth.
+    pub depth_init: Option<i64>,
+    /// Whether q, k and the routers read `LN(x)`.
+    pub has_norm: bool,
+}
+
+/// The layer. For a projection with experts, head `h` and one token:
+///
+/// ```text
+/// z_h = r · W_sel[h]ᵀ                          r = LN(x) with a peri-layernorm, else x
+/// (e, g) = top_k(z_h), σ                       not renormalized
+/// q_h = Σ_j g_j · r · W_q[h, e_j]              likewise k; v from x itself
+/// y = Σ_h Σ_j g_hj · attention_h · W_o[h, e_hj]
+/// ```
+///
+/// No biases. The attention is [`causal_attention`]. Projections without experts are ordinary matrices.
+///
+/// # Source
+/// Csordás et al., arXiv:2312.07987; reference `full_moe_relative_attention.py`.
+#[derive(Debug)]
+pub struct SwitchHead {
+    config: SwitchHeadConfig,
+    sources: BTreeMap<Side, Side>,
+    rope: Rope,
+    norm: Option<LayerNorm>,
+    projections: BTreeMap<Side, Tensor>,
+    selections: BTreeMap<Side, Tensor>,
+}
+
+/// What one layer gathers over its applications in one forward pass, by source of the selection.
+#[derive(Debug)]
+pub struct SwitchHeadPass {
+    experts: BTreeMap<Side, Tensor>,
+    balances: BTreeMap<Side, Balance>,
+    counts: BTreeMap<Side, Tensor>,
+}
+
+/// What a pass leaves, by the side under which a selection is reported: the first of q, v, k, o that uses it.
+#[derive(Debug)]
+pub struct SwitchHeadReport {
+    /// Weighted regularizers, scalars.
+    pub balances: Vec<(Side, Tensor)>,
+    /// Relative perplexity of the experts' use, 1 = even.
+    pub usage: Vec<(Side, Tensor)>,
+}
+
+/// One selection of one application.
+struct Route {
+    routing: Routing,
+    /// `[N·H, k]`.
+    gate: Tensor,
+}
+
+impl SwitchHead {
+    /// Adds `projections.*`, `selections.*` and, with a peri-layernorm, `norm.*`.
+    pub fn new(params: &Params, place: SwitchHeadPlace, config: SwitchHeadConfig) -> Self {
+        let SwitchHeadPlace { d_model, depth_init, has_norm } = place;
+        let Heads { n_heads, d_head } = config.heads;
+        let options = params.options();
+        // The constant is 2 here, whatever the feed-forward layer's argument says.
+        let scale = depth_init.map_or(1.0, |n_layers| (2.0 / n_layers as f64).sqrt());
+        let std_in = scale / (d_model as f64).sqrt();
+        let std_out = scale / ((n_heads * config.d_value) as f64).sqrt();
+        let sources = config.sides.sources();
+        let n_rows = n_heads * config.n_experts;
+
+        let projection = |side: Side| {
+            let (d_in, d_out, std) = match side {
+                Side::Q | Side::K => (d_model, d_head, std_in),
+                Side::V => (d_model, config.d_value, std_in),
+                Side::O => (config.d_value, d_model, std_out),
+            };
+            let weight = if sources.contains_key(&side) {
+                let weight = init::normal(&[n_rows, d_in, d_out], std, options);
+                if config.has_norm_init { init::equal_coordinates(&weight) } else { weight }
+            } else if side == Side::O {
+                init::normal(&[d_out, n_heads * d_in], std, options)
+            } else {
+                init::normal(&[n_heads * d_out, d_in], std, options)
+            };
+            (side, params.sub("projections").trainable(side.name(), weight))
+        };
+        let projections = Side::ALL.into_iter().map(projection).collect();
+        let selection = |side: &Side| {
+            let weight = init::equal_rows(&init::normal(&[n_rows, d_model], std_in, options));
+            (*side, params.sub("selections").trainable(side.name(), weight))
+        };
+        let own = sources.iter().filter(|(side, source)| side == source);
+        Self {
+            selections: own.map(|(side, _)| selection(side)).collect(),
+            projections,
+            norm: has_norm.then(|| LayerNorm::new(&params.sub("norm"), d_model)),
+            rope: Rope::new(config.rope, d_head),
+            sources,
+            config,
+        }
+    }
+
+    /// Begins a forward pass; weights of experts are cast once for all applications.
+    pub fn begin(&self, ctx: &Context) -> SwitchHeadPass {
+        let cast = |side: &Side| (*side, self.projections[side].to_kind(ctx.compute));
+        let balance = |side: &Side| (*side, Balance::new(self.config.balance, Applications::Averaged));
+        SwitchHeadPass {
+            experts: self.sources.keys().map(cast).collect(),
+            balances: self.selections.keys().map(balance).collect(),
+            counts: BTreeMap::new(),
+        }
+    }
+
+    /// One application: `[B, T, D]` → `[B, T, D]`.
+    ///
+    /// # Errors
+    /// Whatever the kernel says.
+    pub fn forward(
+        &self,
+        x_btd: &Tensor,
+        pass: &mut SwitchHeadPass,
+        ctx: &Context,
+    ) -> Result<Tensor, PluginError> {
+        let Heads { n_heads, d_head } = self.config.heads;
+        let d_value = self.config.d_value;
+        let scored_btd = normed(self.norm.as_ref(), x_btd);
+        let mut routes = BTreeMap::new();
+        for (&source, weight) in &self.selections {
+            routes.insert(source, self.route(&scored_btd, weight, source, pass, ctx)?);
+        }
+
+        let q = self.project(Side::Q, &scored_btd, &routes, pass, ctx)?;
+        let k = self.project(Side::K, &scored_btd, &routes, pass, ctx)?;
+        let v = self.project(Side::V, x_btd, &routes, pass, ctx)?;
+        let size = x_btd.size();
+        let heads = |x: Tensor, d| x.view([size[0], size[1], n_heads, d]);
+        let (q, k, v) = (heads(q, d_head), heads(k, d_head), heads(v, d_value));
+        let k = ctx.dropout(k, self.config.dropout);
+        let (q, k) = (self.rope.forward(&q, 0), self.rope.forward(&k, 0));
+        let mixed_bthd = causal_attention(&q, &k, &v);
+
+        let Some(source) = self.sources.get(&Side::O) else {
+            let joined = mixed_bthd.reshape([size[0], size[1], n_heads * d_value]);
+            return Ok(linear(&joined, &self.projections[&Side::O]));
+        };
+        let Route { routing, gate } = &routes[source];
+        let gate = gate.view([-1, n_heads * self.config.top_k]);
+        let mixed = mixed_bthd.reshape([-1, d_value]);
+        let y_nd = ctx.grouped_matmul(&mixed, &pass.experts[&Side::O], routing, Some(&gate))?;
+        Ok(y_nd.view_as(x_btd))
+    }
+
+    /// Ends a forward pass.
+    pub fn finish(&self, pass: SwitchHeadPass) -> SwitchHeadReport {
+        let reported = |source: Side| {
+            let mut users = self.sources.iter().filter(|&(_, &used)| used == source);
+            users.next().map_or(source, |(&side, _)| side)
+        };
+        let balances = pass.balances.into_iter();
+        let counts = pass.counts.into_iter();
+        SwitchHeadReport {
+            balances: balances
+                .filter_map(|(source, balance)| Some((reported(source), balance.finish()?)))
+                .collect(),
+            usage: counts
+                .map(|(source, counts)| (reported(source), usage::relative_perplexity(&counts)))
+                .collect(),
+        }
+    }
+
+    fn project(
+        &self,
+        side: Side,
+        x_btd: &Tensor,
+        routes: &BTreeMap<Side, Route>,
+        pass: &SwitchHeadPass,
+        ctx: &Context,
+    ) -> Result<Tensor, PluginError> {
+        match self.sources.get(&side) {
+            None => Ok(linear(x_btd, &self.projections[&side])),
+            Some(source) => {
+                let Route { routing, gate } = &routes[source];
+                let x_nd = x_btd.reshape([-1, x_btd.size()[2]]);
+                ctx.grouped_matmul(&x_nd, &pass.experts[&side], routing, Some(gate))
+            }
+        }
+    }
+
+    fn route(
+        &self,
+        x_btd: &Tensor,
+        weight: &Tensor,
+        source: Side,
+        pass: &mut SwitchHeadPass,
+        ctx: &Context,
+    ) -> Result<Route, PluginError> {
+        let SwitchHeadConfig { heads, n_experts, top_k: k, scoring, .. } = self.config;
+        let router_in = ctx.dropout(x_btd.shallow_clone(), self.config.router_dropout);
+        let logits = ctx.router_logits(&router_in, weight, None)?;
+        let size = x_btd.size();
+        let logits_btha = logits.view([size[0], size[1], heads.n_heads, n_experts]);
+        if ctx.is_training && let Some(balance) = pass.balances.get_mut(&source) {
+            balance.add(&logits_btha);
+        }
+
+        let drop = if ctx.is_training { self.config.expert_dropout } else { 0.0 };
+        let ids_bthk = top_k(&logits_btha, k, drop);
+        let picked_bthk = logits_btha.gather(-1, &ids_bthk, false);
+        let gate_bthk = match scoring {
+            Scoring::Sigmoid => picked_bthk.sigmoid(),
+            Scoring::Softmax => picked_bthk.softmax(-1, None),
+        };
+        // Experts are numbered through all heads: expert a of head h is row h·A + a.
+        let first_of_head = Tensor::arange(heads.n_heads, (Kind::Int64, x_btd.device())) * n_experts;
+        let ids = ids_bthk + first_of_head.unsqueeze(-1);
+        let routing = Routing::new(&ids, heads.n_heads * n_experts);
+        if ctx.wants_stats {
+            let counts = routing.counts();
+            let sum = match pass.counts.remove(&source) {
+                Some(sum) => sum + counts,
+                None => counts,
+            };
+            pass.counts.insert(source, sum);
+        }
+        Ok(Route {
+            routing,
+            gate: gate_bthk.reshape([-1, k]),
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const ALL_EXPERTS: ExpertSides = ExpertSides {
+        q: true,
+        k: true,
+        v: true,
+        o: true,
+        same_sel: false,
+        separate_kq_sel: false,
+    };
+
+    fn sources(sides: ExpertSides) -> String {
+        let text = |(side, source): (Side, Side)| format!("{}←{} ", side.name(), source.name());
+        sides.sources().into_iter().map(text).collect()
+    }
+
+    #[test]
+    fn selections_are_shared_as_the_reference_shares_them() {
+        assert_eq!(sources(ALL_EXPERTS), "q←o v←v k←v o←o ");
+        let same = ExpertSides { same_sel: true, ..ALL_EXPERTS };
+        assert_eq!(sources(same), "q←o v←o k←o o←o ");
+        let separate = ExpertSides { separate_kq_sel: true, ..ALL_EXPERTS };
+        assert_eq!(sources(separate), "q←q v←v k←k o←o ");
+        let both = ExpertSides { same_sel: true, ..separate };
+        assert_eq!(sources(both), "q←q v←o k←q o←o ");
+        let paper = ExpertSides { q: false, k: false, ..ALL_EXPERTS };
+        assert_eq!(sources(paper), "v←v o←o ");
+    }
+}
