@@ -146,7 +146,7 @@ impl ArgsError {
             Self::UnknownProfile { known, .. } if known.is_empty() => {
                 "no loaded component has profiles".into()
             }
-            Self::UnknownProfile { known, .. } => format!("there are {}", quoted(known, "")),
+            Self::UnknownProfile { known, .. } => format!("known profiles: {}", quoted(known, "")),
             Self::ProfileArgument { owner, .. } => format!("the profile is of {owner}"),
             Self::ProfileDiffers { stored, .. } => format!("it was started with `{stored}`"),
             Self::Conflict { first, second, .. } => {

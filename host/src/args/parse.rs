@@ -361,7 +361,7 @@ mod tests {
                 &[],
                 [
                     "unknown profile `smal`",
-                    "there are `slow`, `small`, `tiny`",
+                    "known profiles: `slow`, `small`, `tiny`",
                     "did you mean `small`?",
                 ],
             ),

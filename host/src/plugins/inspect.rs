@@ -154,6 +154,18 @@ pub fn inspect(path: &Path) -> Result<Manifest, Refusal> {
     })
 }
 
+/// The components that a refused file says it has, for whoever asks for one of them; none if it does not say.
+pub fn claims(path: &Path) -> Vec<(ComponentKind, String)> {
+    let mut bytes = Vec::new();
+    let read = File::open(path).and_then(|file| file.take(MAX_BYTES).read_to_end(&mut bytes));
+    match read.ok().map(|_| read_records(&bytes)) {
+        Some(Ok((_, components))) => {
+            components.into_iter().map(|component| (component.kind, component.name)).collect()
+        }
+        Some(Err(_)) | None => Vec::new(),
+    }
+}
+
 /// Refuses what others may change; a sticky folder such as `/tmp` is as open as any.
 fn check_owner(path: &Path, metadata: &std::fs::Metadata) -> Result<(), Refusal> {
     if metadata.mode() & 0o002 != 0 {

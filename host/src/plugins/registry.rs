@@ -82,7 +82,7 @@ impl Registry {
         for path in files {
             match inspect::inspect(&path) {
                 Ok(manifest) => self.open_file(manifest),
-                Err(refusal) => self.problem(&path, refusal.into_error(&path), Vec::new()),
+                Err(refusal) => self.problem(&path, refusal.into_error(&path), inspect::claims(&path)),
             }
         }
     }

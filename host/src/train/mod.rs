@@ -84,6 +84,7 @@ fn train_step(run: &mut Run, lr: f64) -> Result<StepStats, TrainError> {
 
 /// Validates on every stream of the task and logs the scores.
 fn validate(run: &mut Run) -> Result<(), TrainError> {
+    run.monitor.settle(&mut run.state)?; // The time until now belongs to training.
     for stream in &run.validation {
         let scores = evaluate::evaluate(&mut run.model, stream, run.eval_batch_size, run.device)?;
         run.monitor.validated(&mut run.state, &stream.name, &scores);

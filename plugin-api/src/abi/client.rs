@@ -96,7 +96,7 @@ pub enum OpenError {
     /// It was built against another layout of the API; the long explanation is for `-v`.
     #[error("{summary}")]
     Layout {
-        /// Two lines.
+        /// One line.
         summary: String,
         /// all that `abi_stable` says.
         details: String,
@@ -383,16 +383,20 @@ fn open_error(error: LibraryError) -> OpenError {
     match error {
         LibraryError::OpenError { err, .. } => OpenError::Loader(err.to_string()),
         LibraryError::GetSymbolError { .. } => OpenError::NotAPlugin,
-        other => {
-            let details = other.to_string();
-            let summary = details
-                .lines()
-                .map(str::trim)
-                .filter(|line| !line.is_empty());
-            OpenError::Layout {
-                summary: summary.take(2).collect::<Vec<_>>().join(" "),
-                details,
-            }
-        }
+        LibraryError::IncompatibleVersionNumber {
+            expected_version,
+            actual_version,
+            ..
+        } => OpenError::Layout {
+            summary: format!(
+                "it was built with moeut-plugin-api {actual_version}, and this host with {expected_version}"
+            ),
+            details: String::new(),
+        },
+        // Pages of types follow, which say nothing to whoever has to rebuild the plugin.
+        other => OpenError::Layout {
+            summary: "its plugin module is laid out otherwise than this host's".to_owned(),
+            details: other.to_string(),
+        },
     }
 }

@@ -52,7 +52,7 @@ pub struct DenseAttention {
 /// How the weights of a block without experts start.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum LinearInit {
-    /// Truncated normal with std √(2 / (L · fan_in)): blocks on a pre-layernorm path of this many layers.
+    /// Truncated normal with std √(2 / (L · `fan_in`)): blocks on a pre-layernorm path of this many layers.
     Depth(i64),
     /// Xavier-uniform inputs and PyTorch's default output: post-layernorm blocks.
     Xavier,
@@ -78,7 +78,7 @@ impl DenseAttention {
             LinearInit::Depth(n_layers) => depth_scaled([d_model, width], n_layers, options),
             LinearInit::Xavier => init::linear_default(&[d_model, width], width, options),
         };
-        let linear = |name: &str, weight| params.sub(name).trainable("weight", weight);
+        let linear = |name: &str, weight| params.sub(name).trainable("weight", &weight);
         Self {
             heads,
             rope: Rope::new(rope, heads.d_head),

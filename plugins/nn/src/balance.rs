@@ -79,7 +79,9 @@ impl Balance {
         let log_p = logits.log_softmax(-1, kind);
         match self.config.mode {
             BalanceMode::Step => self.terms.push(negative_entropy(&log_p)),
-            BalanceMode::Time => self.terms.push(negative_entropy(&log_mean_exp(&log_p, &[1]))),
+            BalanceMode::Time => self
+                .terms
+                .push(negative_entropy(&log_mean_exp(&log_p, &[1]))),
             BalanceMode::LayersTime => self.log_means.push(log_mean_exp(&log_p, &[1])),
             BalanceMode::Global => self.log_means.push(log_mean_exp(&log_p, &[0, 1])),
         }
@@ -105,7 +107,10 @@ impl Balance {
 
 fn log_mean_exp(log_p: &Tensor, dims: &[i64]) -> Tensor {
     let size = log_p.size();
-    let count: i64 = dims.iter().filter_map(|&dim| size.get(usize::try_from(dim).ok()?)).product();
+    let count: i64 = dims
+        .iter()
+        .filter_map(|&dim| size.get(usize::try_from(dim).ok()?))
+        .product();
     log_p.logsumexp(dims, false) - (count as f64).ln()
 }
 
@@ -140,7 +145,10 @@ mod tests {
             (BalanceMode::LayersTime, minimum),
             (BalanceMode::Global, minimum),
         ] {
-            assert!((term(mode, &[&even, &even]) - expected).abs() < 1e-12, "{mode:?}");
+            assert!(
+                (term(mode, &[&even, &even]) - expected).abs() < 1e-12,
+                "{mode:?}"
+            );
         }
     }
 
@@ -156,7 +164,10 @@ mod tests {
     #[test]
     fn applications_combine_like_one_long_sequence() {
         let options = (Kind::Double, Device::Cpu);
-        let (a, b) = (Tensor::randn([2, 3, 4], options), Tensor::randn([2, 3, 4], options));
+        let (a, b) = (
+            Tensor::randn([2, 3, 4], options),
+            Tensor::randn([2, 3, 4], options),
+        );
         let long = Tensor::cat(&[&a, &b], 1);
         for mode in [BalanceMode::LayersTime, BalanceMode::Global] {
             assert!((term(mode, &[&a, &b]) - term(mode, &[&long])).abs() < 1e-12);

@@ -16,7 +16,7 @@ impl Embedding {
         let std = 1.0 / (d_model as f64).sqrt();
         let weight = init::normal(&[vocab_size, d_model], std, params.options());
         Self {
-            weight_vd: params.trainable("weight", weight),
+            weight_vd: params.trainable("weight", &weight),
             scale,
         }
     }
@@ -28,7 +28,14 @@ impl Embedding {
 
     /// Multiplies by the scale.
     pub fn scaled(&self, x_btd: Tensor) -> Tensor {
-        #[expect(clippy::float_cmp, reason = "1.0 is the exact default that needs no work")]
-        if self.scale == 1.0 { x_btd } else { x_btd * self.scale }
+        #[expect(
+            clippy::float_cmp,
+            reason = "1.0 is the exact default that needs no work"
+        )]
+        if self.scale == 1.0 {
+            x_btd
+        } else {
+            x_btd * self.scale
+        }
     }
 }

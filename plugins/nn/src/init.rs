@@ -31,7 +31,7 @@ pub fn linear_default(shape: &[i64], fan_in: i64, options: Options) -> Tensor {
 /// A normal distribution cut at ±2 standard deviations and then rescaled to the *empirical* deviation `std`.
 ///
 /// # Source
-/// Reference `layers/transformer/transformer_preln.py`, `reset_prenorm_params`: there std = √(2 / (L · fan_in)).
+/// Reference `layers/transformer/transformer_preln.py`, `reset_prenorm_params`: there std = √(2 / (L · `fan_in`)).
 pub fn truncated_normal(shape: &[i64], std: f64, options: Options) -> Tensor {
     // Φ(±2): uniform numbers between them become the cut distribution through the inverse of Φ.
     const PHI_2: f64 = 0.977_249_868_051_820_8;

@@ -2,8 +2,9 @@
 //!
 //! A layer computes. It does not log, read arguments or know its index in the stack; what there is to report is
 //! returned. Shape letters used throughout:
-//! `B` batch, `T` seq_len, `N = B·T` tokens, `D` d_model, `H` n_heads, `d` d_head, `E` FF experts, `K` experts per
-//! token, `S` d_expert, `A` attention experts per head, `k` attention experts per head and token, `V` vocab_size.
+//! `B` batch, `T` `seq_len`, `N = B·T` tokens, `D` `d_model`, `H` `n_heads`, `d` `d_head`, `E` feed-forward experts,
+//! `K` experts per token, `S` `d_expert`, `A` attention experts per head, `k` attention experts per head and token,
+//! `V` `vocab_size`.
 //!
 //! Wrong shapes are defects of the caller, so layers use tch's panicking operations, which the plugin boundary turns
 //! into errors. Only a kernel, which is foreign code, returns errors.

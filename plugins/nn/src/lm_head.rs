@@ -14,13 +14,19 @@ pub struct LmHead {
 
 impl LmHead {
     /// Parameters `out_norm.*` (if `has_norm`) and `output.*` of `params`.
-    pub fn new(params: &Params, vocab_size: i64, d_model: i64, has_norm: bool, dropout: f64) -> Self {
+    pub fn new(
+        params: &Params,
+        vocab_size: i64,
+        d_model: i64,
+        has_norm: bool,
+        dropout: f64,
+    ) -> Self {
         let output = params.sub("output");
         let init = |shape: &[i64]| init::linear_default(shape, d_model, params.options());
         Self {
             norm: has_norm.then(|| LayerNorm::new(&params.sub("out_norm"), d_model)),
-            weight_vd: output.trainable("weight", init(&[vocab_size, d_model])),
-            bias_v: output.trainable("bias", init(&[vocab_size])),
+            weight_vd: output.trainable("weight", &init(&[vocab_size, d_model])),
+            bias_v: output.trainable("bias", &init(&[vocab_size])),
             dropout,
         }
     }
@@ -29,7 +35,10 @@ impl LmHead {
     pub fn forward(&self, x_btd: &Tensor, ctx: &Context) -> Tensor {
         let x_btd = crate::norm::normed(self.norm.as_ref(), x_btd);
         // The small tensor is transposed, not the logits.
-        let x_tbd = ctx.dropout(x_btd, self.dropout).transpose(0, 1).contiguous();
+        let x_tbd = ctx
+            .dropout(x_btd, self.dropout)
+            .transpose(0, 1)
+            .contiguous();
         x_tbd.linear(&self.weight_vd, Some(&self.bias_v))
     }
 }

@@ -3,14 +3,15 @@
 use crate::balance::Applications;
 use crate::norm::normed;
 use crate::routing::top_k;
-use crate::{Activation, Balance, BalanceConfig, Context, LayerNorm, Params, Routing, Scoring, init, usage};
+use crate::{
+    Activation, Balance, BalanceConfig, Context, LayerNorm, Params, Routing, Scoring, init, usage,
+};
 use moeut_plugin_api::PluginError;
 use serde::Deserialize;
 use tch::{Kind, Tensor};
 
 /// The layer's arguments.
 #[derive(Debug, Clone, Copy, PartialEq, Deserialize)]
-#[expect(clippy::struct_excessive_bools, reason = "each is an argument of the reference")]
 pub struct MoeConfig {
     /// Experts, `E`.
     pub n_experts: i64,
@@ -100,8 +101,16 @@ pub struct MoeReport {
 impl SigmaMoe {
     /// Adds `keys`, `values`, `expert_sel`, the biases, and the two buffers of the reference's checkpoints.
     pub fn new(params: &Params, place: MoePlace, config: MoeConfig) -> Self {
-        let MoePlace { d_model, depth_init, .. } = place;
-        let MoeConfig { n_experts, d_expert, .. } = config;
+        let MoePlace {
+            d_model,
+            depth_init,
+            ..
+        } = place;
+        let MoeConfig {
+            n_experts,
+            d_expert,
+            ..
+        } = config;
         let options @ (_, device) = params.options();
         let depth = depth_init.map_or(1.0, |n_layers| config.layer_std_constant / n_layers as f64);
         let scale = (depth * config.init_scale).sqrt();
@@ -109,9 +118,9 @@ impl SigmaMoe {
             scale / (d_model as f64).sqrt(),
             scale / ((n_experts * d_expert) as f64).sqrt(),
         );
-        let zeros = |name, shape: &[i64]| params.trainable(name, Tensor::zeros(shape, options));
+        let zeros = |name, shape: &[i64]| params.trainable(name, &Tensor::zeros(shape, options));
         let normal =
-            |name, shape: &[i64], std| params.trainable(name, init::normal(shape, std, options));
+            |name, shape: &[i64], std| params.trainable(name, &init::normal(shape, std, options));
 
         let layer = Self {
             config,
@@ -120,16 +129,23 @@ impl SigmaMoe {
             keys_eds: normal("keys", &[n_experts, d_model, d_expert], std_in),
             values_esd: normal("values", &[n_experts, d_expert, d_model], std_out),
             router_ed: normal("expert_sel", &[n_experts, d_model], std_in),
-            hidden_bias_es: config.has_bias.then(|| zeros("bias", &[n_experts, d_expert])),
+            hidden_bias_es: config
+                .has_bias
+                .then(|| zeros("bias", &[n_experts, d_expert])),
             out_bias_d: config.has_bias.then(|| zeros("o_bias", &[d_model])),
-            router_bias_e: config.has_router_bias.then(|| zeros("sel_bias", &[n_experts])),
+            router_bias_e: config
+                .has_router_bias
+                .then(|| zeros("sel_bias", &[n_experts])),
             norm: place
                 .has_norm
                 .then(|| LayerNorm::new(&params.sub("norm"), d_model)),
         };
         // The reference saves these and reads neither; they keep checkpoints interchangeable.
         let _ = params.buffer("iter", Tensor::zeros([0i64; 0], (Kind::Int64, device)));
-        let _ = params.buffer("kv_sel_counts_100", Tensor::zeros([n_experts, d_expert], options));
+        let _ = params.buffer(
+            "kv_sel_counts_100",
+            Tensor::zeros([n_experts, d_expert], options),
+        );
         layer
     }
 
@@ -147,7 +163,12 @@ impl SigmaMoe {
     ///
     /// # Errors
     /// Whatever the kernel says.
-    pub fn forward(&self, x_btd: &Tensor, pass: &mut MoePass, ctx: &Context) -> Result<Tensor, PluginError> {
+    pub fn forward(
+        &self,
+        x_btd: &Tensor,
+        pass: &mut MoePass,
+        ctx: &Context,
+    ) -> Result<Tensor, PluginError> {
         let d_model = self.router_ed.size()[1];
         let (ids_nk, gate_nk) = self.route(x_btd, pass, ctx)?;
         let routing = Routing::new(&ids_nk, self.config.n_experts);
@@ -160,12 +181,14 @@ impl SigmaMoe {
         }
 
         let x_nd = x_btd.reshape([-1, d_model]);
-        let mut hidden_ms = ctx.grouped_matmul(&x_nd, &pass.keys_eds, &routing, None)?;
-        if let Some(bias_es) = &self.hidden_bias_es {
-            let bias_ms = bias_es.index_select(0, &ids_nk.reshape([-1]));
-            hidden_ms = hidden_ms + bias_ms.to_kind(ctx.compute);
-        }
-        let hidden_ms = self.activation.forward(hidden_ms);
+        let product_ms = ctx.grouped_matmul(&x_nd, &pass.keys_eds, &routing, None)?;
+        let hidden_ms = self.activation.forward(match &self.hidden_bias_es {
+            Some(bias_es) => {
+                let of_selection = bias_es.index_select(0, &ids_nk.reshape([-1]));
+                product_ms + of_selection.to_kind(ctx.compute)
+            }
+            None => product_ms,
+        });
         let y_nd = ctx.grouped_matmul(&hidden_ms, &pass.values_esd, &routing, Some(&gate_nk))?;
         let y_btd = y_nd.view_as(x_btd);
         Ok(match &self.out_bias_d {
@@ -178,8 +201,14 @@ impl SigmaMoe {
     pub fn finish(pass: MoePass) -> MoeReport {
         let stats = pass.counts_e.map_or_else(Vec::new, |counts_e| {
             vec![
-                ("usag_rel_perplexity_all_layers", usage::relative_perplexity(&counts_e)),
-                ("dead_expert_proportion_all_layers", usage::dead_share(&counts_e)),
+                (
+                    "usag_rel_perplexity_all_layers",
+                    usage::relative_perplexity(&counts_e),
+                ),
+                (
+                    "dead_expert_proportion_all_layers",
+                    usage::dead_share(&counts_e),
+                ),
             ]
         });
         MoeReport {
@@ -195,21 +224,34 @@ impl SigmaMoe {
         pass: &mut MoePass,
         ctx: &Context,
     ) -> Result<(Tensor, Tensor), PluginError> {
-        let MoeConfig { top_k: k, scoring, scores_after_top_k, .. } = self.config;
+        let MoeConfig {
+            top_k: k,
+            scoring,
+            scores_after_top_k,
+            ..
+        } = self.config;
         let router_in = normed(self.norm.as_ref(), x_btd);
         let router_in = ctx.dropout(router_in, self.config.router_dropout);
-        let logits_bte = ctx.router_logits(&router_in, &self.router_ed, self.router_bias_e.as_ref())?;
+        let logits = ctx.router_logits(&router_in, &self.router_ed, self.router_bias_e.as_ref())?;
 
-        let scores_bte = if scoring == Scoring::Softmax && !scores_after_top_k {
-            logits_bte.softmax(-1, None)
+        let scores = if scoring == Scoring::Softmax && !scores_after_top_k {
+            logits.softmax(-1, None)
         } else {
-            logits_bte.shallow_clone()
+            logits.shallow_clone()
         };
-        let drop = if ctx.is_training { self.config.expert_dropout } else { 0.0 };
-        let ids_btk = top_k(&scores_bte, k, drop);
-        let picked_btk = scores_bte.gather(-1, &ids_btk, false);
+        let drop = if ctx.is_training {
+            self.config.expert_dropout
+        } else {
+            0.0
+        };
+        let ids_btk = top_k(&scores, k, drop);
+        let picked_btk = scores.gather(-1, &ids_btk, false);
         if ctx.is_training {
-            let balanced = if self.balances_selected { &picked_btk } else { &logits_bte };
+            let balanced = if self.balances_selected {
+                &picked_btk
+            } else {
+                &logits
+            };
             pass.balance.add(balanced);
         }
         let gate_btk = match scoring {

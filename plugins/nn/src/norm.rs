@@ -30,8 +30,8 @@ pub struct LayerNorm {
 impl LayerNorm {
     /// With weight and bias, initially one and zero.
     pub fn new(params: &Params, d: i64) -> Self {
-        let weight = params.trainable("weight", Tensor::ones([d], params.options()));
-        let bias = params.trainable("bias", Tensor::zeros([d], params.options()));
+        let weight = params.trainable("weight", &Tensor::ones([d], params.options()));
+        let bias = params.trainable("bias", &Tensor::zeros([d], params.options()));
         Self {
             affine: Some((weight, bias)),
             d,

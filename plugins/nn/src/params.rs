@@ -5,7 +5,6 @@
 use moeut_plugin_api::Parameter;
 use moeut_torch::IntoHandle;
 use std::cell::RefCell;
-use std::fmt::Display;
 use std::rc::Rc;
 use tch::{Device, Kind, Tensor};
 
@@ -38,20 +37,18 @@ impl Params {
 
     /// The subtree `name`.
     #[must_use]
-    pub fn sub(&self, name: impl Display) -> Self {
+    pub fn sub(&self, name: &str) -> Self {
         let mut sub = self.clone();
         sub.prefix = format!("{}{name}.", self.prefix);
         sub
     }
 
     /// Adds a tensor that the optimizer trains, with its initial value.
-    #[must_use]
-    pub fn trainable(&self, name: &str, init: Tensor) -> Tensor {
+    pub fn trainable(&self, name: &str, init: &Tensor) -> Tensor {
         self.add(name, init.set_requires_grad(true), true)
     }
 
     /// Adds a tensor that is only saved.
-    #[must_use]
     pub fn buffer(&self, name: &str, value: Tensor) -> Tensor {
         self.add(name, value, false)
     }

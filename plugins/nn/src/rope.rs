@@ -78,14 +78,19 @@ impl Rope {
             Kind::Double => Kind::Double,
             _ => Kind::Float,
         };
-        let fits = self.tables.borrow().as_ref().is_some_and(|Tables { cos_tn, .. }| {
-            cos_tn.size()[0] >= n && cos_tn.kind() == kind && cos_tn.device() == like.device()
-        });
+        let fits = self
+            .tables
+            .borrow()
+            .as_ref()
+            .is_some_and(|Tables { cos_tn, .. }| {
+                cos_tn.size()[0] >= n && cos_tn.kind() == kind && cos_tn.device() == like.device()
+            });
         if fits {
             return;
         }
         let options = (Kind::Double, Device::Cpu);
-        let exponent_n = Tensor::arange_start_step(0, self.n_rotated, 2, options) / self.n_rotated as f64;
+        let exponent_n =
+            Tensor::arange_start_step(0, self.n_rotated, 2, options) / self.n_rotated as f64;
         let frequency_n = (exponent_n * -self.base.ln()).exp();
         let angle_tn = Tensor::arange(n, options).outer(&frequency_n);
         let table = |x: Tensor| x.to_device(like.device()).to_kind(kind);
@@ -96,7 +101,10 @@ impl Rope {
     }
 }
 
-#[expect(clippy::cast_possible_truncation, reason = "a share of a width is a width")]
+#[expect(
+    clippy::cast_possible_truncation,
+    reason = "a share of a width is a width"
+)]
 fn n_rotated(fraction: f64, d_head: i64) -> i64 {
     let n = (fraction * d_head as f64) as i64;
     n - n % 2
@@ -124,7 +132,10 @@ mod tests {
             8,
         );
         let options = (Kind::Double, Device::Cpu);
-        let (q, k) = (Tensor::randn([2, 5, 3, 8], options), Tensor::randn([2, 5, 3, 8], options));
+        let (q, k) = (
+            Tensor::randn([2, 5, 3, 8], options),
+            Tensor::randn([2, 5, 3, 8], options),
+        );
         let scores = |offset| {
             let rotated = |x| rope.forward(x, offset).transpose(1, 2);
             rotated(&q).matmul(&rotated(&k).transpose(2, 3))

@@ -30,7 +30,7 @@ impl Routing {
     pub fn new(ids: &Tensor, n_experts: i64) -> Self {
         tch::no_grad(|| {
             let (sorted_m, order_m) = ids.reshape([-1]).sort_stable(true, 0, false);
-            let positions_m = Tensor::arange(order_m.numel() as i64, (Kind::Int64, ids.device()));
+            let positions_m = Tensor::arange(order_m.size()[0], (Kind::Int64, ids.device()));
             let inverse_m = order_m.empty_like().scatter_(0, &order_m, &positions_m);
             let experts_e = Tensor::arange(n_experts, (Kind::Int64, ids.device()));
             let ends_e = experts_e.searchsorted(&sorted_m, true, true, "right", None::<Tensor>);

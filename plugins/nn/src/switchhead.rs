@@ -4,7 +4,10 @@ use crate::attention::{Heads, causal_attention, linear};
 use crate::balance::Applications;
 use crate::norm::normed;
 use crate::routing::top_k;
-use crate::{Balance, BalanceConfig, Context, LayerNorm, Params, Rope, RopeConfig, Routing, Scoring, init, usage};
+use crate::{
+    Balance, BalanceConfig, Context, LayerNorm, Params, Rope, RopeConfig, Routing, Scoring, init,
+    usage,
+};
 use moeut_plugin_api::PluginError;
 use std::collections::BTreeMap;
 use tch::{Kind, Tensor};
@@ -39,7 +42,10 @@ impl Side {
 
 /// Which projections have experts, and which of them share a selection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-#[expect(clippy::struct_excessive_bools, reason = "each is an argument of the reference")]
+#[expect(
+    clippy::struct_excessive_bools,
+    reason = "each is an argument of the reference"
+)]
 pub struct ExpertSides {
     /// `W_q` has experts.
     pub q: bool,
@@ -172,7 +178,11 @@ struct Route {
 impl SwitchHead {
     /// Adds `projections.*`, `selections.*` and, with a peri-layernorm, `norm.*`.
     pub fn new(params: &Params, place: SwitchHeadPlace, config: SwitchHeadConfig) -> Self {
-        let SwitchHeadPlace { d_model, depth_init, has_norm } = place;
+        let SwitchHeadPlace {
+            d_model,
+            depth_init,
+            has_norm,
+        } = place;
         let Heads { n_heads, d_head } = config.heads;
         let options = params.options();
         // The constant is 2 here, whatever the feed-forward layer's argument says.
@@ -190,18 +200,28 @@ impl SwitchHead {
             };
             let weight = if sources.contains_key(&side) {
                 let weight = init::normal(&[n_rows, d_in, d_out], std, options);
-                if config.has_norm_init { init::equal_coordinates(&weight) } else { weight }
+                if config.has_norm_init {
+                    init::equal_coordinates(&weight)
+                } else {
+                    weight
+                }
             } else if side == Side::O {
                 init::normal(&[d_out, n_heads * d_in], std, options)
             } else {
                 init::normal(&[n_heads * d_out, d_in], std, options)
             };
-            (side, params.sub("projections").trainable(side.name(), weight))
+            (
+                side,
+                params.sub("projections").trainable(side.name(), &weight),
+            )
         };
         let projections = Side::ALL.into_iter().map(projection).collect();
         let selection = |side: &Side| {
             let weight = init::equal_rows(&init::normal(&[n_rows, d_model], std_in, options));
-            (*side, params.sub("selections").trainable(side.name(), weight))
+            (
+                *side,
+                params.sub("selections").trainable(side.name(), &weight),
+            )
         };
         let own = sources.iter().filter(|(side, source)| side == source);
         Self {
@@ -217,7 +237,12 @@ impl SwitchHead {
     /// Begins a forward pass; weights of experts are cast once for all applications.
     pub fn begin(&self, ctx: &Context) -> SwitchHeadPass {
         let cast = |side: &Side| (*side, self.projections[side].to_kind(ctx.compute));
-        let balance = |side: &Side| (*side, Balance::new(self.config.balance, Applications::Averaged));
+        let balance = |side: &Side| {
+            (
+                *side,
+                Balance::new(self.config.balance, Applications::Averaged),
+            )
+        };
         SwitchHeadPass {
             experts: self.sources.keys().map(cast).collect(),
             balances: self.selections.keys().map(balance).collect(),
@@ -308,16 +333,28 @@ impl SwitchHead {
         pass: &mut SwitchHeadPass,
         ctx: &Context,
     ) -> Result<Route, PluginError> {
-        let SwitchHeadConfig { heads, n_experts, top_k: k, scoring, .. } = self.config;
+        let SwitchHeadConfig {
+            heads,
+            n_experts,
+            top_k: k,
+            scoring,
+            ..
+        } = self.config;
         let router_in = ctx.dropout(x_btd.shallow_clone(), self.config.router_dropout);
         let logits = ctx.router_logits(&router_in, weight, None)?;
         let size = x_btd.size();
         let logits_btha = logits.view([size[0], size[1], heads.n_heads, n_experts]);
-        if ctx.is_training && let Some(balance) = pass.balances.get_mut(&source) {
+        if ctx.is_training
+            && let Some(balance) = pass.balances.get_mut(&source)
+        {
             balance.add(&logits_btha);
         }
 
-        let drop = if ctx.is_training { self.config.expert_dropout } else { 0.0 };
+        let drop = if ctx.is_training {
+            self.config.expert_dropout
+        } else {
+            0.0
+        };
         let ids_bthk = top_k(&logits_btha, k, drop);
         let picked_bthk = logits_btha.gather(-1, &ids_bthk, false);
         let gate_bthk = match scoring {
@@ -325,7 +362,8 @@ impl SwitchHead {
             Scoring::Softmax => picked_bthk.softmax(-1, None),
         };
         // Experts are numbered through all heads: expert a of head h is row h·A + a.
-        let first_of_head = Tensor::arange(heads.n_heads, (Kind::Int64, x_btd.device())) * n_experts;
+        let first_of_head =
+            Tensor::arange(heads.n_heads, (Kind::Int64, x_btd.device())) * n_experts;
         let ids = ids_bthk + first_of_head.unsqueeze(-1);
         let routing = Routing::new(&ids, heads.n_heads * n_experts);
         if ctx.wants_stats {
@@ -364,13 +402,26 @@ mod tests {
     #[test]
     fn selections_are_shared_as_the_reference_shares_them() {
         assert_eq!(sources(ALL_EXPERTS), "q←o v←v k←v o←o ");
-        let same = ExpertSides { same_sel: true, ..ALL_EXPERTS };
+        let same = ExpertSides {
+            same_sel: true,
+            ..ALL_EXPERTS
+        };
         assert_eq!(sources(same), "q←o v←o k←o o←o ");
-        let separate = ExpertSides { separate_kq_sel: true, ..ALL_EXPERTS };
+        let separate = ExpertSides {
+            separate_kq_sel: true,
+            ..ALL_EXPERTS
+        };
         assert_eq!(sources(separate), "q←q v←v k←k o←o ");
-        let both = ExpertSides { same_sel: true, ..separate };
+        let both = ExpertSides {
+            same_sel: true,
+            ..separate
+        };
         assert_eq!(sources(both), "q←q v←o k←q o←o ");
-        let paper = ExpertSides { q: false, k: false, ..ALL_EXPERTS };
+        let paper = ExpertSides {
+            q: false,
+            k: false,
+            ..ALL_EXPERTS
+        };
         assert_eq!(sources(paper), "v←v o←o ");
     }
 }

@@ -1,1 +1,22 @@
-//! x
+//! The test kit: a [`Sandbox`] with the real host and real plugin files, and what tests do to both.
+//!
+//! Not the tests themselves, which are in `tests/` by subject. Its functions panic where a test would.
+#![expect(clippy::missing_panics_doc, reason = "a panic is how a test kit reports that a test cannot go on")]
+#![expect(clippy::expect_used, reason = "see above; each message says what was attempted")]
+
+mod build;
+mod metrics;
+mod sandbox;
+mod tiny;
+
+pub use build::{build_crate, cached_data, shared_data, staged_plugins};
+pub use metrics::{checkpoint_files, losses, steps_seen};
+pub use sandbox::{DEADLINE, Outcome, Sandbox, patch, wait_until};
+pub use tiny::{Args, tiny};
+
+/// The plugin file of the main task.
+pub const TASK: &str = "libmoeut_task_moeut_c4.so";
+/// The plugin file of the dataset.
+pub const DATASET: &str = "libmoeut_dataset_c4.so";
+/// The plugin file of the model; it links libtorch.
+pub const MODEL: &str = "libmoeut_model_moeut.so";

@@ -93,7 +93,11 @@ impl Fixture {
     /// # Errors
     /// If it is not there.
     pub fn number(&self, flag: &str) -> Result<f64> {
-        let value = self.meta.args_effective.get(flag).or_else(|| self.meta.defaults_used.get(flag));
+        let value = self
+            .meta
+            .args_effective
+            .get(flag)
+            .or_else(|| self.meta.defaults_used.get(flag));
         let missing = || format!("{} has no number {flag}", self.name);
         Ok(value.and_then(Value::as_f64).ok_or_else(missing)?)
     }
@@ -119,7 +123,10 @@ pub fn all() -> Result<Vec<PathBuf>> {
     let mut found = Vec::new();
     for entry in std::fs::read_dir(folder)? {
         let path = entry?.path();
-        if path.extension().is_some_and(|extension| extension == "json") {
+        if path
+            .extension()
+            .is_some_and(|extension| extension == "json")
+        {
             found.push(path);
         }
     }

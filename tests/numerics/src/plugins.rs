@@ -2,7 +2,9 @@
 
 use crate::Result;
 use moeut_plugin_api::abi::client::{HostServices, KernelClient, PluginClient};
-use moeut_plugin_api::{Capabilities, ComponentKind, DType, Device, HostInfo, LogLevel, PluginError};
+use moeut_plugin_api::{
+    Capabilities, ComponentKind, DType, Device, HostInfo, LogLevel, PluginError,
+};
 use std::path::PathBuf;
 use std::process::Command;
 use std::sync::{Arc, OnceLock};
@@ -18,7 +20,9 @@ const KERNELS: [&str; 2] = ["moeut-kernel-reference", "moeut-kernel-grouped"];
 /// If it does not build or open.
 pub fn open(package: &str) -> Result<PluginClient> {
     static BUILT: OnceLock<std::result::Result<PathBuf, String>> = OnceLock::new();
-    let folder = BUILT.get_or_init(|| build().map_err(|error| error.to_string())).clone()?;
+    let folder = BUILT
+        .get_or_init(|| build().map_err(|error| error.to_string()))
+        .clone()?;
     let library = folder.join(format!("lib{}.so", package.replace('-', "_")));
     Ok(PluginClient::open(&library).map_err(|error| format!("{}: {error}", library.display()))?)
 }
@@ -26,7 +30,10 @@ pub fn open(package: &str) -> Result<PluginClient> {
 /// Builds all packages with the profile of this program; gives the folder of the libraries.
 fn build() -> Result<PathBuf> {
     let program = std::env::current_exe()?;
-    let folder = program.ancestors().nth(2).ok_or("the program is in no target folder")?;
+    let folder = program
+        .ancestors()
+        .nth(2)
+        .ok_or("the program is in no target folder")?;
     let mut cargo = Command::new(env!("CARGO"));
     cargo.args(["build", "--quiet", "--manifest-path"]);
     cargo.arg(concat!(env!("CARGO_MANIFEST_DIR"), "/../../Cargo.toml"));
@@ -61,7 +68,9 @@ pub fn kernels() -> Result<Vec<KernelPlugin>> {
     for package in KERNELS {
         let library = open(package)?;
         for component in library.components()? {
-            let Some(capabilities) = component.capabilities else { continue };
+            let Some(capabilities) = component.capabilities else {
+                continue;
+            };
             if component.kind == ComponentKind::Kernel {
                 kernels.push(KernelPlugin {
                     name: component.name,
@@ -106,7 +115,12 @@ impl HostServices for Services {
         false
     }
 
-    fn kernel(&self, _: &str, _: Device, _: DType) -> std::result::Result<KernelClient, PluginError> {
+    fn kernel(
+        &self,
+        _: &str,
+        _: Device,
+        _: DType,
+    ) -> std::result::Result<KernelClient, PluginError> {
         let services: Arc<dyn HostServices> = Arc::new(self.clone());
         self.library.new_kernel(&self.name, &services)
     }

@@ -26,7 +26,10 @@ pub struct Errors {
 
 impl Errors {
     fn add(&mut self, quantity: &'static str, at: &str, error: f64) {
-        let worst = self.by_quantity.entry(quantity).or_insert((0.0, String::new()));
+        let worst = self
+            .by_quantity
+            .entry(quantity)
+            .or_insert((0.0, String::new()));
         if error >= worst.0 {
             *worst = (error, at.to_owned());
         }
@@ -34,13 +37,21 @@ impl Errors {
 
     /// The largest of all.
     pub fn max(&self) -> f64 {
-        self.by_quantity.values().map(|(error, _)| *error).fold(0.0, f64::max)
+        self.by_quantity
+            .values()
+            .map(|(error, _)| *error)
+            .fold(0.0, f64::max)
     }
 
     /// Where each error above `tolerance` is.
     pub fn above(&self, tolerance: f64) -> Vec<String> {
-        let too_large = self.by_quantity.iter().filter(|(_, (error, _))| *error > tolerance);
-        too_large.map(|(quantity, (error, at))| format!("{quantity} of {at}: {error:.1e}")).collect()
+        let too_large = self
+            .by_quantity
+            .iter()
+            .filter(|(_, (error, _))| *error > tolerance);
+        too_large
+            .map(|(quantity, (error, at))| format!("{quantity} of {at}: {error:.1e}"))
+            .collect()
     }
 }
 
@@ -74,7 +85,7 @@ impl Subject {
         kernel: &KernelPlugin,
     ) -> Result<Self> {
         let plugin = plugins::open(plugins::MODEL)?;
-        let (name, defs) = component(&plugin)?;
+        let (name, defs) = component(plugin)?;
         let mut values = BTreeMap::new();
         for (flag, raw) in flags {
             let def = defs.iter().find(|def| def.name == *flag);
@@ -85,10 +96,18 @@ impl Subject {
         let model = plugin.new_model(&name, &config, setup, &plugins::services(kernel))?;
         let (mut trainable, mut buffers) = (BTreeMap::new(), BTreeMap::new());
         for parameter in model.parameters()? {
-            let map = if parameter.is_trainable { &mut trainable } else { &mut buffers };
+            let map = if parameter.is_trainable {
+                &mut trainable
+            } else {
+                &mut buffers
+            };
             map.insert(parameter.name, parameter.tensor.into_tensor());
         }
-        Ok(Self { model, trainable, buffers })
+        Ok(Self {
+            model,
+            trainable,
+            buffers,
+        })
     }
 
     /// Builds the model of a fixture with its initial parameters.
@@ -96,19 +115,33 @@ impl Subject {
     /// # Errors
     /// As [`Subject::build`], and if the recorded parameters are not exactly those of the model.
     pub fn of(fixture: &Fixture, dtype: DType, kernel: &KernelPlugin) -> Result<Self> {
-        let raw = |value: &Value| value.as_str().map_or_else(|| value.to_string(), str::to_owned);
+        let raw = |value: &Value| {
+            value
+                .as_str()
+                .map_or_else(|| value.to_string(), str::to_owned)
+        };
         let recorded = fixture.meta.args_effective.iter();
         let flags = recorded
             .filter(|(flag, _)| !HOST_ARGS.contains(&flag.as_str()))
             .map(|(flag, value)| (flag.clone(), raw(value)))
             .collect();
         let subject = Self::build(&flags, &on_cpu(fixture.meta.vocab, dtype), kernel)?;
-        let mut missing: Vec<&str> = subject.trainable.keys().chain(subject.buffers.keys()).map(String::as_str).collect();
+        let mut missing: Vec<&str> = subject
+            .trainable
+            .keys()
+            .chain(subject.buffers.keys())
+            .map(String::as_str)
+            .collect();
         for (name, value) in fixture.below("param") {
-            let own = subject.trainable.get(name).or_else(|| subject.buffers.get(name));
+            let own = subject
+                .trainable
+                .get(name)
+                .or_else(|| subject.buffers.get(name));
             let own = own.ok_or_else(|| format!("the model has no parameter `{name}`"))?;
             if own.size() != value.size() {
-                return Err(format!("`{name}` is {:?}, recorded {:?}", own.size(), value.size()).into());
+                return Err(
+                    format!("`{name}` is {:?}, recorded {:?}", own.size(), value.size()).into(),
+                );
             }
             tch::no_grad(|| own.shallow_clone().copy_(value));
             missing.retain(|&one| one != name);
@@ -154,9 +187,11 @@ pub fn on_cpu(vocab_size: u64, dtype: DType) -> ModelSetup {
 }
 
 /// The model component of a plugin and its arguments.
-fn component(plugin: &PluginClient) -> Result<(String, Vec<ArgDef>)> {
+fn component(plugin: PluginClient) -> Result<(String, Vec<ArgDef>)> {
     let components = plugin.components()?.into_iter();
-    let model = components.into_iter().find(|component| component.kind == ComponentKind::Model);
+    let model = components
+        .into_iter()
+        .find(|component| component.kind == ComponentKind::Model);
     let model = model.ok_or("the plugin registers no model")?;
     Ok((model.name, model.args))
 }
@@ -165,8 +200,14 @@ fn component(plugin: &PluginClient) -> Result<(String, Vec<ArgDef>)> {
 ///
 /// Segment memory, dense and SUT blocks are others' work.
 pub fn is_covered(fixture: &Fixture) -> bool {
-    let is_moe = fixture.meta.args_effective.get("transformer.variant").and_then(Value::as_str);
-    let has_memory = fixture.number("lm.trafo.context_blocks").is_ok_and(|n| n > 0.0);
+    let is_moe = fixture
+        .meta
+        .args_effective
+        .get("transformer.variant")
+        .and_then(Value::as_str);
+    let has_memory = fixture
+        .number("lm.trafo.context_blocks")
+        .is_ok_and(|n| n > 0.0);
     is_moe.is_some_and(|variant| variant.contains("moe")) && !has_memory
 }
 
@@ -179,7 +220,9 @@ pub fn replay(fixture: &Fixture, dtype: DType, kernel: &KernelPlugin) -> Result<
     let mut adam = Adam::new(fixture, &subject)?;
     let mut errors = Errors::default();
     for (index, expected) in fixture.meta.fp64.steps.iter().enumerate() {
-        let tokens = fixture.tensor(&format!("input.tokens.step{index}"))?.to_kind(Kind::Int64);
+        let tokens = fixture
+            .tensor(&format!("input.tokens.step{index}"))?
+            .to_kind(Kind::Int64);
         let seq_len = tokens.size()[0] - 1;
         let (logits, regularizers) = subject.forward(&tokens.narrow(0, 0, seq_len))?;
         let targets = tokens.narrow(0, 1, seq_len).reshape([-1]);
@@ -198,16 +241,28 @@ pub fn replay(fixture: &Fixture, dtype: DType, kernel: &KernelPlugin) -> Result<
         total.backward();
 
         if index == 0 {
-            errors.add("logits", "step 0", error_of::tensor(&logits, fixture.tensor("expected.logits")?));
+            errors.add(
+                "logits",
+                "step 0",
+                error_of::tensor(&logits, fixture.tensor("expected.logits")?),
+            );
             if !regularizers.keys().eq(fixture.meta.fp64.reg.keys()) {
                 return Err(format!("regularizers are {:?}", regularizers.keys()).into());
             }
             for (name, term) in &regularizers {
                 let expected = fixture.meta.fp64.reg[name];
-                errors.add("reg", name, error_of::scalar(term.double_value(&[]), expected));
+                errors.add(
+                    "reg",
+                    name,
+                    error_of::scalar(term.double_value(&[]), expected),
+                );
             }
             for (name, expected) in fixture.below("grad") {
-                errors.add("grad", name, error_of::tensor(&subject.trainable[name].grad(), expected));
+                errors.add(
+                    "grad",
+                    name,
+                    error_of::tensor(&subject.trainable[name].grad(), expected),
+                );
             }
         }
         let norm = adam.step(&subject)?;
@@ -218,7 +273,11 @@ pub fn replay(fixture: &Fixture, dtype: DType, kernel: &KernelPlugin) -> Result<
             ("total", &total, expected.total_loss),
             ("norm", &norm, expected.grad_norm_before_clip),
         ] {
-            errors.add(quantity, &at, error_of::scalar(value.double_value(&[]), expected));
+            errors.add(
+                quantity,
+                &at,
+                error_of::scalar(value.double_value(&[]), expected),
+            );
         }
     }
     for (name, expected) in fixture.below("after3") {
@@ -258,11 +317,22 @@ struct Adam {
 impl Adam {
     fn new(fixture: &Fixture, subject: &Subject) -> Result<Self> {
         let betas = fixture.meta.defaults_used.get("adam.betas");
-        let beta = |index| betas.and_then(|betas| betas[index].as_f64()).ok_or("no adam.betas");
+        let beta = |index| {
+            betas
+                .and_then(|betas| betas[index].as_f64())
+                .ok_or("no adam.betas")
+        };
         let without_grad = &fixture.meta.fp64.params_without_grad;
-        let names = subject.trainable.keys().filter(|&name| !without_grad.contains(name));
+        let names = subject
+            .trainable
+            .keys()
+            .filter(|&name| !without_grad.contains(name));
         let names: Vec<String> = names.cloned().collect();
-        let zeros = || names.iter().map(|name| subject.trainable[name].detach().zeros_like());
+        let zeros = || {
+            names
+                .iter()
+                .map(|name| subject.trainable[name].detach().zeros_like())
+        };
         Ok(Self {
             config: AdamConfig {
                 lr: fixture.number("lr")?,
@@ -281,7 +351,11 @@ impl Adam {
 
     /// Clips and steps; gives the norm before clipping.
     fn step(&mut self, subject: &Subject) -> Result<Tensor> {
-        let params: Vec<&Tensor> = self.names.iter().map(|name| &subject.trainable[name]).collect();
+        let params: Vec<&Tensor> = self
+            .names
+            .iter()
+            .map(|name| &subject.trainable[name])
+            .collect();
         let grads: Vec<Tensor> = params.iter().map(|param| param.grad()).collect();
         let grads: Vec<&Tensor> = grads.iter().collect();
         let norm = clip_grad_norm_(&grads, self.max_norm)?;

@@ -1,5 +1,7 @@
 //! Facts about the `moeut` model that hold for any parameters.
 
+#![expect(clippy::unwrap_used, reason = "helpers of tests, where it is allowed")]
+
 use moeut_numerics::plugins::{self, KernelPlugin};
 use moeut_numerics::replay::{Subject, on_cpu};
 use moeut_plugin_api::DType;
@@ -33,7 +35,9 @@ const MOEUT: [(&str, &str); 15] = [
 /// The small MoEUT with other or further arguments.
 fn flags(changes: &[(&str, &str)]) -> BTreeMap<String, String> {
     let pairs = MOEUT.iter().chain(changes);
-    pairs.map(|&(flag, raw)| (flag.to_owned(), raw.to_owned())).collect()
+    pairs
+        .map(|&(flag, raw)| (flag.to_owned(), raw.to_owned()))
+        .collect()
 }
 
 fn reference_kernel() -> KernelPlugin {
@@ -59,10 +63,15 @@ fn assert_close(a: &Tensor, b: &Tensor, tolerance: f64) {
 }
 
 /// The variants whose blocks differ.
-const BLOCKS: [&[(&str, &str)]; 4] = [
+const BLOCKS: [&[(&str, &str)]; 5] = [
     &[],
+    // In compatibility mode this makes value heads one wide, unlike query heads.
+    &[("moe.att.same_sel", "1")],
     &[("moe.nonorm", "0")],
-    &[("moe.nonorm", "0"), ("transformer.variant", "moe_universal")],
+    &[
+        ("moe.nonorm", "0"),
+        ("transformer.variant", "moe_universal"),
+    ],
     &[("moe.att.enable", "0")],
 ];
 
@@ -78,7 +87,12 @@ fn a_later_token_never_changes_an_earlier_logit() {
         let (a, b) = (logits(&mut subject, &before), logits(&mut subject, &after));
         assert_close(&a.narrow(0, 0, CHANGED), &b.narrow(0, 0, CHANGED), 1e-12);
         let later = SEQ_LEN - CHANGED;
-        assert!(!a.narrow(0, CHANGED, later).allclose(&b.narrow(0, CHANGED, later), 1e-6, 1e-6, false));
+        assert!(!a.narrow(0, CHANGED, later).allclose(
+            &b.narrow(0, CHANGED, later),
+            1e-6,
+            1e-6,
+            false
+        ));
     }
 }
 
@@ -110,7 +124,10 @@ fn the_order_of_experts_does_not_matter() {
     }
     // Two heads of three experts: experts change places within their head.
     for name in ["projections.v", "selections.v"] {
-        permute(&format!("unique_layers.1.self_attn.{name}"), &[2, 0, 1, 4, 3, 5]);
+        permute(
+            &format!("unique_layers.1.self_attn.{name}"),
+            &[2, 0, 1, 4, 3, 5],
+        );
     }
     assert_close(&logits(&mut subject, &tokens), &before, 1e-12);
 }
@@ -124,7 +141,10 @@ fn shared_layers_equal_unrolled_copies_and_their_gradients_add_up() {
         let origin = |name: &str| match name.strip_prefix("unique_layers.") {
             Some(rest) => {
                 let (place, rest) = rest.split_once('.').unwrap();
-                format!("unique_layers.{}.{rest}", order[place.parse::<usize>().unwrap()])
+                format!(
+                    "unique_layers.{}.{rest}",
+                    order[place.parse::<usize>().unwrap()]
+                )
             }
             None => name.to_owned(),
         };
@@ -139,13 +159,30 @@ fn shared_layers_equal_unrolled_copies_and_their_gradients_add_up() {
         b.square().mean(Kind::Double).backward();
         let mut sums: BTreeMap<String, Tensor> = BTreeMap::new();
         for (name, copy) in &unrolled.trainable {
-            let sum = sums.remove(&origin(name)).map_or_else(|| copy.grad(), |sum| sum + copy.grad());
+            let sum = sums
+                .remove(&origin(name))
+                .map_or_else(|| copy.grad(), |sum| sum + copy.grad());
             sums.insert(origin(name), sum);
         }
         assert!(sums.keys().eq(shared.trainable.keys()));
         for (name, sum) in &sums {
             assert_close(&shared.trainable[name].grad(), sum, 1e-10);
         }
+    }
+}
+
+/// The reference passes `norm_init` to another parameter; only `-compat 1` repeats that.
+#[test]
+fn norm_init_normalizes_unless_the_reference_is_imitated() {
+    let mut setup = on_cpu(VOCAB as u64, DType::F64);
+    for (compat, is_normalized) in [(false, true), (true, false)] {
+        setup.compat = compat;
+        let flags = flags(&[("moe.att.norm_init", "1")]);
+        let subject = Subject::build(&flags, &setup, &reference_kernel()).unwrap();
+        let weight = &subject.trainable["unique_layers.0.self_attn.projections.v"];
+        let norms = weight.detach().norm_scalaropt_dim(2, 0, false);
+        let spread = (norms.max() / norms.min()).double_value(&[]) - 1.0;
+        assert_eq!(spread < 1e-12, is_normalized, "compat {compat}: {spread}");
     }
 }
 
@@ -170,11 +207,18 @@ fn mixed_precision_stays_near_full_precision() {
             logits(&mut mixed, &tokens)
         };
         // A token near a routing boundary may choose another expert, which moves its logits more than rounding does.
-        let error = (rounded.to_kind(Kind::Double) - &exact).square().mean(Kind::Double).sqrt();
+        let error = (rounded.to_kind(Kind::Double) - &exact)
+            .square()
+            .mean(Kind::Double)
+            .sqrt();
         let scale = exact.square().mean(Kind::Double).sqrt();
         let relative = (error / scale).double_value(&[]);
         assert!(relative < 0.1, "{}: {relative}", kernel.name);
-        rounded.to_kind(Kind::Float).square().mean(Kind::Float).backward();
+        rounded
+            .to_kind(Kind::Float)
+            .square()
+            .mean(Kind::Float)
+            .backward();
         for (name, parameter) in &mixed.trainable {
             let grad = parameter.grad();
             assert_eq!(grad.kind(), Kind::Float, "{name}");
@@ -208,7 +252,10 @@ fn contradictory_arguments_are_refused_with_a_way_out() {
             "the model cannot be built: `dropout` is 1.5, it must be a probability below 1",
         ),
         (
-            &[("transformer.head_projection_size", "none"), ("transformer.n_heads", "3")],
+            &[
+                ("transformer.head_projection_size", "none"),
+                ("transformer.n_heads", "3"),
+            ],
             "the width of a head is unknown: `state_size` 16 is no multiple of `transformer.n_heads` 3",
         ),
         (
@@ -221,7 +268,9 @@ fn contradictory_arguments_are_refused_with_a_way_out() {
             panic!("{changes:?} was accepted");
         };
         assert_eq!(error.to_string(), message);
-        let error = error.downcast_ref::<moeut_plugin_api::PluginError>().unwrap();
+        let error = error
+            .downcast_ref::<moeut_plugin_api::PluginError>()
+            .unwrap();
         assert!(error.fix.starts_with("set `-"), "{error:?}");
     }
 }

@@ -58,7 +58,11 @@ impl Block {
         let self_attn = params.sub("self_attn");
         let attention = match config.switchhead(compat) {
             Some(switchhead) => {
-                let place = SwitchHeadPlace { d_model, depth_init, has_norm };
+                let place = SwitchHeadPlace {
+                    d_model,
+                    depth_init,
+                    has_norm,
+                };
                 Attention::Experts(Box::new(SwitchHead::new(&self_attn, place, switchhead)))
             }
             None => Attention::Dense(DenseAttention::new(
@@ -145,12 +149,19 @@ impl Block {
         let MoeReport { balance, stats } = SigmaMoe::finish(pass.moe);
         let balance = balance.map(|term| ("moe".to_owned(), term));
         report.regularizers.extend(balance);
-        let named = stats.into_iter().map(|(name, value)| (format!("pkm/{name}"), value));
+        let named = stats
+            .into_iter()
+            .map(|(name, value)| (format!("pkm/{name}"), value));
         report.stats.extend(named);
         report
     }
 
-    fn attend(&self, x: &Tensor, pass: &mut BlockPass, ctx: &Context) -> Result<Tensor, PluginError> {
+    fn attend(
+        &self,
+        x: &Tensor,
+        pass: &mut BlockPass,
+        ctx: &Context,
+    ) -> Result<Tensor, PluginError> {
         let y = match (&self.attention, &mut pass.attention) {
             (Attention::Dense(attention), _) => attention.forward(x),
             (Attention::Experts(attention), Some(pass)) => attention.forward(x, pass, ctx)?,

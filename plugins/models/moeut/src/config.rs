@@ -47,7 +47,10 @@ enum Variant {
 /// `moe.att.*`, where `None` means "as in the feed-forward layer".
 #[derive(Debug, Clone, Copy, Deserialize)]
 #[serde(deny_unknown_fields)]
-#[expect(clippy::struct_excessive_bools, reason = "each is an argument of the reference")]
+#[expect(
+    clippy::struct_excessive_bools,
+    reason = "each is an argument of the reference"
+)]
 struct AttentionConfig {
     has_experts: bool,
     n_experts: i64,
@@ -100,11 +103,16 @@ impl Config {
             ("moe.selection_dropout", self.moe.router_dropout),
             ("moe.att.dropout", self.attention.dropout),
             ("moe.att.selection_dropout", self.attention.router_dropout),
-            ("moe.att.drop_expert", self.attention.expert_dropout.unwrap_or(0.0)),
+            (
+                "moe.att.drop_expert",
+                self.attention.expert_dropout.unwrap_or(0.0),
+            ),
         ] {
             if !(0.0..1.0).contains(&value) {
                 return Err(PluginError::new("the model cannot be built")
-                    .why(format!("`{flag}` is {value}, it must be a probability below 1"))
+                    .why(format!(
+                        "`{flag}` is {value}, it must be a probability below 1"
+                    ))
                     .fix(format!("set `-{flag} 0`")));
             }
         }
@@ -116,9 +124,16 @@ impl Config {
                 ))
                 .fix("set `-rope.rotate_fraction 0.5 -rope.base 10000`"));
         }
-        check_top_k("pkm.n_heads", self.moe.top_k, "moe.n_experts", self.moe.n_experts)?;
+        check_top_k(
+            "pkm.n_heads",
+            self.moe.top_k,
+            "moe.n_experts",
+            self.moe.n_experts,
+        )?;
         if self.attention.has_experts {
-            let AttentionConfig { top_k, n_experts, .. } = self.attention;
+            let AttentionConfig {
+                top_k, n_experts, ..
+            } = self.attention;
             check_top_k("moe.att.k", top_k, "moe.att.n_experts", n_experts)?;
         }
         if self.d_head.is_none() && self.d_model % self.n_heads != 0 {
@@ -130,9 +145,14 @@ impl Config {
                 .fix("set `-transformer.head_projection_size`"));
         }
         if self.context_blocks != 0 {
-            return Err(PluginError::new("attention to earlier segments is not implemented")
-                .why(format!("`lm.trafo.context_blocks` is {}", self.context_blocks))
-                .fix("set `-lm.trafo.context_blocks 0`, as all of the paper's runs do"));
+            return Err(
+                PluginError::new("attention to earlier segments is not implemented")
+                    .why(format!(
+                        "`lm.trafo.context_blocks` is {}",
+                        self.context_blocks
+                    ))
+                    .fix("set `-lm.trafo.context_blocks 0`, as all of the paper's runs do"),
+            );
         }
         Ok(())
     }
@@ -168,7 +188,11 @@ impl Config {
 
     /// What the embedding is multiplied by.
     pub(crate) fn embedding_scale(&self) -> f64 {
-        let default = if self.is_pre_ln() { 1.0 } else { (self.d_model as f64).sqrt() };
+        let default = if self.is_pre_ln() {
+            1.0
+        } else {
+            (self.d_model as f64).sqrt()
+        };
         self.embedding_scale.unwrap_or(default)
     }
 
@@ -196,7 +220,12 @@ impl Config {
             let d_value = if att.same_sel { Some(1) } else { None };
             (att.has_norm_init, att.separate_kq_sel, d_value, false)
         } else {
-            (att.separate_kq_sel, att.same_sel, att.d_value, att.has_norm_init)
+            (
+                att.separate_kq_sel,
+                att.same_sel,
+                att.d_value,
+                att.has_norm_init,
+            )
         };
         att.has_experts.then(|| SwitchHeadConfig {
             heads,
@@ -229,7 +258,9 @@ fn check_top_k(k_flag: &str, k: i64, n_flag: &str, n: i64) -> Result<(), PluginE
     if k <= n {
         return Ok(());
     }
-    Err(PluginError::new("a token cannot use more experts than there are")
-        .why(format!("`{k_flag}` is {k}, but `{n_flag}` is {n}"))
-        .fix(format!("set `-{k_flag} {n}` or less, or raise `-{n_flag}`")))
+    Err(
+        PluginError::new("a token cannot use more experts than there are")
+            .why(format!("`{k_flag}` is {k}, but `{n_flag}` is {n}"))
+            .fix(format!("set `-{k_flag} {n}` or less, or raise `-{n_flag}`")),
+    )
 }

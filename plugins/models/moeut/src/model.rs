@@ -6,7 +6,8 @@ use crate::config::Config;
 use moeut_nn::{Context, Embedding, LayerNorm, LmHead, Params};
 use moeut_plugin_api::abi::client::KernelClient;
 use moeut_plugin_api::{
-    ArgSpec, ForwardInput, ForwardOutput, Host, Model, ModelSetup, NamedTensor, Parameter, PluginError,
+    ArgSpec, ForwardInput, ForwardOutput, Host, Model, ModelSetup, NamedTensor, Parameter,
+    PluginError,
 };
 use moeut_torch::{IntoHandle, IntoTensor};
 use std::collections::BTreeMap;
@@ -38,14 +39,16 @@ struct Precision {
 
 impl Model for Moeut {
     const NAME: &'static str = "moeut";
-    const SUMMARY: &'static str = "Mixture-of-experts Transformer with shared layers (MoEUT) and its ablations";
+    const SUMMARY: &'static str =
+        "Mixture-of-experts Transformer with shared layers (MoEUT) and its ablations";
     const ARGS: &'static [ArgSpec] = ARGS;
     type Config = Config;
 
     fn build(config: Config, setup: &ModelSetup, host: &Host) -> Result<Self, PluginError> {
         config.check()?;
-        let vocab_size = i64::try_from(setup.vocab_size)
-            .map_err(|error| PluginError::new("the vocabulary is too large").why(error.to_string()))?;
+        let vocab_size = i64::try_from(setup.vocab_size).map_err(|error| {
+            PluginError::new("the vocabulary is too large").why(error.to_string())
+        })?;
         let order = config
             .sharing()
             .order(to_usize(config.n_layers), to_usize(config.group_size))?;
@@ -72,7 +75,13 @@ impl Model for Moeut {
         let embedding = Embedding::new(&params.sub("embedding"), vocab_size, config.d_model, scale);
         let unique_layers = params.sub("unique_layers");
         let blocks = (0..n_blocks)
-            .map(|index| Block::new(&unique_layers.sub(index), &config, setup.compat))
+            .map(|index| {
+                Block::new(
+                    &unique_layers.sub(&index.to_string()),
+                    &config,
+                    setup.compat,
+                )
+            })
             .collect();
         let has_norm = config.has_out_norm();
         Ok(Self {
@@ -80,7 +89,13 @@ impl Model for Moeut {
             input_norm: config.norms_input.then(|| LayerNorm::plain(config.d_model)),
             blocks,
             order,
-            head: LmHead::new(&params, vocab_size, config.d_model, has_norm, config.dropout),
+            head: LmHead::new(
+                &params,
+                vocab_size,
+                config.d_model,
+                has_norm,
+                config.dropout,
+            ),
             training,
             evaluation,
             dropout: config.dropout,
@@ -94,7 +109,11 @@ impl Model for Moeut {
     }
 
     fn forward(&mut self, input: ForwardInput) -> Result<ForwardOutput, PluginError> {
-        let precision = if input.is_training { &self.training } else { &self.evaluation };
+        let precision = if input.is_training {
+            &self.training
+        } else {
+            &self.evaluation
+        };
         let ctx = Context {
             kernel: Rc::clone(&precision.kernel),
             compute: precision.compute,
@@ -123,7 +142,10 @@ impl Model for Moeut {
 
         let mut regularizers: BTreeMap<String, Tensor> = BTreeMap::new();
         for (index, (block, pass)) in self.blocks.iter().zip(passes).enumerate() {
-            let BlockReport { regularizers: terms, stats: of_block } = block.finish(pass);
+            let BlockReport {
+                regularizers: terms,
+                stats: of_block,
+            } = block.finish(pass);
             for (name, term) in terms {
                 let sum = match regularizers.remove(&name) {
                     Some(sum) => sum + term,
@@ -132,7 +154,11 @@ impl Model for Moeut {
                 regularizers.insert(name, sum);
             }
             let prefix = format!("unique_layers.{index}");
-            stats.extend(of_block.into_iter().map(|(name, value)| (format!("{prefix}.{name}"), value)));
+            stats.extend(
+                of_block
+                    .into_iter()
+                    .map(|(name, value)| (format!("{prefix}.{name}"), value)),
+            );
         }
         Ok(ForwardOutput {
             logits_tbv: logits_tbv.into_handle(),
@@ -167,7 +193,9 @@ fn update_stats(place: usize, x_btd: &Tensor, y_btd: &Tensor) -> [(String, Tenso
     tch::no_grad(|| {
         let norm = |x: &Tensor| x.norm_scalaropt_dim(2, -1, false).mean(Kind::Float);
         let (update, input) = (norm(&(y_btd - x_btd)), norm(x_btd));
-        let cosine = Tensor::cosine_similarity(x_btd, y_btd, -1, 1e-8).abs().mean(Kind::Float);
+        let cosine = Tensor::cosine_similarity(x_btd, y_btd, -1, 1e-8)
+            .abs()
+            .mean(Kind::Float);
         let name = |what: &str| format!("activation_norm/{what}_{place}");
         [
             (name("rel_update_layer"), &update / &input),
