@@ -1,13 +1,15 @@
 //! Entry point: which job is asked for, and the way from `argv` to a run.
 
-use crate::args::{Arguments, HostConfig, Owner, asks_for_help, help_text, parse, peek, render_resolved};
+use crate::args::{
+    Arguments, HostConfig, Owner, asks_for_help, help_text, parse, peek, render_resolved,
+};
 use crate::checkpoint::{self, Loaded};
 use crate::doctor;
 use crate::error::{EXIT_USER_ERROR, HostError};
 use crate::log::{Level, Terminal, TerminalMode};
 use crate::plugins::{Registry, search_path};
 use crate::train;
-use crate::train::run::{Blueprint, Run};
+use crate::train::build::{Blueprint, build};
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::io::{IsTerminal, Write};
@@ -31,7 +33,8 @@ pub fn main() -> ExitCode {
     match dispatch(&argv, start) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            let in_color = std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none();
+            let in_color =
+                std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none();
             write_err(&error.render(in_color));
             ExitCode::from(EXIT_USER_ERROR)
         }
@@ -39,16 +42,25 @@ pub fn main() -> ExitCode {
 }
 
 fn dispatch(argv: &[String], start: Instant) -> Result<(), HostError> {
+    // Without it training is slower, and that is all: another C library need not know the options.
+    let _ = moeut_torch::memory::keep_freed_blocks();
     // Before any other call of libtorch: a question about CUDA caches the answer "none" for good.
     let cuda = moeut_torch::cuda::load();
-    let words: Vec<&str> = argv.iter().map(String::as_str).take_while(|word| !word.starts_with('-')).collect();
+    let words: Vec<&str> = argv
+        .iter()
+        .map(String::as_str)
+        .take_while(|word| !word.starts_with('-'))
+        .collect();
     let rest = &argv[words.len()..];
     match words[..] {
         [] if argv.is_empty() => {
             print(USAGE);
             Ok(())
         }
-        [] if asks_for_help(argv) => help(argv),
+        [] if asks_for_help(argv) => {
+            help(argv);
+            Ok(())
+        }
         [] => train_command(argv, start),
         ["plugins", "list"] => {
             print(&doctor::plugin_table(&open_registry(rest)));
@@ -71,25 +83,27 @@ fn dispatch(argv: &[String], start: Instant) -> Result<(), HostError> {
     }
 }
 
-fn help(argv: &[String]) -> Result<(), HostError> {
+fn help(argv: &[String]) {
     const WIDTH: usize = 110;
     let owners = owners(&open_registry(argv));
     print(USAGE);
     print("\n");
     print(&help_text(&owners, WIDTH));
-    Ok(())
 }
 
 /// Trains.
 fn train_command(argv: &[String], start: Instant) -> Result<(), HostError> {
     let registry = Arc::new(open_registry(argv));
-    let n_plugins_s = start.elapsed();
+    let plugins_time = start.elapsed();
     let terminal = Arc::new(Terminal::new(TerminalMode::Auto));
     for text in registry.notes() {
         terminal.message(Level::Warning, text);
     }
     for problem in registry.problems() {
-        terminal.message(Level::Warning, &format!("{}: {}", problem.error.what, problem.error.why));
+        terminal.message(
+            Level::Warning,
+            &format!("{}: {}", problem.error.what, problem.error.why),
+        );
     }
     let owners = owners(&registry);
     let blueprint = blueprint(argv, &owners)?;
@@ -100,8 +114,11 @@ fn train_command(argv: &[String], start: Instant) -> Result<(), HostError> {
     let _lock = lock_run(&folder)?;
     write_startup_log(&folder, argv)?;
     write_args(&folder, &blueprint.arguments)?;
-    terminal.message(Level::Info, &format!("plugins {:.2} s", n_plugins_s.as_secs_f64()));
-    let mut run = Run::build(blueprint, &registry, &terminal)?;
+    terminal.message(
+        Level::Info,
+        &format!("plugins {:.2} s", plugins_time.as_secs_f64()),
+    );
+    let mut run = build(blueprint, &registry, &terminal)?;
     let outcome = train::train(&mut run);
     run.monitor.finish();
     Ok(outcome?)
@@ -124,7 +141,10 @@ fn owners(registry: &Registry) -> Vec<Owner> {
     for component in registry.components() {
         if seen.insert((component.info.kind, &component.info.name)) {
             let plugin = &component.library.manifest.plugin;
-            owners.push(Owner::component(component.info, &format!("{} {}", plugin.name, plugin.version)));
+            owners.push(Owner::component(
+                component.info,
+                &format!("{} {}", plugin.name, plugin.version),
+            ));
         }
     }
     owners
@@ -158,8 +178,17 @@ fn blueprint(argv: &[String], owners: &[Owner]) -> Result<Blueprint, HostError> 
     if config.reset && config.restore.is_none() {
         reset(&folder)?;
     }
-    arguments.warnings.extend(restored.iter().flat_map(|loaded: &Loaded| loaded.warnings.clone()));
-    Ok(Blueprint { arguments, config, folder, restored })
+    arguments.warnings.extend(
+        restored
+            .iter()
+            .flat_map(|loaded: &Loaded| loaded.warnings.clone()),
+    );
+    Ok(Blueprint {
+        arguments,
+        config,
+        folder,
+        restored,
+    })
 }
 
 /// The arguments that a run of this name was started with.
@@ -188,7 +217,8 @@ fn write_args(folder: &Path, arguments: &Arguments) -> Result<(), HostError> {
         &mut file,
         serde_json::ser::PrettyFormatter::with_indent(b"    "),
     );
-    serde::Serialize::serialize(&arguments.raw_map(), &mut writer).map_err(|error| fail(error.into()))?;
+    serde::Serialize::serialize(&arguments.raw_map(), &mut writer)
+        .map_err(|error| fail(error.into()))?;
     file.as_file().sync_all().map_err(fail)?;
     file.persist(&path).map_err(|error| fail(error.error))?;
     Ok(())
@@ -196,7 +226,13 @@ fn write_args(folder: &Path, arguments: &Arguments) -> Result<(), HostError> {
 
 /// Removes what an earlier run of this name left, but nothing else in its folder.
 fn reset(folder: &Path) -> Result<(), HostError> {
-    for name in ["checkpoint", "tensorboard", "export", "model_weights", "tmp"] {
+    for name in [
+        "checkpoint",
+        "tensorboard",
+        "export",
+        "model_weights",
+        "tmp",
+    ] {
         let path = folder.join(name);
         match std::fs::remove_dir_all(&path) {
             Ok(()) => {}
@@ -230,8 +266,13 @@ fn write_startup_log(folder: &Path, argv: &[String]) -> Result<(), HostError> {
         .duration_since(std::time::UNIX_EPOCH)
         .map_or(0, |since| since.as_secs());
     let line = format!("{seconds} {} moeut-host {}\n", host.trim(), argv.join(" "));
-    let mut file = File::options().append(true).create(true).open(&path).map_err(|error| io_error(&path, &error))?;
-    file.write_all(line.as_bytes()).map_err(|error| io_error(&path, &error))
+    let mut file = File::options()
+        .append(true)
+        .create(true)
+        .open(&path)
+        .map_err(|error| io_error(&path, &error))?;
+    file.write_all(line.as_bytes())
+        .map_err(|error| io_error(&path, &error))
 }
 
 fn io_error(path: &Path, error: &std::io::Error) -> HostError {

@@ -14,10 +14,11 @@ pub fn plugin_table(registry: &Registry) -> String {
         let is_shadowed = !seen.insert((component.info.kind, component.info.name.clone()));
         rows.push(row(&component, is_shadowed));
     }
-    let mut text = columns(&rows);
-    if rows.len() == 1 {
-        text = "no plugins\n".to_owned();
-    }
+    let mut text = if rows.len() == 1 {
+        "no plugins\n".to_owned()
+    } else {
+        columns(&rows)
+    };
     for note in registry.notes() {
         let _ = writeln!(text, "note: {note}");
     }
@@ -28,7 +29,13 @@ fn row(component: &Component<'_>, is_shadowed: bool) -> [String; 6] {
     let plugin = &component.library.manifest.plugin;
     let file = component.library.manifest.path.display();
     let aliases = &component.info.aliases;
-    let or_dash = |text: &str| if text.is_empty() { "-".to_owned() } else { text.to_owned() };
+    let or_dash = |text: &str| {
+        if text.is_empty() {
+            "-".to_owned()
+        } else {
+            text.to_owned()
+        }
+    };
     [
         component.info.kind.to_string(),
         if aliases.is_empty() {
@@ -39,17 +46,29 @@ fn row(component: &Component<'_>, is_shadowed: bool) -> [String; 6] {
         plugin.version.clone(),
         plugin.abi.clone(),
         or_dash(&plugin.libtorch),
-        if is_shadowed { format!("{file} (shadowed)") } else { file.to_string() },
+        if is_shadowed {
+            format!("{file} (shadowed)")
+        } else {
+            file.to_string()
+        },
     ]
 }
 
 fn columns(rows: &[[String; 6]]) -> String {
-    let width = |column: usize| rows.iter().map(|row| row[column].chars().count()).max().unwrap_or(0);
+    let width = |column: usize| {
+        rows.iter()
+            .map(|row| row[column].chars().count())
+            .max()
+            .unwrap_or(0)
+    };
     let widths: Vec<usize> = (0..6).map(width).collect();
     let mut text = String::new();
     for row in rows {
-        let cells: Vec<String> =
-            row.iter().zip(&widths).map(|(cell, &width)| format!("{cell:width$}")).collect();
+        let cells: Vec<String> = row
+            .iter()
+            .zip(&widths)
+            .map(|(cell, &width)| format!("{cell:width$}"))
+            .collect();
         let _ = writeln!(text, "{}", cells.join("  ").trim_end());
     }
     text
@@ -68,27 +87,47 @@ fn problems(registry: &Registry) -> String {
 pub fn report(registry: &Registry, cuda: &Result<bool, PluginError>) -> String {
     let mut text = String::new();
     let libtorch = moeut_torch::version::runtime_version();
-    let _ = writeln!(text, "moeut-host   {} (plugin ABI {ABI_MAJOR}.{ABI_MINOR})", env!("CARGO_PKG_VERSION"));
+    let _ = writeln!(
+        text,
+        "moeut-host   {} (plugin ABI {ABI_MAJOR}.{ABI_MINOR})",
+        env!("CARGO_PKG_VERSION")
+    );
     let _ = writeln!(
         text,
         "libtorch     {} (needed: {})",
         libtorch.as_deref().unwrap_or("of unknown version"),
         moeut_torch::LIBTORCH_VERSION
     );
-    let n_gpus = if matches!(cuda, Ok(true)) { tch::Cuda::device_count() } else { 0 };
+    let n_gpus = if matches!(cuda, Ok(true)) {
+        tch::Cuda::device_count()
+    } else {
+        0
+    };
     match cuda {
         Ok(true) => {
             let _ = writeln!(text, "CUDA         {n_gpus} device(s); driver {}", driver());
         }
         Ok(false) => {
-            let _ = writeln!(text, "CUDA         libraries load, but there is no device; driver {}", driver());
+            let _ = writeln!(
+                text,
+                "CUDA         libraries load, but there is no device; driver {}",
+                driver()
+            );
         }
         Err(error) => {
-            let _ = writeln!(text, "CUDA         not available: {}\n    fix: {}", error.why, error.fix);
+            let _ = writeln!(
+                text,
+                "CUDA         not available: {}\n    fix: {}",
+                error.why, error.fix
+            );
         }
     }
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
-    let _ = writeln!(text, "CPU          {cores} cores, {} threads for tensors", tch::get_num_threads());
+    let _ = writeln!(
+        text,
+        "CPU          {cores} cores, {} threads for tensors",
+        tch::get_num_threads()
+    );
     let _ = writeln!(text, "plugin folders, first wins:");
     for folder in registry.folders() {
         let n_files = folders::libraries(&folder.path).map(|files| files.len());
@@ -97,14 +136,26 @@ pub fn report(registry: &Registry, cuda: &Result<bool, PluginError>) -> String {
             Ok(n) => format!("{n} libraries"),
             Err(error) => format!("cannot be read: {error}"),
         };
-        let _ = writeln!(text, "    {} ({}): {state}", folder.path.display(), folder.origin);
+        let _ = writeln!(
+            text,
+            "    {} ({}): {state}",
+            folder.path.display(),
+            folder.origin
+        );
     }
-    let _ = writeln!(text, "{} components are usable, {} files are not", registry.components().count(), registry.problems().len());
+    let _ = writeln!(
+        text,
+        "{} components are usable, {} files are not",
+        registry.components().count(),
+        registry.problems().len()
+    );
     text + &problems(registry)
 }
 
 /// Version of NVIDIA's kernel driver.
 fn driver() -> String {
-    std::fs::read_to_string("/sys/module/nvidia/version")
-        .map_or_else(|_| "not found".to_owned(), |version| version.trim().to_owned())
+    std::fs::read_to_string("/sys/module/nvidia/version").map_or_else(
+        |_| "not found".to_owned(),
+        |version| version.trim().to_owned(),
+    )
 }

@@ -36,8 +36,14 @@ impl HostError {
 
     /// The text for the terminal, in color only if asked for.
     pub fn render(&self, in_color: bool) -> String {
-        let theme = if in_color { GraphicalTheme::unicode() } else { GraphicalTheme::unicode_nocolor() };
-        let handler = GraphicalReportHandler::new_themed(theme).with_width(100).with_links(false);
+        let theme = if in_color {
+            GraphicalTheme::unicode()
+        } else {
+            GraphicalTheme::unicode_nocolor()
+        };
+        let handler = GraphicalReportHandler::new_themed(theme)
+            .with_width(100)
+            .with_links(false);
         let mut text = String::from("Error: ");
         if handler.render_report(&mut text, self).is_err() {
             text.push_str(&self.what);

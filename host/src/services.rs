@@ -17,7 +17,11 @@ pub struct Services {
 
 impl Services {
     /// Services with the arguments of a run.
-    pub fn new(registry: &Arc<Registry>, terminal: &Arc<Terminal>, config: &HostConfig) -> Arc<Self> {
+    pub fn new(
+        registry: &Arc<Registry>,
+        terminal: &Arc<Terminal>,
+        config: &HostConfig,
+    ) -> Arc<Self> {
         let n_threads = config
             .threads
             .or_else(|| std::thread::available_parallelism().ok().map(usize::from))
@@ -25,7 +29,11 @@ impl Services {
         Arc::new_cyclic(|this| Self {
             registry: Arc::downgrade(registry),
             terminal: Arc::clone(terminal),
-            info: HostInfo { cache_dir: config.cache_dir.clone(), n_threads, compat: config.compat },
+            info: HostInfo {
+                cache_dir: config.cache_dir.clone(),
+                n_threads,
+                compat: config.compat,
+            },
             this: Weak::clone(this),
         })
     }
@@ -53,11 +61,18 @@ impl HostServices for Services {
         false
     }
 
-    fn kernel(&self, name: &str, device: Device, dtype: DType) -> Result<KernelClient, PluginError> {
+    fn kernel(
+        &self,
+        name: &str,
+        device: Device,
+        dtype: DType,
+    ) -> Result<KernelClient, PluginError> {
         let gone = || PluginError::new("the host is shutting down");
         let registry = self.registry.upgrade().ok_or_else(gone)?;
         let services: Arc<dyn HostServices> = self.this.upgrade().ok_or_else(gone)?;
         let component = registry.find_kernel(name, device, dtype)?;
-        component.client().new_kernel(&component.info.name, &services)
+        component
+            .client()
+            .new_kernel(&component.info.name, &services)
     }
 }

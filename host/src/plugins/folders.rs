@@ -44,7 +44,10 @@ fn data_folder() -> Option<PathBuf> {
 fn without_repeats(all: Vec<Folder>) -> Vec<Folder> {
     let mut unique: Vec<(PathBuf, Folder)> = Vec::new();
     for folder in all {
-        let real = folder.path.canonicalize().unwrap_or_else(|_| folder.path.clone());
+        let real = folder
+            .path
+            .canonicalize()
+            .unwrap_or_else(|_| folder.path.clone());
         if !unique.iter().any(|(known, _)| *known == real) {
             unique.push((real, folder));
         }
@@ -97,6 +100,12 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().to_str().unwrap().to_owned();
         let found = search_path(&[path.clone(), format!("{path}/.")]);
-        assert_eq!(found.iter().filter(|folder| folder.origin == "-plugin_dir").count(), 1);
+        assert_eq!(
+            found
+                .iter()
+                .filter(|folder| folder.origin == "-plugin_dir")
+                .count(),
+            1
+        );
     }
 }

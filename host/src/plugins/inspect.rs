@@ -5,6 +5,7 @@ use moeut_plugin_api::abi::{ABI_MAJOR, ABI_MINOR};
 use moeut_plugin_api::{ComponentKind, PluginError};
 use object::{Object, ObjectSection};
 use sha2::{Digest, Sha256};
+use std::fmt::Write;
 use std::fs::File;
 use std::io::Read;
 use std::os::unix::fs::MetadataExt;
@@ -71,7 +72,9 @@ pub enum Refusal {
     #[error("`{0}` may be written by everybody, and loading a plugin runs it")]
     WorldWritable(PathBuf),
     /// Somebody else may change it.
-    #[error("`{path}` belongs to user {owner}, who is neither you nor root, and loading a plugin runs it")]
+    #[error(
+        "`{path}` belongs to user {owner}, who is neither you nor root, and loading a plugin runs it"
+    )]
     ForeignOwner {
         /// The file or folder.
         path: PathBuf,
@@ -133,11 +136,17 @@ pub fn inspect(path: &Path) -> Result<Manifest, Refusal> {
     let mut file = File::open(path).map_err(unreadable)?;
     let metadata = file.metadata().map_err(unreadable)?;
     check_owner(path, &metadata)?;
-    if let Some(folder) = path.parent().filter(|folder| !folder.as_os_str().is_empty()) {
+    if let Some(folder) = path
+        .parent()
+        .filter(|folder| !folder.as_os_str().is_empty())
+    {
         check_owner(folder, &std::fs::metadata(folder).map_err(unreadable)?)?;
     }
     if metadata.len() > MAX_BYTES {
-        return Err(Refusal::NotALibrary(format!("{} bytes are too many", metadata.len())));
+        return Err(Refusal::NotALibrary(format!(
+            "{} bytes are too many",
+            metadata.len()
+        )));
     }
 
     let mut bytes = Vec::new();
@@ -159,9 +168,10 @@ pub fn claims(path: &Path) -> Vec<(ComponentKind, String)> {
     let mut bytes = Vec::new();
     let read = File::open(path).and_then(|file| file.take(MAX_BYTES).read_to_end(&mut bytes));
     match read.ok().map(|_| read_records(&bytes)) {
-        Some(Ok((_, components))) => {
-            components.into_iter().map(|component| (component.kind, component.name)).collect()
-        }
+        Some(Ok((_, components))) => components
+            .into_iter()
+            .map(|component| (component.kind, component.name))
+            .collect(),
         Some(Err(_)) | None => Vec::new(),
     }
 }
@@ -173,14 +183,19 @@ fn check_owner(path: &Path, metadata: &std::fs::Metadata) -> Result<(), Refusal>
     }
     let owner = metadata.uid();
     if owner != 0 && Some(owner) != current_user() {
-        return Err(Refusal::ForeignOwner { path: path.to_owned(), owner });
+        return Err(Refusal::ForeignOwner {
+            path: path.to_owned(),
+            owner,
+        });
     }
     Ok(())
 }
 
 /// The effective user, as the owner of this process's folder in `/proc`.
 fn current_user() -> Option<u32> {
-    std::fs::metadata("/proc/self").ok().map(|metadata| metadata.uid())
+    std::fs::metadata("/proc/self")
+        .ok()
+        .map(|metadata| metadata.uid())
 }
 
 fn read_records(bytes: &[u8]) -> Result<(PluginRecord, Vec<ComponentRecord>), Refusal> {
@@ -209,38 +224,65 @@ pub fn parse_records(section: &[u8]) -> Result<(PluginRecord, Vec<ComponentRecor
     components.sort_by(|a, b| (a.kind, &a.name).cmp(&(b.kind, &b.name)));
     match <[PluginRecord; 1]>::try_from(plugins) {
         Ok([plugin]) => Ok((plugin, components)),
-        Err(plugins) => Err(malformed(&format!("{} records about the plugin", plugins.len()))),
+        Err(plugins) => Err(malformed(&format!(
+            "{} records about the plugin",
+            plugins.len()
+        ))),
     }
 }
 
 fn check_compatible(plugin: &PluginRecord) -> Result<(), Refusal> {
-    let abi = plugin.abi.split_once('.').and_then(|(major, minor)| {
-        Some((major.parse::<u32>().ok()?, minor.parse::<u32>().ok()?))
-    });
+    let abi = plugin
+        .abi
+        .split_once('.')
+        .and_then(|(major, minor)| Some((major.parse::<u32>().ok()?, minor.parse::<u32>().ok()?)));
     // A newer minor may rely on what this host lacks.
     if abi.is_none_or(|(major, minor)| major != ABI_MAJOR || minor > ABI_MINOR) {
-        return Err(Refusal::OtherAbi { found: plugin.abi.clone() });
+        return Err(Refusal::OtherAbi {
+            found: plugin.abi.clone(),
+        });
     }
     let have = moeut_plugin_api::abi::manifest::TARGET;
     if plugin.target != have {
-        return Err(Refusal::OtherTarget { found: plugin.target.clone(), have });
+        return Err(Refusal::OtherTarget {
+            found: plugin.target.clone(),
+            have,
+        });
     }
     let have = moeut_torch::LIBTORCH_VERSION;
-    let minor = |version: &str| version.splitn(3, '.').take(2).map(str::to_owned).collect::<Vec<_>>();
+    let minor = |version: &str| {
+        version
+            .splitn(3, '.')
+            .take(2)
+            .map(str::to_owned)
+            .collect::<Vec<_>>()
+    };
     if !plugin.libtorch.is_empty() && minor(&plugin.libtorch) != minor(have) {
-        return Err(Refusal::OtherLibtorch { found: plugin.libtorch.clone(), have });
+        return Err(Refusal::OtherLibtorch {
+            found: plugin.libtorch.clone(),
+            have,
+        });
     }
     Ok(())
 }
 
 fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+    bytes.iter().fold(String::new(), |mut text, byte| {
+        let _ = write!(text, "{byte:02x}");
+        text
+    })
 }
 
 /// `task a, model b`, for errors.
 pub fn describe(components: impl Iterator<Item = (ComponentKind, String)>) -> String {
-    let all: Vec<String> = components.map(|(kind, name)| format!("{kind} `{name}`")).collect();
-    if all.is_empty() { "nothing".to_owned() } else { all.join(", ") }
+    let all: Vec<String> = components
+        .map(|(kind, name)| format!("{kind} `{name}`"))
+        .collect();
+    if all.is_empty() {
+        "nothing".to_owned()
+    } else {
+        all.join(", ")
+    }
 }
 
 #[cfg(test)]
@@ -251,15 +293,25 @@ mod tests {
 
     #[test]
     fn records_parse_and_padding_is_skipped() {
-        let section = format!("{PLUGIN}\n\0\0\0{{\"record\":\"component\",\"kind\":\"task\",\"name\":\"x\"}}\n");
+        let section = format!(
+            "{PLUGIN}\n\0\0\0{{\"record\":\"component\",\"kind\":\"task\",\"name\":\"x\"}}\n"
+        );
         let (plugin, components) = parse_records(section.as_bytes()).unwrap();
         assert_eq!((plugin.name.as_str(), components.len()), ("p", 1));
     }
 
     #[test]
     fn a_manifest_has_one_plugin_record() {
-        for section in [String::new(), format!("{PLUGIN}\n{PLUGIN}\n"), "{}".to_owned(), "\u{1}x".to_owned()] {
-            assert!(matches!(parse_records(section.as_bytes()), Err(Refusal::BadManifest(_))));
+        for section in [
+            String::new(),
+            format!("{PLUGIN}\n{PLUGIN}\n"),
+            "{}".to_owned(),
+            "\u{1}x".to_owned(),
+        ] {
+            assert!(matches!(
+                parse_records(section.as_bytes()),
+                Err(Refusal::BadManifest(_))
+            ));
         }
     }
 
@@ -274,10 +326,16 @@ mod tests {
         assert_eq!(record(|_| ()), Ok(()));
         assert_eq!(record(|plugin| plugin.libtorch = "2.11.3".into()), Ok(()));
         for (change, expected) in [
-            ((|plugin| plugin.abi = "2.0".into()) as fn(&mut PluginRecord), "plugin ABI 2.0"),
+            (
+                (|plugin| plugin.abi = "2.0".into()) as fn(&mut PluginRecord),
+                "plugin ABI 2.0",
+            ),
             (|plugin| plugin.abi = "1.1".into(), "plugin ABI 1.1"),
             (|plugin| plugin.abi = "x".into(), "plugin ABI x"),
-            (|plugin| plugin.libtorch = "2.12.0".into(), "libtorch 2.12.0"),
+            (
+                |plugin| plugin.libtorch = "2.12.0".into(),
+                "libtorch 2.12.0",
+            ),
             (|plugin| plugin.target = "riscv".into(), "built for riscv"),
         ] {
             let refusal = record(change).unwrap_err().to_string();
@@ -295,6 +353,9 @@ mod tests {
         assert!(matches!(inspect(&path), Err(Refusal::NotALibrary(_))));
         std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o646)).unwrap();
         assert!(matches!(inspect(&path), Err(Refusal::WorldWritable(_))));
-        assert!(matches!(inspect(&dir.path().join("none.so")), Err(Refusal::Unreadable(_))));
+        assert!(matches!(
+            inspect(&dir.path().join("none.so")),
+            Err(Refusal::Unreadable(_))
+        ));
     }
 }

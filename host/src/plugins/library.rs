@@ -22,7 +22,11 @@ pub struct Library {
 /// If the loader refuses it, or its code and its manifest disagree.
 pub fn open(manifest: Manifest) -> Result<Library, Refusal> {
     match open_and_compare(&manifest) {
-        Ok((client, components)) => Ok(Library { manifest, client, components }),
+        Ok((client, components)) => Ok(Library {
+            manifest,
+            client,
+            components,
+        }),
         Err(refusal) => {
             // It may be loaded all the same, and the loader knows it by the number of this handle: given to the next
             // file, that number would mean this one.
@@ -35,7 +39,8 @@ pub fn open(manifest: Manifest) -> Result<Library, Refusal> {
 fn open_and_compare(manifest: &Manifest) -> Result<(PluginClient, Vec<ComponentInfo>), Refusal> {
     // Through the handle that was hashed: the path may point elsewhere by now.
     let handle = PathBuf::from(format!("/proc/self/fd/{}", manifest.file.as_raw_fd()));
-    let client = PluginClient::open(&handle).map_err(|error| refusal(&error, &handle, &manifest.path))?;
+    let client =
+        PluginClient::open(&handle).map_err(|error| refusal(&error, &handle, &manifest.path))?;
     let (plugin, _) = parse_records(client.manifest().as_bytes())?;
     let components = client
         .components()

@@ -45,7 +45,10 @@ impl Component<'_> {
     /// Heading for help and errors: ``task `moeut_c4` (moeut-task-moeut-c4 0.1.0)``.
     pub fn heading(&self) -> String {
         let plugin = &self.library.manifest.plugin;
-        format!("{} `{}` ({} {})", self.info.kind, self.info.name, plugin.name, plugin.version)
+        format!(
+            "{} `{}` ({} {})",
+            self.info.kind, self.info.name, plugin.name, plugin.version
+        )
     }
 }
 
@@ -82,7 +85,9 @@ impl Registry {
         for path in files {
             match inspect::inspect(&path) {
                 Ok(manifest) => self.open_file(manifest),
-                Err(refusal) => self.problem(&path, refusal.into_error(&path), inspect::claims(&path)),
+                Err(refusal) => {
+                    self.problem(&path, refusal.into_error(&path), inspect::claims(&path));
+                }
             }
         }
     }
@@ -118,8 +123,17 @@ impl Registry {
         }
     }
 
-    fn problem(&mut self, path: &Path, error: PluginError, would_provide: Vec<(ComponentKind, String)>) {
-        self.problems.push(Problem { path: path.to_owned(), error, would_provide });
+    fn problem(
+        &mut self,
+        path: &Path,
+        error: PluginError,
+        would_provide: Vec<(ComponentKind, String)>,
+    ) {
+        self.problems.push(Problem {
+            path: path.to_owned(),
+            error,
+            would_provide,
+        });
     }
 
     /// Files that were skipped.
@@ -140,7 +154,10 @@ impl Registry {
     /// Every component of every opened plugin, shadowed ones too, in search order.
     pub fn components(&self) -> impl Iterator<Item = Component<'_>> {
         self.libraries.iter().flat_map(|library| {
-            library.components.iter().map(move |info| Component { library, info })
+            library
+                .components
+                .iter()
+                .map(move |info| Component { library, info })
         })
     }
 
@@ -168,19 +185,23 @@ impl Registry {
             return Err(self.missing(kind, name, plugin));
         };
         let folder = first.library.manifest.path.parent();
-        let rival = matches[1..].iter().find(|other| other.library.manifest.path.parent() == folder);
+        let rival = matches[1..]
+            .iter()
+            .find(|other| other.library.manifest.path.parent() == folder);
         match rival {
             None => Ok(first),
-            Some(rival) => Err(PluginError::new(format!("two plugins of one folder have the {kind} `{name}`"))
-                .why(format!(
-                    "`{}` and `{}`",
-                    first.library.manifest.path.display(),
-                    rival.library.manifest.path.display()
-                ))
-                .fix(format!(
-                    "remove one of the files, or say which: `{name}@{}`",
-                    first.library.manifest.plugin.name
-                ))),
+            Some(rival) => Err(PluginError::new(format!(
+                "two plugins of one folder have the {kind} `{name}`"
+            ))
+            .why(format!(
+                "`{}` and `{}`",
+                first.library.manifest.path.display(),
+                rival.library.manifest.path.display()
+            ))
+            .fix(format!(
+                "remove one of the files, or say which: `{name}@{}`",
+                first.library.manifest.plugin.name
+            ))),
         }
     }
 
@@ -203,9 +224,11 @@ impl Registry {
             return if supports(&component) {
                 Ok(component)
             } else {
-                Err(PluginError::new(format!("kernel `{wanted}` does not support {dtype} on {device}"))
-                    .why(format!("it says: {:?}", component.info.capabilities))
-                    .fix("set `-moe.kernel auto`"))
+                Err(PluginError::new(format!(
+                    "kernel `{wanted}` does not support {dtype} on {device}"
+                ))
+                .why(format!("it says: {:?}", component.info.capabilities))
+                .fix("set `-moe.kernel auto`"))
             };
         }
         self.components()
@@ -220,9 +243,17 @@ impl Registry {
     }
 
     fn names(&self, kind: ComponentKind) -> String {
-        let of_kind = self.components().filter(|component| component.info.kind == kind);
-        let names: Vec<String> = of_kind.map(|component| format!("`{}`", component.info.name)).collect();
-        if names.is_empty() { format!("no {kind}s at all") } else { names.join(", ") }
+        let of_kind = self
+            .components()
+            .filter(|component| component.info.kind == kind);
+        let names: Vec<String> = of_kind
+            .map(|component| format!("`{}`", component.info.name))
+            .collect();
+        if names.is_empty() {
+            format!("no {kind}s at all")
+        } else {
+            names.join(", ")
+        }
     }
 
     fn missing(&self, kind: ComponentKind, name: &str, plugin: Option<&str>) -> PluginError {
@@ -231,7 +262,10 @@ impl Registry {
             Some(plugin) => format!("unknown {kind} `{name}` of plugin `{plugin}`"),
         };
         let refused = self.problems.iter().find(|problem| {
-            problem.would_provide.iter().any(|(k, n)| *k == kind && n == name)
+            problem
+                .would_provide
+                .iter()
+                .any(|(k, n)| *k == kind && n == name)
         });
         if let Some(problem) = refused {
             return PluginError::new(what)
@@ -248,7 +282,8 @@ impl Registry {
             .collect();
         let near = nearest(name, known.iter().map(String::as_str));
         let fix = if near.is_empty() {
-            "`moeut-host plugins list` shows what there is, `moeut-host doctor` what is wrong".to_owned()
+            "`moeut-host plugins list` shows what there is, `moeut-host doctor` what is wrong"
+                .to_owned()
         } else {
             let near: Vec<String> = near.iter().map(|name| format!("`{name}`")).collect();
             format!("did you mean {}?", near.join(" or "))
@@ -257,5 +292,4 @@ impl Registry {
             .why(format!("found {}", self.names(kind)))
             .fix(fix)
     }
-
 }

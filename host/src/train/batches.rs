@@ -32,9 +32,15 @@ pub struct Position {
 impl Position {
     fn next(self, batches_per_epoch: u64) -> Self {
         if self.batch + 1 < batches_per_epoch {
-            Self { batch: self.batch + 1, ..self }
+            Self {
+                batch: self.batch + 1,
+                ..self
+            }
         } else {
-            Self { epoch: self.epoch + 1, batch: 0 }
+            Self {
+                epoch: self.epoch + 1,
+                batch: 0,
+            }
         }
     }
 }
@@ -57,7 +63,9 @@ impl BatchShape {
     pub fn microbatch_sizes(&self) -> Vec<usize> {
         let parts = self.n_microbatches.clamp(1, self.batch_size);
         let (base, extra) = (self.batch_size / parts, self.batch_size % parts);
-        (0..parts).map(|part| base + usize::from(part < extra)).collect()
+        (0..parts)
+            .map(|part| base + usize::from(part < extra))
+            .collect()
     }
 }
 
@@ -94,13 +102,15 @@ impl Batches {
     ) -> Result<Self, TrainError> {
         let batches_per_epoch = n_windows / shape.batch_size as u64;
         if batches_per_epoch == 0 {
-            return Err(PluginError::new("the training data does not fill one batch")
-                .why(format!(
-                    "it has {n_windows} sequences of {} tokens, and `batch_size` is {}",
-                    shape.seq_len, shape.batch_size
-                ))
-                .fix("lower `-batch_size` or `-lm.unroll`, or give it more text")
-                .into());
+            return Err(
+                PluginError::new("the training data does not fill one batch")
+                    .why(format!(
+                        "it has {n_windows} sequences of {} tokens, and `batch_size` is {}",
+                        shape.seq_len, shape.batch_size
+                    ))
+                    .fix("lower `-batch_size` or `-lm.unroll`, or give it more text")
+                    .into(),
+            );
         }
         let (sender, queue) = sync_channel(READ_AHEAD);
         std::thread::Builder::new()
@@ -118,7 +128,11 @@ impl Batches {
                 }
             })
             .map_err(|error| PluginError::new("no thread can be started").why(error.to_string()))?;
-        Ok(Self { queue, position, waited: Duration::ZERO })
+        Ok(Self {
+            queue,
+            position,
+            waited: Duration::ZERO,
+        })
     }
 
     /// The next batch, in microbatches.
@@ -164,7 +178,10 @@ fn read_batch(
             weight: size as f64 / shape.batch_size as f64,
         });
     }
-    Ok(Batch { microbatches, after: position.next(batches_per_epoch) })
+    Ok(Batch {
+        microbatches,
+        after: position.next(batches_per_epoch),
+    })
 }
 
 /// Reads windows as int64 `[seq_len + 1, windows]`, time-major.
@@ -179,7 +196,10 @@ pub fn read_windows(
     let mut ids = vec![0_i32; windows.len() * (seq_len + 1)];
     dataset.read(windows, &mut ids)?;
     let by_window = Tensor::from_slice(&ids).view([-1, super::int(seq_len) + 1]);
-    Ok(by_window.transpose(0, 1).to_kind(tch::Kind::Int64).contiguous())
+    Ok(by_window
+        .transpose(0, 1)
+        .to_kind(tch::Kind::Int64)
+        .contiguous())
 }
 
 #[cfg(test)]
@@ -194,7 +214,11 @@ mod tests {
             (9, 4, &[3, 2, 2, 2]),
             (2, 5, &[1, 1]),
         ] {
-            let shape = BatchShape { batch_size, n_microbatches, seq_len: 1 };
+            let shape = BatchShape {
+                batch_size,
+                n_microbatches,
+                seq_len: 1,
+            };
             assert_eq!(shape.microbatch_sizes(), sizes);
         }
     }

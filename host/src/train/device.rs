@@ -38,9 +38,11 @@ pub fn place(config: &HostConfig, n_gpus: u32) -> Result<Placement, PluginError>
             .fix("use `-bfloat16 1` (compute capability 8 or higher) or `-amp 0`"));
     }
     if is_mixed && config.dtype == DType::F64 {
-        return Err(PluginError::new("`-amp 1` and `-dtype f64` contradict each other")
-            .why("mixed precision keeps parameters in float32")
-            .fix("drop one of them"));
+        return Err(
+            PluginError::new("`-amp 1` and `-dtype f64` contradict each other")
+                .why("mixed precision keeps parameters in float32")
+                .fix("drop one of them"),
+        );
     }
     Ok(Placement {
         device,
@@ -62,12 +64,23 @@ mod tests {
 
     #[test]
     fn devices_and_precisions() {
-        let compute = |line, n_gpus| placed(line, n_gpus).map(|p| (p.device, p.compute_dtype)).unwrap();
+        let compute = |line, n_gpus| {
+            placed(line, n_gpus)
+                .map(|p| (p.device, p.compute_dtype))
+                .unwrap()
+        };
         assert_eq!(compute("-amp 1", 0), (Device::Cpu, DType::F32));
         assert_eq!(compute("-amp 1", 2), (Device::Cuda(0), DType::Bf16));
         assert_eq!(compute("-amp 1 -gpu none", 2), (Device::Cpu, DType::F32));
-        assert_eq!(compute("-gpu 1 -dtype f64", 2), (Device::Cuda(1), DType::F64));
-        for line in ["-gpu 2", "-gpu 0 -amp 1 -bfloat16 0", "-gpu 0 -amp 1 -dtype f64"] {
+        assert_eq!(
+            compute("-gpu 1 -dtype f64", 2),
+            (Device::Cuda(1), DType::F64)
+        );
+        for line in [
+            "-gpu 2",
+            "-gpu 0 -amp 1 -bfloat16 0",
+            "-gpu 0 -amp 1 -dtype f64",
+        ] {
             assert!(placed(line, 1).is_err(), "{line}");
         }
     }

@@ -54,8 +54,15 @@ pub fn evaluate(
     for batch in windows.chunks(batch_size) {
         let tokens = read_windows(&stream.dataset, batch, stream.seq_len)?.to_device(device);
         let targets = tokens.narrow(0, 1, int(stream.seq_len));
-        let output = forward(model, &tokens.narrow(0, 0, int(stream.seq_len)), false, false)?;
-        loss += token_losses(&output.logits, &targets).sum(Kind::Double).double_value(&[]);
+        let output = forward(
+            model,
+            &tokens.narrow(0, 0, int(stream.seq_len)),
+            false,
+            false,
+        )?;
+        loss += token_losses(&output.logits, &targets)
+            .sum(Kind::Double)
+            .double_value(&[]);
         let right = output.logits.argmax(-1, false).eq_tensor(&targets);
         n_right += right.sum(Kind::Double).double_value(&[]);
         n_tokens += targets.numel() as f64;
@@ -64,6 +71,8 @@ pub fn evaluate(
     Ok(Scores {
         loss,
         accuracy: n_right / n_tokens,
-        bits_per_byte: stream.utf8_bytes_per_token.map(|bytes| loss / std::f64::consts::LN_2 / bytes),
+        bits_per_byte: stream
+            .utf8_bytes_per_token
+            .map(|bytes| loss / std::f64::consts::LN_2 / bytes),
     })
 }

@@ -15,7 +15,7 @@ pub struct Sampling {
     pub seq_len: usize,
 }
 
-/// A stream of uniform numbers (SplitMix64), apart from libtorch's so that samples do not disturb training.
+/// A stream of uniform numbers (`SplitMix64`), apart from libtorch's so that samples do not disturb training.
 pub struct Uniform(u64);
 
 impl Uniform {
@@ -50,7 +50,10 @@ pub fn generate(
     let mut ids = tokenizer.encode(prompt)?;
     for _ in 0..sampling.length {
         let context = &ids[ids.len().saturating_sub(sampling.seq_len)..];
-        let tokens = Tensor::from_slice(context).to_kind(Kind::Int64).unsqueeze(1).to_device(device);
+        let tokens = Tensor::from_slice(context)
+            .to_kind(Kind::Int64)
+            .unsqueeze(1)
+            .to_device(device);
         let output = forward(model, &tokens, false, false)?;
         let last = output.logits.get(int(context.len()) - 1).get(0);
         ids.push(pick(&last, sampling.temperature, uniform));
@@ -61,9 +64,15 @@ pub fn generate(
 /// Draws a token id from `softmax(logits / temperature)`.
 fn pick(logits_v: &Tensor, temperature: f64, uniform: &mut Uniform) -> i32 {
     let id = if temperature > 0.0 {
-        let cumulative = (logits_v.to_kind(Kind::Double) / temperature).softmax(-1, Kind::Double).cumsum(0, Kind::Double);
+        let cumulative = (logits_v.to_kind(Kind::Double) / temperature)
+            .softmax(-1, Kind::Double)
+            .cumsum(0, Kind::Double);
         let threshold = uniform.next() * cumulative.double_value(&[-1]);
-        cumulative.le(threshold).sum(Kind::Int64).int64_value(&[]).min(logits_v.numel() as i64 - 1)
+        cumulative
+            .le(threshold)
+            .sum(Kind::Int64)
+            .int64_value(&[])
+            .min(int(logits_v.numel()) - 1)
     } else {
         logits_v.argmax(0, false).int64_value(&[])
     };
@@ -78,7 +87,7 @@ mod tests {
     fn draws_follow_the_distribution() {
         let logits = Tensor::from_slice(&[0.2_f64, 0.5, 0.3]).log();
         let mut uniform = Uniform::new(1);
-        let mut counts = [0.0; 3];
+        let mut counts = [0.0_f64; 3];
         for _ in 0..10_000 {
             counts[usize::try_from(pick(&logits, 1.0, &mut uniform)).unwrap()] += 1e-4;
         }

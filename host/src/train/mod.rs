@@ -1,6 +1,7 @@
 //! The training loop: read [`train`] and [`train_step`] first, they are the table of contents.
 
 pub mod batches;
+pub mod build;
 pub mod device;
 pub mod evaluate;
 pub mod generate;
@@ -48,7 +49,8 @@ pub fn train(run: &mut Run) -> Result<(), TrainError> {
         let lr = run.schedule.lr_at(run.state.step);
         let stats = train_step(run, lr)?;
         run.advance();
-        run.monitor.observe(&mut run.state, lr, stats, run.batches.take_waited())?;
+        run.monitor
+            .observe(&mut run.state, lr, stats, run.batches.take_waited())?;
 
         if run.is_due(Some(run.config.eval_interval)) {
             validate(run)?;
@@ -68,13 +70,22 @@ fn train_step(run: &mut Run, lr: f64) -> Result<StepStats, TrainError> {
         let tokens = microbatch.tokens.to_device(run.device);
         let (inputs, targets) = inputs_and_targets(&tokens);
         let output = {
-            let _mixed = Autocast::new(run.device, run.autocast).or_plugin_error("mixed precision")?;
-            forward(&mut run.model, &inputs, true, run.monitor.wants_stats(&run.state))?
+            let _mixed =
+                Autocast::new(run.device, run.autocast).or_plugin_error("mixed precision")?;
+            forward(
+                &mut run.model,
+                &inputs,
+                true,
+                run.monitor.wants_stats(&run.state),
+            )?
         };
-        let loss = token_losses(&output.logits, &targets).mean(Kind::Float.max(output.logits.kind()));
+        let loss =
+            token_losses(&output.logits, &targets).mean(Kind::Float.max(output.logits.kind()));
         let total = &loss + run.regularizers.total(&output.regularizers) * run.config.reg_weight;
         let share = &total * microbatch.weight;
-        share.f_backward().or_plugin_error("the backward pass failed")?;
+        share
+            .f_backward()
+            .or_plugin_error("the backward pass failed")?;
         stats.add(microbatch.weight, &loss, output);
     }
     stats.grad_norm = Some(run.optimizer.clip_grads()?);
@@ -89,6 +100,7 @@ fn validate(run: &mut Run) -> Result<(), TrainError> {
         let scores = evaluate::evaluate(&mut run.model, stream, run.eval_batch_size, run.device)?;
         run.monitor.validated(&mut run.state, &stream.name, &scores);
     }
+    run.monitor.restart_clock(&run.state);
     Ok(())
 }
 
@@ -113,9 +125,15 @@ pub fn forward(
     wants_stats: bool,
 ) -> Result<Output, TrainError> {
     let named = |all: Vec<NamedTensor>| {
-        all.into_iter().map(|item| (item.name, item.tensor.into_tensor())).collect()
+        all.into_iter()
+            .map(|item| (item.name, item.tensor.into_tensor()))
+            .collect()
     };
-    let output = model.forward(ForwardInput { tokens_tb: tokens_tb.share(), is_training, wants_stats })?;
+    let output = model.forward(ForwardInput {
+        tokens_tb: tokens_tb.share(),
+        is_training,
+        wants_stats,
+    })?;
     Ok(Output {
         logits: output.logits_tbv.into_tensor(),
         regularizers: named(output.regularizers),
@@ -127,13 +145,16 @@ pub fn forward(
 pub fn token_losses(logits_tbv: &Tensor, targets_tb: &Tensor) -> Tensor {
     let kind = Kind::Float.max(logits_tbv.kind());
     let vocab_size = logits_tbv.size()[2];
-    logits_tbv.reshape([-1, vocab_size]).to_kind(kind).cross_entropy_loss(
-        &targets_tb.reshape([-1]),
-        None::<&Tensor>,
-        Reduction::None,
-        -100,
-        0.0,
-    )
+    logits_tbv
+        .reshape([-1, vocab_size])
+        .to_kind(kind)
+        .cross_entropy_loss(
+            &targets_tb.reshape([-1]),
+            None::<&Tensor>,
+            Reduction::None,
+            -100,
+            0.0,
+        )
 }
 
 /// Cuts `[seq_len + 1, batch]` into what the model sees and what it must say.
@@ -169,7 +190,10 @@ impl StepStats {
             .into_iter()
             .map(|(name, value)| (format!("train/reg_loss/{name}"), value));
         let loss = ("train/loss".to_owned(), loss.shallow_clone());
-        for (name, value) in std::iter::once(loss).chain(regularizers).chain(output.stats) {
+        for (name, value) in std::iter::once(loss)
+            .chain(regularizers)
+            .chain(output.stats)
+        {
             let share = value.detach() * weight;
             match self.scalars.remove(&name) {
                 Some(sum) => self.scalars.insert(name, sum + share),

@@ -37,13 +37,24 @@ struct Clock {
 
 impl Clock {
     fn new(tokens_at_start: u64) -> Self {
-        Self { start: Instant::now(), n_steps: 0, tokens_at_start, waited: Duration::ZERO }
+        Self {
+            start: Instant::now(),
+            n_steps: 0,
+            tokens_at_start,
+            waited: Duration::ZERO,
+        }
     }
 }
 
 impl Monitor {
     /// Observes from the state a run starts in.
-    pub fn new(sinks: Sinks, terminal: Arc<Terminal>, log_interval: u64, n_steps: u64, state: &TrainState) -> Self {
+    pub fn new(
+        sinks: Sinks,
+        terminal: Arc<Terminal>,
+        log_interval: u64,
+        n_steps: u64,
+        state: &TrainState,
+    ) -> Self {
         Self {
             sinks,
             terminal,
@@ -67,13 +78,17 @@ impl Monitor {
         &mut self,
         state: &mut TrainState,
         lr: f64,
-        stats: StepStats,
+        step: StepStats,
         waited: Duration,
     ) -> Result<(), TrainError> {
         self.settle(state)?;
         self.clock.n_steps += 1;
         self.clock.waited += waited;
-        self.pending = Some(Pending { step: state.step, lr, stats });
+        self.pending = Some(Pending {
+            step: state.step,
+            lr,
+            stats: step,
+        });
         Ok(())
     }
 
@@ -85,10 +100,16 @@ impl Monitor {
         let Some(Pending { step, lr, stats }) = self.pending.take() else {
             return Ok(());
         };
-        let metrics: Vec<(String, f64)> =
-            stats.scalars.iter().map(|(name, value)| (name.clone(), value.double_value(&[]))).collect();
+        let metrics: Vec<(String, f64)> = stats
+            .scalars
+            .iter()
+            .map(|(name, value)| (name.clone(), value.double_value(&[])))
+            .collect();
         let grad_norm = stats.grad_norm.map_or(0.0, |norm| norm.double_value(&[]));
-        let loss = metrics.iter().find(|(name, _)| name == "train/loss").map_or(f64::NAN, |m| m.1);
+        let loss = metrics
+            .iter()
+            .find(|(name, _)| name == "train/loss")
+            .map_or(f64::NAN, |m| m.1);
         if !loss.is_finite() {
             return Err(TrainError::NonFinite { step, loss });
         }
@@ -107,15 +128,32 @@ impl Monitor {
         let per_step = 1e3 / self.clock.n_steps.max(1) as f64;
         scalars.extend([
             ("timing/ms_per_iter".into(), seconds * per_step),
-            ("timing/ms_per_load".into(), self.clock.waited.as_secs_f64() * per_step),
+            (
+                "timing/ms_per_load".into(),
+                self.clock.waited.as_secs_f64() * per_step,
+            ),
             ("timing/tokens_per_s".into(), tokens_per_s),
         ]);
         if step.is_multiple_of(LR_INTERVAL) {
             scalars.push(("lr".into(), lr));
         }
-        let loss = scalars.iter().find(|(name, _)| name == "train/loss").map_or(f64::NAN, |m| m.1);
-        self.terminal.train(&StepLine { step, n_steps: self.n_steps, loss, lr, tokens_per_s, wait_fraction });
-        self.sinks.record(Record { step, scalars, texts: Vec::new() });
+        let loss = scalars
+            .iter()
+            .find(|(name, _)| name == "train/loss")
+            .map_or(f64::NAN, |m| m.1);
+        self.terminal.train(&StepLine {
+            step,
+            n_steps: self.n_steps,
+            loss,
+            lr,
+            tokens_per_s,
+            wait_fraction,
+        });
+        self.sinks.record(Record {
+            step,
+            scalars,
+            texts: Vec::new(),
+        });
         self.clock = Clock::new(state.n_tokens);
     }
 
@@ -129,8 +167,14 @@ impl Monitor {
             (name("perplexity"), scores.perplexity()),
             (name("time_since_best_loss"), since_best as f64),
         ];
-        scalars.extend(scores.bits_per_byte.map(|bits| (name("bits_per_byte"), bits)));
-        let bits = scores.bits_per_byte.map(|bits| format!(", {bits:.3} bits per UTF-8 byte"));
+        scalars.extend(
+            scores
+                .bits_per_byte
+                .map(|bits| (name("bits_per_byte"), bits)),
+        );
+        let bits = scores
+            .bits_per_byte
+            .map(|bits| format!(", {bits:.3} bits per UTF-8 byte"));
         self.message(&format!(
             "step {}: {stream} loss {:.4} nats per token, perplexity {:.2}, accuracy {:.1} %{}",
             state.step,
@@ -139,8 +183,15 @@ impl Monitor {
             scores.accuracy * 100.0,
             bits.unwrap_or_default()
         ));
-        self.sinks.record(Record { step: state.step, scalars, texts: Vec::new() });
-        // Time spent here is not training time.
+        self.sinks.record(Record {
+            step: state.step,
+            scalars,
+            texts: Vec::new(),
+        });
+    }
+
+    /// Begins to measure anew: what was done meanwhile is not training.
+    pub fn restart_clock(&mut self, state: &TrainState) {
         self.clock = Clock::new(state.n_tokens);
     }
 
@@ -156,7 +207,11 @@ impl Monitor {
 
     /// Logs numbers that are known once.
     pub fn once(&mut self, step: u64, scalars: Vec<(String, f64)>) {
-        self.sinks.record(Record { step, scalars, texts: Vec::new() });
+        self.sinks.record(Record {
+            step,
+            scalars,
+            texts: Vec::new(),
+        });
     }
 
     /// A line for the user.

@@ -89,7 +89,11 @@ impl Optimizer {
     }
 
     fn grads(&self) -> Vec<Tensor> {
-        self.slots.iter().map(|slot| slot.param.grad()).filter(Tensor::defined).collect()
+        self.slots
+            .iter()
+            .map(|slot| slot.param.grad())
+            .filter(Tensor::defined)
+            .collect()
     }
 
     /// All state by name, sharing storage: for checkpoints, and to copy a checkpoint into.
@@ -98,8 +102,14 @@ impl Optimizer {
             .iter()
             .flat_map(|slot| {
                 [
-                    (format!("exp_avg/{}", slot.name), slot.exp_avg.shallow_clone()),
-                    (format!("exp_avg_sq/{}", slot.name), slot.exp_avg_sq.shallow_clone()),
+                    (
+                        format!("exp_avg/{}", slot.name),
+                        slot.exp_avg.shallow_clone(),
+                    ),
+                    (
+                        format!("exp_avg_sq/{}", slot.name),
+                        slot.exp_avg_sq.shallow_clone(),
+                    ),
                     (format!("step/{}", slot.name), slot.step.shallow_clone()),
                 ]
             })

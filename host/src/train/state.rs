@@ -70,7 +70,10 @@ impl TrainState {
     /// Notes a validation loss; returns the steps since the best one.
     pub fn note_loss(&mut self, stream: &str, loss: f64) -> u64 {
         let step = self.step;
-        let best = self.best.entry(stream.to_owned()).or_insert(Best { loss, step });
+        let best = self
+            .best
+            .entry(stream.to_owned())
+            .or_insert(Best { loss, step });
         if loss < best.loss {
             *best = Best { loss, step };
         }
@@ -87,7 +90,10 @@ mod tests {
         let mut window = Window::default();
         window.add(&[("train/loss".into(), 3.0)], 0.5);
         window.add(&[("train/loss".into(), 1.0)], 0.25);
-        assert_eq!(window.take(), [("train/loss".into(), 2.0), ("max_grad".into(), 0.5)]);
+        assert_eq!(
+            window.take(),
+            [("train/loss".into(), 2.0), ("max_grad".into(), 0.5)]
+        );
         assert_eq!(window.take(), []);
     }
 

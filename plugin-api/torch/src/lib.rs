@@ -16,6 +16,7 @@ pub mod cuda;
 pub mod error;
 pub mod function;
 pub mod handle;
+pub mod memory;
 pub mod optim;
 pub mod rng;
 pub mod testing;

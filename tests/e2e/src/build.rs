@@ -11,25 +11,44 @@ use std::sync::{Mutex, OnceLock, PoisonError};
 /// The root of the workspace.
 pub(crate) fn repo() -> PathBuf {
     let here = Path::new(env!("CARGO_MANIFEST_DIR"));
-    here.ancestors().nth(2).expect("this crate is two folders below the root").to_owned()
+    here.ancestors()
+        .nth(2)
+        .expect("this crate is two folders below the root")
+        .to_owned()
+}
+
+/// Cargo's output folder: this program is `<target>/<profile>/deps/<test>`.
+fn target() -> PathBuf {
+    let program = std::env::current_exe().expect("a program knows its path");
+    program
+        .ancestors()
+        .nth(3)
+        .expect("cargo put it three folders deep")
+        .to_owned()
 }
 
 /// Where tests keep what they build and cache, out of sight of git.
 pub(crate) fn scratch() -> PathBuf {
-    let folder = repo().join("target/e2e");
+    let folder = target().join("e2e");
     fs::create_dir_all(&folder).expect("the target folder can be written");
     folder
 }
 
 /// The released host, built and its plugins staged as `cargo xtask run` does it.
 pub(crate) fn host() -> &'static Path {
-    static HOST: OnceLock<PathBuf> = OnceLock::new();
-    HOST.get_or_init(|| {
+    // A failure is remembered too, or every test would build in vain.
+    static HOST: OnceLock<Result<PathBuf, String>> = OnceLock::new();
+    let built = HOST.get_or_init(|| {
         let mut cargo = Command::new(env!("CARGO"));
-        cargo.args(["run", "--quiet", "--package", "xtask", "--", "build"]).current_dir(repo());
-        succeed(&mut cargo);
-        repo().join("target/release/moeut-host")
-    })
+        cargo
+            .args(["run", "--quiet", "--package", "xtask", "--", "build"])
+            .current_dir(repo());
+        run(&mut cargo).map(|()| target().join("release/moeut-host"))
+    });
+    match built {
+        Ok(host) => host,
+        Err(error) => panic!("{error}"),
+    }
 }
 
 /// The folder with every plugin of the workspace.
@@ -57,7 +76,9 @@ pub fn build_crate(name: &str, folder: &str, edit: impl Fn(&str) -> String) -> P
         .args(["build", "--quiet", "--package", &package])
         .env("CARGO_TARGET_DIR", scratch())
         .current_dir(&workspace);
-    succeed(&mut cargo);
+    if let Err(error) = run(&mut cargo) {
+        panic!("{error}");
+    }
     scratch().join(format!("debug/lib{}.so", package.replace('-', "_")))
 }
 
@@ -65,17 +86,29 @@ pub fn build_crate(name: &str, folder: &str, edit: impl Fn(&str) -> String) -> P
 fn mirror_workspace(workspace: &Path) {
     let tasks = workspace.join("plugins/tasks");
     fs::create_dir_all(&tasks).expect("the mirror can be made");
-    write_if_changed(&workspace.join("Cargo.toml"), &read(&repo().join("Cargo.toml")));
+    write_if_changed(
+        &workspace.join("Cargo.toml"),
+        &read(&repo().join("Cargo.toml")),
+    );
     if !workspace.join("Cargo.lock").exists() {
-        write_if_changed(&workspace.join("Cargo.lock"), &read(&repo().join("Cargo.lock")));
+        write_if_changed(
+            &workspace.join("Cargo.lock"),
+            &read(&repo().join("Cargo.lock")),
+        );
     }
     for member in ["xtask", "plugin-api", "host", "tests"] {
         link(&repo().join(member), &workspace.join(member));
     }
     for below in ["plugins", "plugins/tasks"] {
-        for entry in fs::read_dir(repo().join(below)).expect("the plugins are there").flatten() {
+        for entry in fs::read_dir(repo().join(below))
+            .expect("the plugins are there")
+            .flatten()
+        {
             if entry.path() != repo().join("plugins/tasks") {
-                link(&entry.path(), &workspace.join(below).join(entry.file_name()));
+                link(
+                    &entry.path(),
+                    &workspace.join(below).join(entry.file_name()),
+                );
             }
         }
     }
@@ -114,27 +147,36 @@ fn read(path: &Path) -> String {
 fn name_in(manifest: &Path) -> String {
     let text = read(manifest);
     let name = text.lines().find_map(|line| line.strip_prefix("name = \""));
-    name.and_then(|rest| rest.split('"').next()).expect("the manifest has a name").to_owned()
+    name.and_then(|rest| rest.split('"').next())
+        .expect("the manifest has a name")
+        .to_owned()
 }
 
-fn succeed(command: &mut Command) {
+fn run(command: &mut Command) -> Result<(), String> {
     // What the outer cargo tells a test about itself would only make the inner one build things anew.
     for variable in ["CARGO_MANIFEST_DIR", "CARGO_PKG_NAME", "LD_LIBRARY_PATH"] {
         command.env_remove(variable);
     }
-    let output = command.stdin(Stdio::null()).output().expect("cargo starts");
-    assert!(
-        output.status.success(),
+    let output = command
+        .stdin(Stdio::null())
+        .output()
+        .map_err(|error| error.to_string())?;
+    if output.status.success() {
+        return Ok(());
+    }
+    Err(format!(
         "{command:?}: {}\n{}",
         output.status,
         String::from_utf8_lossy(&output.stderr)
-    );
+    ))
 }
 
 /// A folder for tokenizers and tokens, shared by all tests, and another one whenever the dataset's code changes.
 pub fn cached_data() -> PathBuf {
     let mut hasher = DefaultHasher::new();
-    fs::read(staged_plugins().join(crate::DATASET)).expect("the dataset is staged").hash(&mut hasher);
+    fs::read(staged_plugins().join(crate::DATASET))
+        .expect("the dataset is staged")
+        .hash(&mut hasher);
     scratch().join(format!("cache/{:016x}", hasher.finish()))
 }
 
@@ -142,12 +184,17 @@ pub fn cached_data() -> PathBuf {
 ///
 /// A machine without the data skips such tests, but never the one that decides whether a change is good.
 pub fn shared_data(path: &str) -> Option<PathBuf> {
-    let shared = std::env::var_os("MOEUT_SHARED").map_or_else(|| repo().join("../shared"), PathBuf::from);
+    let shared =
+        std::env::var_os("MOEUT_SHARED").map_or_else(|| repo().join("../shared"), PathBuf::from);
     let found = shared.join(path);
     if found.exists() {
         return Some(found);
     }
     let is_ci = std::env::var("CI").is_ok_and(|value| value == "true");
-    assert!(!is_ci, "`{}` is missing; set MOEUT_SHARED to the folder with the test data", found.display());
+    assert!(
+        !is_ci,
+        "`{}` is missing; set MOEUT_SHARED to the folder with the test data",
+        found.display()
+    );
     None
 }

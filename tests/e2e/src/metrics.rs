@@ -1,5 +1,6 @@
 //! What a run leaves behind: its metrics and its checkpoints.
 
+use crate::read;
 use serde_json::Value;
 use std::collections::BTreeMap;
 use std::fs;
@@ -22,8 +23,5 @@ pub fn steps_seen(run_folder: &Path) -> u64 {
 /// The tensors of the checkpoint of a step, file by file.
 pub fn checkpoint_files(run_folder: &Path, step: u64) -> [Vec<u8>; 2] {
     let folder = run_folder.join(format!("checkpoint/model-{step}"));
-    ["model.safetensors", "optimizer.safetensors"].map(|name| {
-        let path = folder.join(name);
-        fs::read(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
-    })
+    ["model.safetensors", "optimizer.safetensors"].map(|name| read(&folder.join(name)))
 }

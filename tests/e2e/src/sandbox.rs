@@ -19,11 +19,12 @@ pub struct Sandbox {
 }
 
 impl Sandbox {
-    /// A host with every plugin beside it.
+    /// A host with the plugins of the main job beside it, and no others: a new plugin is no edit here.
     pub fn new() -> Self {
         let sandbox = Self::bare();
-        for entry in fs::read_dir(staged_plugins()).expect("plugins are staged").flatten() {
-            fs::copy(entry.path(), sandbox.installed().join(entry.file_name())).expect("a plugin can be copied");
+        for name in crate::PLUGINS {
+            fs::copy(staged_plugins().join(name), sandbox.installed().join(name))
+                .expect("a plugin can be copied");
         }
         sandbox
     }
@@ -86,7 +87,11 @@ impl Sandbox {
     /// Starts the host and does not wait. Whoever calls this kills it or waits for it.
     pub fn spawn(&self, args: &[&str]) -> Child {
         let mut command = self.command(args);
-        command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().expect("the host starts")
+        command
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .expect("the host starts")
     }
 
     fn command(&self, args: &[&str]) -> Command {
@@ -106,8 +111,11 @@ impl Sandbox {
     /// Paths and times are not the same everywhere.
     fn normalize(&self, text: &str) -> String {
         let text = text.replace(&self.root.path().display().to_string(), "[sandbox]");
-        let is_timing = |line: &&str| line.starts_with("plugins ") && line.trim_end().ends_with(" s");
-        text.split_inclusive('\n').filter(|line| !is_timing(line)).collect()
+        let is_timing =
+            |line: &&str| line.starts_with("plugins ") && line.trim_end().ends_with(" s");
+        text.split_inclusive('\n')
+            .filter(|line| !is_timing(line))
+            .collect()
     }
 }
 
@@ -119,7 +127,10 @@ impl Default for Sandbox {
 
 /// The rpath leads from `target/release` only; cargo tells tests where libtorch is.
 fn libtorch() -> OsString {
-    let root = std::env::var_os("LIBTORCH").map_or_else(|| crate::build::repo().join(".libtorch/torch"), PathBuf::from);
+    let root = std::env::var_os("LIBTORCH").map_or_else(
+        || crate::build::repo().join(".libtorch/torch"),
+        PathBuf::from,
+    );
     root.join("lib").into_os_string()
 }
 
@@ -141,6 +152,10 @@ pub struct Outcome {
 
 impl Outcome {
     /// Itself, if the host succeeded.
+    #[expect(
+        clippy::return_self_not_must_use,
+        reason = "most tests want to know no more than that"
+    )]
     pub fn ok(self) -> Self {
         assert_eq!(self.code, Some(0), "{self}");
         self
@@ -149,19 +164,36 @@ impl Outcome {
 
 impl fmt::Display for Outcome {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let code = self.code.map_or_else(|| "killed".to_owned(), |code| code.to_string());
+        let code = self
+            .code
+            .map_or_else(|| "killed".to_owned(), |code| code.to_string());
         let (stdout, stderr) = (&self.stdout, &self.stderr);
         write!(f, "exit: {code}\n--- stdout\n{stdout}--- stderr\n{stderr}")
     }
 }
 
+/// The bytes of a file.
+pub fn read(path: &Path) -> Vec<u8> {
+    fs::read(path).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
+}
+
 /// Replaces text in a library by other text of the same length.
 pub fn patch(library: &Path, from: &str, to: &str) -> Vec<u8> {
-    assert_eq!(from.len(), to.len(), "a patch cannot move what is behind it");
-    let mut bytes = fs::read(library).expect("the library can be read");
-    let places: Vec<usize> =
-        (0..=bytes.len() - from.len()).filter(|&at| bytes[at..].starts_with(from.as_bytes())).collect();
-    assert_eq!(places.len(), 1, "`{from}` should occur once in `{}`", library.display());
+    assert_eq!(
+        from.len(),
+        to.len(),
+        "a patch cannot move what is behind it"
+    );
+    let mut bytes = read(library);
+    let places: Vec<usize> = (0..=bytes.len() - from.len())
+        .filter(|&at| bytes[at..].starts_with(from.as_bytes()))
+        .collect();
+    assert_eq!(
+        places.len(),
+        1,
+        "`{from}` should occur once in `{}`",
+        library.display()
+    );
     bytes[places[0]..][..to.len()].copy_from_slice(to.as_bytes());
     bytes
 }
@@ -170,7 +202,10 @@ pub fn patch(library: &Path, from: &str, to: &str) -> Vec<u8> {
 pub fn wait_until(what: &str, mut condition: impl FnMut() -> bool) {
     let start = Instant::now();
     while !condition() {
-        assert!(start.elapsed() < DEADLINE, "waited {DEADLINE:?} for: {what}");
+        assert!(
+            start.elapsed() < DEADLINE,
+            "waited {DEADLINE:?} for: {what}"
+        );
         std::thread::sleep(Duration::from_millis(1));
     }
 }

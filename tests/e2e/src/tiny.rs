@@ -41,5 +41,11 @@ pub fn tiny(name: &str, more: &[&str]) -> Args {
     let cache = cached_data();
     let cache = cache.to_str().expect("the path is UTF-8");
     let own = ["-name", name, "-data.cache_dir", cache];
-    Args(TINY.iter().chain(&own).chain(more).map(|&arg| arg.to_owned()).collect())
+    Args(
+        TINY.iter()
+            .chain(&own)
+            .chain(more)
+            .map(|&arg| arg.to_owned())
+            .collect(),
+    )
 }

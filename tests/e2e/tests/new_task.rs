@@ -1,7 +1,6 @@
 //! The promise of the plugin folder: a copied and renamed task is a new task, with no edit elsewhere.
 
-use moeut_e2e::{Sandbox, build_crate, steps_seen, tiny};
-use std::fs;
+use moeut_e2e::{Sandbox, build_crate, read, steps_seen, tiny};
 
 #[test]
 fn a_copied_and_renamed_task_builds_and_trains() {
@@ -12,9 +11,12 @@ fn a_copied_and_renamed_task_builds_and_trains() {
             .replace("c4_transformer", "verses")
     });
     let sandbox = Sandbox::new();
-    sandbox.drop_in("mine", "poetry.so", &fs::read(library).unwrap());
+    sandbox.drop_in("mine", "poetry.so", &read(&library));
     for (name, task) in [("by_name", "poetry"), ("by_alias", "verses")] {
-        let args = tiny(name, &["-plugin_dir", "mine", "-task", task, "-stop_after", "3"]);
+        let args = tiny(
+            name,
+            &["-plugin_dir", "mine", "-task", task, "-stop_after", "3"],
+        );
         sandbox.run(&args.as_strs()).ok();
         assert_eq!(steps_seen(&sandbox.run_folder(name)), 3);
     }

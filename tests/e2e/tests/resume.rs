@@ -9,7 +9,17 @@ const SIGKILL: i32 = 9;
 
 /// The arguments of all runs here; a checkpoint falls between the kills, not on them.
 fn args(name: &str) -> moeut_e2e::Args {
-    tiny(name, &["-stop_after", "240", "-save_interval", "7", "-test_interval", "50"])
+    tiny(
+        name,
+        &[
+            "-stop_after",
+            "240",
+            "-save_interval",
+            "7",
+            "-test_interval",
+            "50",
+        ],
+    )
 }
 
 /// `kill -9` at whatever step the run is in soon after it has logged the named one.
@@ -23,26 +33,52 @@ fn killed_runs_end_bit_for_bit_like_the_uninterrupted_one() {
     let mut resumed_from = Vec::new();
     for kill_at in [2, 40, 41, 130] {
         let mut child = sandbox.spawn(&args("killed").as_strs());
-        wait_until("the step to be killed in", || steps_seen(&folder) >= kill_at || child.try_wait().unwrap().is_some());
+        wait_until("the step to be killed in", || {
+            steps_seen(&folder) >= kill_at || child.try_wait().unwrap().is_some()
+        });
         child.kill().unwrap();
-        assert_eq!(child.wait().unwrap().signal(), Some(SIGKILL), "it ended before it was killed");
+        assert_eq!(
+            child.wait().unwrap().signal(),
+            Some(SIGKILL),
+            "it ended before it was killed"
+        );
         resumed_from.push(steps_seen(&folder));
     }
     let last = sandbox.run(&args("killed").as_strs()).ok();
 
     assert!(last.stderr.contains("going on from step"), "{last}");
     assert_eq!(losses(&folder).len() as u64, N_STEPS);
-    assert_eq!(losses(&folder), losses(&straight), "killed at {resumed_from:?}");
+    assert_eq!(
+        losses(&folder),
+        losses(&straight),
+        "killed at {resumed_from:?}"
+    );
     let [model, optimizer] = checkpoint_files(&folder, N_STEPS);
     let [expected_model, expected_optimizer] = checkpoint_files(&straight, N_STEPS);
-    assert!(model == expected_model, "other parameters; killed at {resumed_from:?}");
-    assert!(optimizer == expected_optimizer, "other optimizer state; killed at {resumed_from:?}");
+    assert!(
+        model == expected_model,
+        "other parameters; killed at {resumed_from:?}"
+    );
+    assert!(
+        optimizer == expected_optimizer,
+        "other optimizer state; killed at {resumed_from:?}"
+    );
 }
 
 #[test]
 fn a_torn_checkpoint_is_passed_over_for_the_one_before() {
     let sandbox = Sandbox::new();
-    let args = tiny("a", &["-stop_after", "30", "-save_interval", "10", "-keep_last", "3"]);
+    let args = tiny(
+        "a",
+        &[
+            "-stop_after",
+            "30",
+            "-save_interval",
+            "10",
+            "-keep_last",
+            "3",
+        ],
+    );
     sandbox.run(&args.as_strs()).ok();
     let folder = sandbox.run_folder("a");
     let (loss, files) = (losses(&folder), checkpoint_files(&folder, 30));
@@ -51,10 +87,16 @@ fn a_torn_checkpoint_is_passed_over_for_the_one_before() {
     fs::write(&torn, &files[0][..files[0].len() / 2]).unwrap();
     let again = sandbox.run(&args.as_strs()).ok();
 
-    assert!(again.stderr.contains("warning") && again.stderr.contains("model-30"), "{again}");
+    assert!(
+        again.stderr.contains("warning") && again.stderr.contains("model-30"),
+        "{again}"
+    );
     assert!(again.stderr.contains("going on from step 20"), "{again}");
     assert_eq!(losses(&folder), loss);
-    assert!(checkpoint_files(&folder, 30) == files, "the run ends elsewhere");
+    assert!(
+        checkpoint_files(&folder, 30) == files,
+        "the run ends elsewhere"
+    );
 }
 
 #[test]

@@ -1,0 +1,446 @@
+//! Builds a [`Run`] from the arguments: device, task, data, model, optimizer, logs; in this order, so that errors
+//! that a user can cause come early.
+
+use super::TrainError;
+use super::batches::{BatchShape, Batches};
+use super::device::{Placement, place};
+use super::evaluate::EvalStream;
+use super::generate::Sampling;
+use super::monitor::Monitor;
+use super::optimizer::Optimizer;
+use super::run::{Named, RNG_CPU, RNG_CUDA, Regularizers, Run, Samples};
+use super::schedule::Schedule;
+use super::state::TrainState;
+use crate::args::{Arguments, HostConfig, LogSink};
+use crate::checkpoint::{Checkpoints, Loaded};
+use crate::log::{Jsonl, Sink, Sinks, TensorBoard, Terminal};
+use crate::plugins::{Component, Registry};
+use crate::services::Services;
+use moeut_plugin_api::abi::client::{HostServices, ModelClient, TokenDatasetClient};
+use moeut_plugin_api::{
+    ComponentKind, ModelSetup, PluginError, RunFacts, StreamInfo, StreamRequest, TaskPlan,
+};
+use moeut_torch::{IntoTensor, OrPluginError, rng};
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+use tch::{Device, Tensor};
+
+/// One checkpoint of this period stays for good, as in the reference.
+const KEEP_EVERY: Duration = Duration::from_hours(4);
+
+/// What [`build`] needs from the command line.
+pub struct Blueprint {
+    /// All arguments.
+    pub arguments: Arguments,
+    /// The host's own.
+    pub config: HostConfig,
+    /// Folder of this run.
+    pub folder: PathBuf,
+    /// A checkpoint to go on from.
+    pub restored: Option<Loaded>,
+}
+
+/// Builds everything.
+///
+/// # Errors
+/// If a component is missing or refuses its arguments, or the checkpoint does not fit.
+pub fn build(
+    blueprint: Blueprint,
+    registry: &Arc<Registry>,
+    terminal: &Arc<Terminal>,
+) -> Result<Run, TrainError> {
+    let clock = Instant::now();
+    let placement = place(&blueprint.config, n_gpus())?;
+    if let Some(n_threads) = blueprint.config.threads {
+        tch::set_num_threads(i32::try_from(n_threads).unwrap_or(i32::MAX));
+    }
+    let n_steps = blueprint.config.n_steps.filter(|&n_steps| n_steps > 0);
+    let schedule = Schedule::new(
+        &blueprint.config.schedule,
+        n_steps,
+        d_model(&blueprint.arguments),
+    )?;
+    let services: Arc<dyn HostServices> = Services::new(registry, terminal, &blueprint.config);
+    let site = Site {
+        blueprint: &blueprint,
+        registry,
+        services: &services,
+    };
+    let plan = site.plan(n_steps)?;
+    let data = site.data(&plan)?;
+    let data_time = clock.elapsed();
+
+    let clock = Instant::now();
+    let mut state = site.state()?;
+    rng::seed(state.seed).or_plugin_error("the random generator cannot be seeded")?;
+    let subject = site.subject(&plan.model, &data.info, placement)?;
+    let shape = batch_shape(&blueprint.config, plan.train.seq_len)?;
+    let train_stream = Arc::clone(&data.train);
+    let batches = Batches::start(train_stream, data.info.n_windows, shape, state.position)?;
+    state.position = batches.position();
+
+    let n_steps = n_steps.unwrap_or(u64::MAX);
+    let sinks = Sinks::start(sinks(&blueprint, terminal));
+    let log_interval = blueprint.config.log_interval;
+    let mut monitor = Monitor::new(sinks, Arc::clone(terminal), log_interval, n_steps, &state);
+    announce(&mut monitor, &state, &subject, placement, &data.info);
+    monitor.message(&format!(
+        "ready: data {:.2} s, model {:.2} s",
+        data_time.as_secs_f64(),
+        clock.elapsed().as_secs_f64()
+    ));
+
+    let Blueprint {
+        arguments,
+        config,
+        folder,
+        restored,
+    } = blueprint;
+    let eval_batch_size = config
+        .eval_batch_size
+        .unwrap_or(config.batch_size / shape.n_microbatches)
+        .max(1);
+    let checkpoints =
+        Checkpoints::new(folder.join("checkpoint"), config.n_kept).keep_every(KEEP_EVERY);
+    Ok(Run {
+        n_steps,
+        state,
+        model: subject.model,
+        device: moeut_torch::device(placement.device),
+        autocast: (placement.compute_dtype != placement.dtype)
+            .then(|| moeut_torch::kind(placement.compute_dtype)),
+        batches,
+        validation: data.validation,
+        eval_batch_size,
+        optimizer: subject.optimizer,
+        schedule,
+        regularizers: Regularizers {
+            scales: config.reg_scales.clone(),
+        },
+        monitor,
+        checkpoints,
+        parameters: subject.parameters,
+        args: arguments.raw_map(),
+        samples: samples(plan.prompts, data.train, &config, shape.seq_len),
+        tokens_per_step: (shape.batch_size * shape.seq_len) as u64,
+        last_saved: restored.map(|loaded| loaded.snapshot.step),
+        config,
+    })
+}
+
+/// What every part of the building needs.
+struct Site<'a> {
+    blueprint: &'a Blueprint,
+    registry: &'a Registry,
+    services: &'a Arc<dyn HostServices>,
+}
+
+/// The opened streams.
+struct Data {
+    train: Arc<TokenDatasetClient>,
+    info: StreamInfo,
+    validation: Vec<EvalStream>,
+}
+
+/// The model and what trains it.
+struct Subject {
+    name: String,
+    model: ModelClient,
+    parameters: Named,
+    n_trained: usize,
+    optimizer: Optimizer,
+}
+
+impl Site<'_> {
+    /// Asks the task what to build.
+    fn plan(&self, n_steps: Option<u64>) -> Result<TaskPlan, PluginError> {
+        let config = &self.blueprint.config;
+        let name = config.task.as_deref().ok_or_else(no_task)?;
+        let task = self.registry.find(ComponentKind::Task, name)?;
+        let arguments = self.arguments_of(task)?;
+        let facts = RunFacts {
+            batch_size: config.batch_size as u64,
+            n_steps,
+        };
+        let client = task.client();
+        client
+            .new_task(&task.info.name, &arguments, self.services)?
+            .plan(&facts)
+    }
+
+    fn data(&self, plan: &TaskPlan) -> Result<Data, PluginError> {
+        // Before hours of downloading: a missing model is found out now.
+        self.registry.find(ComponentKind::Model, &plan.model)?;
+        let train = self.stream(&plan.train)?;
+        let info = train.info()?;
+        let validation = plan
+            .validation
+            .iter()
+            .map(|request| eval_stream(self.stream(request)?, request))
+            .collect::<Result<_, PluginError>>()?;
+        Ok(Data {
+            train,
+            info,
+            validation,
+        })
+    }
+
+    fn stream(&self, request: &StreamRequest) -> Result<Arc<TokenDatasetClient>, PluginError> {
+        let dataset = self
+            .registry
+            .find(ComponentKind::Dataset, &request.dataset)?;
+        let arguments = self.arguments_of(dataset)?;
+        let name = &dataset.info.name;
+        let client = dataset.client();
+        let opened = client.new_token_dataset(name, &arguments, request, self.services)?;
+        Ok(Arc::new(opened))
+    }
+
+    /// The state to start from: a checkpoint's, or a fresh one.
+    fn state(&self) -> Result<TrainState, PluginError> {
+        match &self.blueprint.restored {
+            Some(loaded) => read_state(loaded),
+            None => Ok(TrainState {
+                seed: seed(&self.blueprint.config),
+                ..TrainState::default()
+            }),
+        }
+    }
+
+    /// Builds model and optimizer, and puts a checkpoint's tensors into them.
+    fn subject(
+        &self,
+        name: &str,
+        info: &StreamInfo,
+        placement: Placement,
+    ) -> Result<Subject, PluginError> {
+        let component = self.registry.find(ComponentKind::Model, name)?;
+        let setup = ModelSetup {
+            vocab_size: info.vocab_size,
+            device: placement.device,
+            dtype: placement.dtype,
+            compute_dtype: placement.compute_dtype,
+            compat: self.blueprint.config.compat,
+        };
+        let arguments = self.arguments_of(component)?;
+        let name = component.info.name.clone();
+        let client = component.client();
+        let model = client.new_model(&name, &arguments, &setup, self.services)?;
+        let (parameters, trained) = parameters(&model)?;
+        let optimizer = Optimizer::new(self.blueprint.config.optimizer.clone(), &trained);
+        if let Some(loaded) = &self.blueprint.restored {
+            let stored = &loaded.snapshot;
+            load_tensors("model", &parameters, &stored.model)?;
+            load_tensors("optimizer", &optimizer.tensors(), &stored.optimizer)?;
+            restore_rng(&stored.optimizer, moeut_torch::device(placement.device))?;
+        }
+        Ok(Subject {
+            name,
+            model,
+            parameters,
+            n_trained: trained.iter().map(|(_, tensor)| tensor.numel()).sum(),
+            optimizer,
+        })
+    }
+
+    /// The arguments of a component, as its configuration.
+    fn arguments_of(&self, component: Component<'_>) -> Result<serde_json::Value, PluginError> {
+        let arguments = &self.blueprint.arguments;
+        arguments.config_for(&component.info.args).map_err(|error| {
+            PluginError::new(error.what())
+                .why(error.why())
+                .fix(error.fix())
+        })
+    }
+}
+
+fn samples(
+    prompts: Vec<String>,
+    tokenizer: Arc<TokenDatasetClient>,
+    config: &HostConfig,
+    seq_len: usize,
+) -> Samples {
+    Samples {
+        tokenizer,
+        prompts: prompts
+            .into_iter()
+            .cycle()
+            .take(config.sample.n_prompts)
+            .collect(),
+        sampling: Sampling {
+            length: config.sample.length,
+            temperature: config.sample.temperature,
+            seq_len,
+        },
+    }
+}
+
+fn no_task() -> PluginError {
+    PluginError::new("no task is named")
+        .why("`-task` is missing")
+        .fix("type `moeut-host -task moeut_c4 -name <name>`; `moeut-host plugins list` shows all tasks")
+}
+
+fn n_gpus() -> u32 {
+    u32::try_from(tch::Cuda::device_count()).unwrap_or(0)
+}
+
+/// Width of the model, which the `noam` schedule needs.
+fn d_model(arguments: &Arguments) -> Option<u64> {
+    arguments.values.get("state_size")?.as_u64()
+}
+
+/// A run without `-seed` gets one from the clock; it is stored, so the run can be repeated.
+fn seed(config: &HostConfig) -> u64 {
+    config.seed.map_or_else(
+        || {
+            let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+            now.map_or(0, |since| since.as_secs() ^ u64::from(since.subsec_nanos()))
+        },
+        i64::cast_unsigned,
+    )
+}
+
+fn eval_stream(
+    dataset: Arc<TokenDatasetClient>,
+    request: &StreamRequest,
+) -> Result<EvalStream, PluginError> {
+    let info = dataset.info()?;
+    Ok(EvalStream {
+        name: request.name.clone(),
+        dataset,
+        n_windows: info.n_windows,
+        seq_len: size(request.seq_len)?,
+        utf8_bytes_per_token: info.utf8_bytes_per_token,
+    })
+}
+
+fn batch_shape(config: &HostConfig, seq_len: u64) -> Result<BatchShape, PluginError> {
+    let n_microbatches = config
+        .n_microbatches
+        .or_else(|| Some(config.batch_size.div_ceil(config.per_device_batch_size?)))
+        .unwrap_or(1);
+    Ok(BatchShape {
+        batch_size: config.batch_size,
+        n_microbatches,
+        seq_len: size(seq_len)?,
+    })
+}
+
+fn size(number: u64) -> Result<usize, PluginError> {
+    usize::try_from(number)
+        .map_err(|_| PluginError::new(format!("a sequence of {number} tokens is too long")))
+}
+
+/// All tensors of a model, and those that are trained.
+fn parameters(model: &ModelClient) -> Result<(Named, Named), PluginError> {
+    let (mut all, mut trainable) = (Vec::new(), Vec::new());
+    for parameter in model.parameters()? {
+        let tensor = parameter.tensor.into_tensor();
+        if parameter.is_trainable {
+            trainable.push((parameter.name.clone(), tensor.shallow_clone()));
+        }
+        all.push((parameter.name, tensor));
+    }
+    Ok((all, trainable))
+}
+
+fn read_state(loaded: &Loaded) -> Result<TrainState, PluginError> {
+    serde_json::from_value(loaded.snapshot.state.clone()).map_err(|error| {
+        PluginError::new(format!(
+            "the state in `{}` cannot be used",
+            loaded.path.display()
+        ))
+        .why(error.to_string())
+        .fix("restore another checkpoint")
+    })
+}
+
+/// Copies a checkpoint's tensors into the run's.
+fn load_tensors(
+    what: &str,
+    into: &[(String, Tensor)],
+    from: &[(String, Tensor)],
+) -> Result<(), PluginError> {
+    let _no_grad = tch::no_grad_guard();
+    let stored: BTreeMap<&str, &Tensor> = from
+        .iter()
+        .map(|(name, tensor)| (name.as_str(), tensor))
+        .collect();
+    let mismatch = |why: String| {
+        PluginError::new(format!("the checkpoint does not fit the {what}"))
+            .why(why)
+            .fix("use the arguments that the checkpoint was made with; they are in its `args.json`")
+    };
+    for (name, tensor) in into {
+        let Some(source) = stored.get(name.as_str()) else {
+            return Err(mismatch(format!("it has no `{name}`")));
+        };
+        if source.size() != tensor.size() {
+            return Err(mismatch(format!(
+                "`{name}` is {:?}, and {:?} is needed",
+                source.size(),
+                tensor.size()
+            )));
+        }
+        tensor
+            .shallow_clone()
+            .f_copy_(source)
+            .or_plugin_error("a tensor cannot be restored")?;
+    }
+    Ok(())
+}
+
+/// A checkpoint made on another kind of device has no state for this one; its generator stays as seeded.
+fn restore_rng(stored: &[(String, Tensor)], device: Device) -> Result<(), PluginError> {
+    for (wanted, place) in [(RNG_CPU, Device::Cpu), (RNG_CUDA, device)] {
+        if let Some((_, state)) = stored.iter().find(|(name, _)| name == wanted) {
+            rng::set_state(place, state)
+                .or_plugin_error("the random generator cannot be restored")?;
+        }
+    }
+    Ok(())
+}
+
+/// The sinks of a run; one that cannot be opened is reported and left out.
+fn sinks(blueprint: &Blueprint, terminal: &Terminal) -> Vec<Box<dyn Sink>> {
+    let resume_at = blueprint
+        .restored
+        .as_ref()
+        .map(|loaded| loaded.snapshot.step);
+    let folder: &Path = &blueprint.folder;
+    let mut sinks: Vec<Box<dyn Sink>> = Vec::new();
+    let mut add = |sink: Result<Box<dyn Sink>, crate::log::SinkError>| match sink {
+        Ok(sink) => sinks.push(sink),
+        Err(error) => {
+            let text = format!("{error}; {}", error.help());
+            terminal.message(crate::log::Level::Warning, &text);
+        }
+    };
+    add(Jsonl::open(folder.join("metrics.jsonl"), resume_at).map(|sink| Box::new(sink) as _));
+    if blueprint.config.log == LogSink::Tb {
+        let folder = folder.join("tensorboard");
+        add(TensorBoard::open(&folder, resume_at).map(|sink| Box::new(sink) as _));
+    }
+    sinks
+}
+
+fn announce(
+    monitor: &mut Monitor,
+    state: &TrainState,
+    subject: &Subject,
+    placement: Placement,
+    info: &StreamInfo,
+) {
+    let n_params = subject.n_trained;
+    monitor.once(state.step, vec![("n_params".into(), n_params as f64)]);
+    monitor.message(&format!(
+        "model `{}`: {n_params} parameters on {} ({} parameters, {} products); {} training tokens, vocabulary {}",
+        subject.name, placement.device, placement.dtype, placement.compute_dtype, info.n_tokens, info.vocab_size
+    ));
+    if state.step > 0 {
+        monitor.message(&format!("going on from step {}", state.step));
+    }
+}
