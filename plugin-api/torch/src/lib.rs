@@ -15,6 +15,7 @@ pub mod autocast;
 pub mod cuda;
 pub mod error;
 pub mod function;
+pub mod grouped;
 pub mod handle;
 pub mod memory;
 pub mod optim;

@@ -7,6 +7,7 @@
 use moeut_plugin_api::{
     Capabilities, DType, GroupedMatmul, Host, Kernel, PluginError, TensorHandle,
 };
+use moeut_torch::grouped::Fanout;
 use moeut_torch::{
     Autocast, Context, Function, FunctionError, IntoHandle, IntoTensor, OrPluginError, apply, dtype,
 };
@@ -59,7 +60,7 @@ impl Kernel for Grouped {
         let inverse = call.selection.inverse.into_tensor();
         let ends = call.selection.ends.into_tensor();
         let gate = call.gate.map(IntoTensor::into_tensor);
-        let product = Product::new(&x, &weight, &order, gate.as_ref())?;
+        let product = Product(Fanout::of(&x, &weight, &order, gate.as_ref())?);
         let mut inputs = vec![&x, &weight, &order, &inverse, &ends];
         inputs.extend(&gate);
         apply(product, &inputs)
@@ -69,58 +70,12 @@ impl Kernel for Grouped {
 }
 
 /// One call as a differentiable function of `x, weight, order, inverse, ends` and perhaps `gate`.
-struct Product {
-    /// Selections per row of `x`: `f` of [`Kernel`].
-    per_row: i64,
-    /// Selections that a gate sums, else 1: `n` of [`Kernel`].
-    n_summed: i64,
-}
+struct Product(Fanout);
 
 /// Positions among the inputs of [`Product`].
 const X: usize = 0;
 const WEIGHT: usize = 1;
 const GATE: usize = 5;
-
-impl Product {
-    fn new(
-        x: &Tensor,
-        weight: &Tensor,
-        order: &Tensor,
-        gate: Option<&Tensor>,
-    ) -> Result<Self, PluginError> {
-        let unfit = || {
-            PluginError::new("the shapes of a grouped matrix product do not fit")
-                .why(format!(
-                    "x is {:?}, weight {:?}, order {:?}, gate {:?}",
-                    x.size(),
-                    weight.size(),
-                    order.size(),
-                    gate.map(Tensor::size)
-                ))
-                .fix("pass x [R, K], weight [E, K, N], order [M] with M a multiple of R, gate [M / n, n]")
-        };
-        let (&[n_rows, d_in], &[_, d_weight, _], &[n_selections]) =
-            (&x.size()[..], &weight.size()[..], &order.size()[..])
-        else {
-            return Err(unfit());
-        };
-        if d_in != d_weight
-            || (n_selections == 0) != (n_rows == 0)
-            || n_selections % n_rows.max(1) != 0
-        {
-            return Err(unfit());
-        }
-        let n_summed = match gate.map(Tensor::size).as_deref() {
-            None => 1,
-            Some(&[n_sums, n]) if n > 0 && n_sums * n == n_selections => n,
-            Some(_) => return Err(unfit()),
-        };
-        Ok(Self {
-            per_row: (n_selections / n_rows.max(1)).max(1),
-            n_summed,
-        })
-    }
-}
 
 impl Function for Product {
     /// ```text
@@ -134,9 +89,9 @@ impl Function for Product {
         let _full_precision = Autocast::new(x.device(), None)?;
         ctx.save(&inputs.iter().collect::<Vec<_>>())?;
 
-        let xs = padded_rows(x)?.f_index_select(0, &divided(order, self.per_row)?)?;
+        let xs = padded_rows(x)?.f_index_select(0, &divided(order, self.0.per_row)?)?;
         let ys = grouped_mm(&xs, &padded_weight(weight, x.kind())?, ends)?;
-        let y = sum_rows(&ys, inverse, self.n_summed, gate.first())?;
+        let y = sum_rows(&ys, inverse, self.0.n_summed, gate.first())?;
         Ok(vec![first_columns(&y, weight.size()[2])?])
     }
 
@@ -167,9 +122,9 @@ impl Function for Product {
         let _full_precision = Autocast::new(x.device(), None)?;
         let needs_gate = gate.is_some() && ctx.needs_input_grad(GATE);
 
-        let mut gs = padded_rows(g)?.f_index_select(0, &divided(order, self.n_summed)?)?;
+        let mut gs = padded_rows(g)?.f_index_select(0, &divided(order, self.0.n_summed)?)?;
         let xs = if needs_gate || ctx.needs_input_grad(WEIGHT) {
-            Some(padded_rows(x)?.f_index_select(0, &divided(order, self.per_row)?)?)
+            Some(padded_rows(x)?.f_index_select(0, &divided(order, self.0.per_row)?)?)
         } else {
             None
         };
@@ -177,7 +132,7 @@ impl Function for Product {
             let weight = padded_weight(weight, x.kind())?.f_transpose(1, 2)?;
             let u = grouped_mm(&gs, &weight, ends)?;
             if ctx.needs_input_grad(X) {
-                let dx = sum_rows(&u, inverse, self.per_row, gate)?;
+                let dx = sum_rows(&u, inverse, self.0.per_row, gate)?;
                 input_grads[X] = Some(first_columns(&dx, x.size()[1])?.f_view(&x.size()[..])?);
             }
             if let (true, Some(gate), Some(xs)) = (needs_gate, gate, &xs) {

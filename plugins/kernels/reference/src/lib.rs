@@ -7,6 +7,7 @@
 use moeut_plugin_api::{
     Capabilities, DType, GroupedMatmul, Host, Kernel, PluginError, TensorHandle,
 };
+use moeut_torch::grouped::Fanout;
 use moeut_torch::{Autocast, IntoHandle, IntoTensor, OrPluginError, dtype};
 use tch::{TchError, Tensor};
 
@@ -48,41 +49,19 @@ impl Kernel for Reference {
             .fix("convert `x` to f32, f64, bf16 or f16"));
         }
         let order = call.selection.order.into_tensor();
-        check_shapes(&x_rk, &weight_ekn, &order, gate.as_ref())?;
+        let fanout = Fanout::of(&x_rk, &weight_ekn, &order, gate.as_ref())?;
         let ends = call.selection.ends.into_tensor();
         let inverse = call.selection.inverse.into_tensor();
-        product(&x_rk, &weight_ekn, [&order, &inverse, &ends], gate.as_ref())
-            .map(IntoHandle::into_handle)
-            .or_plugin_error("kernel `reference` cannot compute the grouped matrix product")
+        product(
+            &x_rk,
+            &weight_ekn,
+            [&order, &inverse, &ends],
+            gate.as_ref(),
+            fanout,
+        )
+        .map(IntoHandle::into_handle)
+        .or_plugin_error("kernel `reference` cannot compute the grouped matrix product")
     }
-}
-
-/// `x [R, K]`, `weight [E, K, N]`, `order [M]` with `M` a multiple of `R`, `gate [M / n, n]`.
-fn check_shapes(
-    x: &Tensor,
-    weight: &Tensor,
-    order: &Tensor,
-    gate: Option<&Tensor>,
-) -> Result<(), PluginError> {
-    let (x, weight, order) = (x.size(), weight.size(), order.size());
-    let gate = gate.map(Tensor::size);
-    let fits = match (&x[..], &weight[..], &order[..]) {
-        (&[rows, inner], &[_, same_inner, _], &[n_selections]) => {
-            inner == same_inner
-                && (n_selections == 0) == (rows == 0)
-                && n_selections % rows.max(1) == 0
-                && gate.as_ref().is_none_or(
-                    |gate| matches!(gate[..], [sums, n] if n > 0 && sums * n == n_selections),
-                )
-        }
-        _ => false,
-    };
-    if fits {
-        return Ok(());
-    }
-    Err(PluginError::new("the shapes of a grouped matrix product do not fit")
-        .why(format!("x is {x:?}, weight {weight:?}, order {order:?}, gate {gate:?}"))
-        .fix("pass x [R, K], weight [E, K, N], order [M] with M a multiple of R, gate [M / n, n]"))
 }
 
 fn product(
@@ -90,15 +69,15 @@ fn product(
     weight_ekn: &Tensor,
     [order, inverse, ends]: [&Tensor; 3],
     gate: Option<&Tensor>,
+    fanout: Fanout,
 ) -> Result<Tensor, TchError> {
     let _full_precision = Autocast::new(x_rk.device(), None)?;
     let (n_rows, d_in) = x_rk.size2()?;
-    let per_row = order.size1()? / n_rows.max(1);
 
     // Repeating before permuting lets libtorch sum a row's gradients in a fixed order, also on CUDA.
     let repeated = x_rk
         .f_unsqueeze(1)?
-        .f_expand([n_rows, per_row, d_in], false)?;
+        .f_expand([n_rows, fanout.per_row, d_in], false)?;
     let sorted_mk = repeated.f_reshape([-1, d_in])?.f_index_select(0, order)?;
 
     let runs = sorted_mk.f_split_with_sizes(run_lengths(ends)?, 0)?;

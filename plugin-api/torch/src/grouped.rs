@@ -1,0 +1,84 @@
+//! The shapes of a grouped matrix product, checked once for every kernel; see [`moeut_plugin_api::Kernel`] for what
+//! the letters mean. Computes nothing.
+
+use moeut_plugin_api::PluginError;
+use tch::Tensor;
+
+/// How selections relate to rows of input and of output.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Fanout {
+    /// Selections per row of `x` (`f`); 1 if there are none.
+    pub per_row: i64,
+    /// Selections that a gate sums (`n`); 1 without a gate.
+    pub n_summed: i64,
+}
+
+impl Fanout {
+    /// Reads it off the shapes `x [R, K]`, `weight [E, K, N]`, `order [M]`, `gate [M / n, n]`.
+    ///
+    /// # Errors
+    /// If they do not fit each other.
+    pub fn of(
+        x: &Tensor,
+        weight: &Tensor,
+        order: &Tensor,
+        gate: Option<&Tensor>,
+    ) -> Result<Self, PluginError> {
+        let (x, weight, order) = (x.size(), weight.size(), order.size());
+        let gate = gate.map(Tensor::size);
+        Self::from_sizes(&x, &weight, &order, gate.as_deref()).ok_or_else(|| {
+            PluginError::new("the shapes of a grouped matrix product do not fit")
+                .why(format!("x is {x:?}, weight {weight:?}, order {order:?}, gate {gate:?}"))
+                .fix("pass x [R, K], weight [E, K, N], order [M] with M a multiple of R, gate [M / n, n]")
+        })
+    }
+
+    fn from_sizes(x: &[i64], weight: &[i64], order: &[i64], gate: Option<&[i64]>) -> Option<Self> {
+        let (&[n_rows, d_in], &[_, d_weight, _], &[n_selections]) = (x, weight, order) else {
+            return None;
+        };
+        let fits = d_in == d_weight
+            && (n_selections == 0) == (n_rows == 0)
+            && n_selections % n_rows.max(1) == 0;
+        let n_summed = match gate {
+            None => 1,
+            Some(&[n_sums, n]) if n > 0 && n_sums * n == n_selections => n,
+            Some(_) => return None,
+        };
+        fits.then_some(Self {
+            per_row: (n_selections / n_rows.max(1)).max(1),
+            n_summed,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_four_uses_and_what_does_not_fit() {
+        let of = |x: &[i64], weight: &[i64], order: i64, gate: Option<&[i64]>| {
+            Fanout::from_sizes(x, weight, &[order], gate)
+                .map(|fanout| (fanout.per_row, fanout.n_summed))
+        };
+        assert_eq!(of(&[6, 8], &[4, 8, 3], 12, None), Some((2, 1)));
+        assert_eq!(of(&[12, 3], &[4, 3, 8], 12, Some(&[6, 2])), Some((1, 2)));
+        assert_eq!(of(&[6, 8], &[4, 8, 3], 24, Some(&[12, 2])), Some((4, 2)));
+        assert_eq!(of(&[0, 8], &[4, 8, 3], 0, Some(&[0, 2])), Some((1, 2)));
+        for (x, weight, order, gate) in [
+            (&[6, 7][..], &[4, 8, 3][..], 12, None),
+            (&[6, 8], &[4, 8], 12, None),
+            (&[5, 8], &[4, 8, 3], 12, None),
+            (&[0, 8], &[4, 8, 3], 12, None),
+            (&[6, 8], &[4, 8, 3], 12, Some(&[5, 2][..])),
+            (&[6, 8], &[4, 8, 3], 12, Some(&[6, 0])),
+        ] {
+            assert_eq!(
+                of(x, weight, order, gate),
+                None,
+                "{x:?} {weight:?} {order} {gate:?}"
+            );
+        }
+    }
+}
