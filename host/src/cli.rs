@@ -1,8 +1,6 @@
 //! Entry point: which job is asked for, and the way from `argv` to a run.
 
-use crate::args::{
-    Arguments, HostConfig, Owner, asks_for_help, help_text, parse, peek, render_resolved,
-};
+use crate::args::{HostConfig, Owner, asks_for_help, help_text, parse, peek, render_resolved};
 use crate::checkpoint::{self, Loaded};
 use crate::doctor;
 use crate::error::{EXIT_USER_ERROR, HostError};
@@ -10,6 +8,7 @@ use crate::log::{Level, Terminal, TerminalMode};
 use crate::plugins::{Registry, search_path};
 use crate::train;
 use crate::train::build::{Blueprint, build};
+use moeut_plugin_api::ComponentKind;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::io::{IsTerminal, Write};
@@ -57,17 +56,14 @@ fn dispatch(argv: &[String], start: Instant) -> Result<(), HostError> {
             print(USAGE);
             Ok(())
         }
-        [] if asks_for_help(argv) => {
-            help(argv);
-            Ok(())
-        }
+        [] if asks_for_help(argv) => help(argv),
         [] => train_command(argv, start),
         ["plugins", "list"] => {
             print(&doctor::plugin_table(&open_registry(rest)));
             Ok(())
         }
         ["config", "show"] => {
-            let owners = owners(&open_registry(rest));
+            let owners = owners(rest, &open_registry(rest))?;
             print(&render_resolved(&parse(rest, &owners, None)?, &owners));
             Ok(())
         }
@@ -83,12 +79,13 @@ fn dispatch(argv: &[String], start: Instant) -> Result<(), HostError> {
     }
 }
 
-fn help(argv: &[String]) {
+fn help(argv: &[String]) -> Result<(), HostError> {
     const WIDTH: usize = 110;
-    let owners = owners(&open_registry(argv));
+    let owners = owners(argv, &open_registry(argv))?;
     print(USAGE);
     print("\n");
     print(&help_text(&owners, WIDTH));
+    Ok(())
 }
 
 /// Trains.
@@ -105,20 +102,22 @@ fn train_command(argv: &[String], start: Instant) -> Result<(), HostError> {
             &format!("{}: {}", problem.error.what, problem.error.why),
         );
     }
-    let owners = owners(&registry);
+    let owners = owners(argv, &registry)?;
     let blueprint = blueprint(argv, &owners)?;
     for warning in &blueprint.arguments.warnings {
         terminal.message(Level::Warning, warning);
     }
+    // Stored once everything is built: arguments that cannot be built are none to come back to.
     let folder = blueprint.folder.clone();
+    let raw_arguments = blueprint.arguments.raw_map();
     let _lock = lock_run(&folder)?;
     write_startup_log(&folder, argv)?;
-    write_args(&folder, &blueprint.arguments)?;
     terminal.message(
         Level::Info,
         &format!("plugins {:.2} s", plugins_time.as_secs_f64()),
     );
     let mut run = build(blueprint, &registry, &terminal)?;
+    write_args(&folder, &raw_arguments)?;
     let outcome = train::train(&mut run);
     run.monitor.finish();
     Ok(outcome?)
@@ -134,20 +133,34 @@ fn open_registry(argv: &[String]) -> Registry {
     Registry::open(search_path(&dirs))
 }
 
-/// The host and every component, as the reference does: all arguments are known, whatever the task.
-fn owners(registry: &Registry) -> Vec<Owner> {
+/// Who accepts arguments: the host, the task that `argv` names, and every component that is no task.
+///
+/// Another task's defaults and profiles are none of this run's business. If no task is named (a run that goes on has
+/// it in its stored arguments), all of them count.
+///
+/// # Errors
+/// If there is no such task.
+fn owners(argv: &[String], registry: &Registry) -> Result<Vec<Owner>, HostError> {
+    let named = peek(argv, "task");
+    let task = match named.last() {
+        Some(name) => Some(registry.find(ComponentKind::Task, name)?.info),
+        None => None,
+    };
     let mut seen = BTreeSet::new();
     let mut owners = vec![Owner::host()];
     for component in registry.components() {
-        if seen.insert((component.info.kind, &component.info.name)) {
+        let info = component.info;
+        let is_wanted = match (info.kind, task) {
+            (ComponentKind::Task, Some(task)) => info.name == task.name,
+            _ => true,
+        };
+        if is_wanted && seen.insert((info.kind, &info.name)) {
             let plugin = &component.library.manifest.plugin;
-            owners.push(Owner::component(
-                component.info,
-                &format!("{} {}", plugin.name, plugin.version),
-            ));
+            let plugin = format!("{} {}", plugin.name, plugin.version);
+            owners.push(Owner::component(info, &plugin));
         }
     }
-    owners
+    Ok(owners)
 }
 
 /// Resolves the arguments: command line > stored ones of the run or checkpoint > profile > default.
@@ -209,7 +222,7 @@ fn read_args(folder: &Path) -> Result<Option<BTreeMap<String, String>>, HostErro
 }
 
 /// Stores the raw arguments, beside the old ones until they are complete.
-fn write_args(folder: &Path, arguments: &Arguments) -> Result<(), HostError> {
+fn write_args(folder: &Path, arguments: &BTreeMap<String, String>) -> Result<(), HostError> {
     let path = folder.join("args.json");
     let fail = |error: std::io::Error| io_error(&path, &error);
     let mut file = tempfile::NamedTempFile::new_in(folder).map_err(fail)?;
@@ -217,8 +230,7 @@ fn write_args(folder: &Path, arguments: &Arguments) -> Result<(), HostError> {
         &mut file,
         serde_json::ser::PrettyFormatter::with_indent(b"    "),
     );
-    serde::Serialize::serialize(&arguments.raw_map(), &mut writer)
-        .map_err(|error| fail(error.into()))?;
+    serde::Serialize::serialize(arguments, &mut writer).map_err(|error| fail(error.into()))?;
     file.as_file().sync_all().map_err(fail)?;
     file.persist(&path).map_err(|error| fail(error.error))?;
     Ok(())

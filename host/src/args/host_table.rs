@@ -60,7 +60,8 @@ const HOST_ARGS: &[ArgSpec] = &[
     ArgSpec::flag("compat", "0")
         .help("Repeat the reference's quirks, to compare with it or with its checkpoints"),
     // The machine.
-    ArgSpec::text("gpu", "auto").help("Index of the GPU; `auto` takes a free one, `none` the CPU"),
+    ArgSpec::text("gpu", "auto")
+        .help("Index of the GPU; `auto` takes the first one, `none` the CPU"),
     ArgSpec::int("threads", "none")
         .optional()
         .help("CPU threads of a tensor operation"),

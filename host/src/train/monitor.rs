@@ -18,6 +18,8 @@ pub struct Monitor {
     n_steps: u64,
     pending: Option<Pending>,
     clock: Clock,
+    /// Set until the first step is done.
+    built_at: Option<Instant>,
 }
 
 /// A step whose tensors have not been read yet.
@@ -62,6 +64,7 @@ impl Monitor {
             n_steps,
             pending: None,
             clock: Clock::new(state.n_tokens),
+            built_at: Some(Instant::now()),
         }
     }
 
@@ -82,6 +85,10 @@ impl Monitor {
         waited: Duration,
     ) -> Result<(), TrainError> {
         self.settle(state)?;
+        if let Some(built_at) = self.built_at.take() {
+            let seconds = built_at.elapsed().as_secs_f64();
+            self.message(&format!("first step {seconds:.2} s"));
+        }
         self.clock.n_steps += 1;
         self.clock.waited += waited;
         self.pending = Some(Pending {

@@ -24,7 +24,7 @@ pub fn load() -> Result<bool, PluginError> {
     loaded.map(|()| has_device).map_err(|error| {
         PluginError::new("cannot load libtorch's CUDA libraries")
             .why(one_line(&error))
-            .fix("set `-device cpu`, or run `cargo xtask setup --cuda`")
+            .fix("set `-gpu none`, or run `cargo xtask setup --cuda`")
     })
 }
 

@@ -34,7 +34,7 @@ const KNOWN: [(&str, &str); 3] = [
     ),
     (
         "no CUDA device",
-        "set `-device cpu`, or run `nvidia-smi` to see the driver's devices",
+        "set `-gpu none`, or run `nvidia-smi` to see the driver's devices",
     ),
     (
         "modified by an inplace operation",

@@ -1,7 +1,7 @@
 //! What `tch` lacks of libtorch, behind safe functions: custom autograd functions, fused optimizer steps, gradient
 //! clipping without a host sync, random generator state, autocast, CUDA at run time, and tensors as plugin handles.
 //!
-//! This is the only C++ of the project besides CUDA kernels. The crate is copied into every library that uses it, so
+//! With the SentencePiece binding, this is the only C++ of the project. The crate is copied into every library that uses it, so
 //! it holds no state: whatever must exist once per process lives in libtorch or in the host. No C++ exception and no
 //! panic crosses from one language into the other; both arrive as errors.
 //!

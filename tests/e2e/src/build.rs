@@ -82,24 +82,18 @@ pub fn build_crate(name: &str, folder: &str, edit: impl Fn(&str) -> String) -> P
     scratch().join(format!("debug/lib{}.so", package.replace('-', "_")))
 }
 
-/// A workspace of the same root files and members. Everything is a link, so there is nothing to keep up to date.
+/// A workspace of the same root files and members. Folders are links, so what is in them is never out of date.
 fn mirror_workspace(workspace: &Path) {
-    let tasks = workspace.join("plugins/tasks");
-    fs::create_dir_all(&tasks).expect("the mirror can be made");
-    write_if_changed(
-        &workspace.join("Cargo.toml"),
-        &read(&repo().join("Cargo.toml")),
-    );
-    if !workspace.join("Cargo.lock").exists() {
-        write_if_changed(
-            &workspace.join("Cargo.lock"),
-            &read(&repo().join("Cargo.lock")),
-        );
+    fs::create_dir_all(workspace.join("plugins/tasks")).expect("the mirror can be made");
+    // The lock file too, every time: versions are those of the workspace, and nothing is looked up.
+    for file in ["Cargo.toml", "Cargo.lock"] {
+        write_if_changed(&workspace.join(file), &read(&repo().join(file)));
     }
     for member in ["xtask", "plugin-api", "host", "tests"] {
         link(&repo().join(member), &workspace.join(member));
     }
     for below in ["plugins", "plugins/tasks"] {
+        remove_dangling_links(&workspace.join(below));
         for entry in fs::read_dir(repo().join(below))
             .expect("the plugins are there")
             .flatten()
@@ -114,8 +108,21 @@ fn mirror_workspace(workspace: &Path) {
     }
 }
 
+/// Links to plugins that are no more: cargo would miss their manifests.
+fn remove_dangling_links(folder: &Path) {
+    for entry in fs::read_dir(folder)
+        .expect("the mirror can be read")
+        .flatten()
+    {
+        if !entry.path().exists() {
+            fs::remove_file(entry.path()).expect("a link can be removed");
+        }
+    }
+}
+
 fn link(target: &Path, at: &Path) {
     if fs::read_link(at).ok().as_deref() != Some(target) {
+        let _ = fs::remove_file(at); // of a checkout that was moved; usually there is none
         symlink(target, at).expect("a link can be made");
     }
 }
