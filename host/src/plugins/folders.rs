@@ -19,7 +19,9 @@ pub fn search_path(plugin_dirs: &[String]) -> Vec<Folder> {
         .map(|dir| folder(dir.into(), "-plugin_dir"))
         .collect();
     if let Some(paths) = std::env::var_os("MOEUT_PLUGIN_PATH") {
-        all.extend(std::env::split_paths(&paths).map(|path| folder(path, "$MOEUT_PLUGIN_PATH")));
+        // An empty entry would mean the current folder to a shell; here it means that nothing was set.
+        let paths = std::env::split_paths(&paths).filter(|path| !path.as_os_str().is_empty());
+        all.extend(paths.map(|path| folder(path, "$MOEUT_PLUGIN_PATH")));
     }
     if let Ok(executable) = std::env::current_exe()
         && let Some(parent) = executable.parent()

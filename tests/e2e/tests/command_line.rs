@@ -84,7 +84,8 @@ fn help_without_plugins_has_the_hosts_arguments() {
       -seed <int|none>                    Fixes all random numbers [default none]
       -compat <0|1>                       Repeat the reference's quirks, to compare with it or with its
                                           checkpoints [default 0]
-      -gpu <text>                         Index of the GPU; `auto` takes a free one, `none` the CPU [default auto]
+      -gpu <text>                         Index of the GPU; `auto` takes the first one, `none` the CPU
+                                          [default auto]
       -threads <int|none>                 CPU threads of a tensor operation [default none]
       -dtype <f32|f64>                    Type of the parameters [default f32]
       -amp <0|1>                          Compute in 16 bits where that is safe, on a GPU [default 0]
@@ -259,7 +260,7 @@ fn an_unknown_profile() {
 
 #[test]
 fn a_run_without_a_name() {
-    assert_snapshot!(Sandbox::bare().run(&["-task", "moeut_c4"]), @r"
+    assert_snapshot!(Sandbox::new().run(&["-task", "moeut_c4"]), @r"
     exit: 2
     --- stdout
     --- stderr
