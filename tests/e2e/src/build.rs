@@ -57,12 +57,52 @@ pub fn staged_plugins() -> PathBuf {
 }
 
 /// Builds the crate in `folder`, relative to the root, as if it were the task folder `plugins/tasks/<name>` of this
-/// workspace, after `edit` has changed its files; returns the library.
+/// workspace, after `edit` has changed its files; returns the library, built in debug.
 ///
 /// The workspace is not touched: another one is made of links to its folders and the same root files, in which
-/// `plugins/tasks` has one entry more. The profile is `dev`, so every such plugin also shows that a debug build loads
-/// into a released host.
+/// `plugins/tasks` has one entry more.
 pub fn build_crate(name: &str, folder: &str, edit: impl Fn(&str) -> String) -> PathBuf {
+    build_as(Flavor::Debug, name, folder, edit)
+}
+
+/// How a crate is built; none is how the workspace builds its plugins.
+#[derive(Clone, Copy)]
+pub enum Flavor {
+    /// Cargo's `dev` profile.
+    Debug,
+    /// Optimised over all crates at once, unused sections dropped, symbols stripped: whatever is not needed is gone.
+    FatLto,
+}
+
+impl Flavor {
+    fn settings(self) -> &'static [(&'static str, &'static str)] {
+        match self {
+            Self::Debug => &[],
+            Self::FatLto => &[
+                ("CARGO_PROFILE_DEV_LTO", "fat"),
+                ("CARGO_PROFILE_DEV_OPT_LEVEL", "2"),
+                ("CARGO_PROFILE_DEV_CODEGEN_UNITS", "1"),
+                ("CARGO_PROFILE_DEV_STRIP", "symbols"),
+            ],
+        }
+    }
+
+    /// Its own output folder: cargo keeps one build of a profile.
+    fn target(self) -> PathBuf {
+        match self {
+            Self::Debug => scratch(),
+            Self::FatLto => scratch().join("lto"),
+        }
+    }
+}
+
+/// As [`build_crate`], in another flavor.
+pub fn build_as(
+    flavor: Flavor,
+    name: &str,
+    folder: &str,
+    edit: impl Fn(&str) -> String,
+) -> PathBuf {
     static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
     let _turn = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
     let workspace = scratch().join("workspace");
@@ -74,12 +114,14 @@ pub fn build_crate(name: &str, folder: &str, edit: impl Fn(&str) -> String) -> P
     let mut cargo = Command::new(env!("CARGO"));
     cargo
         .args(["build", "--quiet", "--package", &package])
-        .env("CARGO_TARGET_DIR", scratch())
+        .env("CARGO_TARGET_DIR", flavor.target())
+        .envs(flavor.settings().iter().copied())
         .current_dir(&workspace);
     if let Err(error) = run(&mut cargo) {
         panic!("{error}");
     }
-    scratch().join(format!("debug/lib{}.so", package.replace('-', "_")))
+    let file = format!("debug/lib{}.so", package.replace('-', "_"));
+    flavor.target().join(file)
 }
 
 /// A workspace of the same root files and members. Folders are links, so what is in them is never out of date.

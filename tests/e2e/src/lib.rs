@@ -15,7 +15,7 @@ mod metrics;
 mod sandbox;
 mod tiny;
 
-pub use build::{build_crate, cached_data, shared_data, staged_plugins};
+pub use build::{Flavor, build_as, build_crate, cached_data, shared_data, staged_plugins};
 pub use metrics::{checkpoint_files, losses, steps_seen};
 pub use sandbox::{DEADLINE, Outcome, Sandbox, patch, read, wait_until};
 pub use tiny::{Args, tiny};

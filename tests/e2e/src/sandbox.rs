@@ -33,7 +33,7 @@ impl Sandbox {
     pub fn bare() -> Self {
         let root = tempfile::tempdir_in(scratch()).expect("a temporary folder can be made");
         let sandbox = Self { root };
-        for folder in ["bin/plugins", "home", "work/plugins"] {
+        for folder in ["bin/plugins", "home", "here/plugins"] {
             let path = sandbox.root.path().join(folder);
             fs::create_dir_all(&path).expect("the sandbox can be written");
             set_mode(&path, 0o755);
@@ -53,7 +53,7 @@ impl Sandbox {
 
     /// The working folder.
     pub fn work(&self) -> PathBuf {
-        self.root.path().join("work")
+        self.root.path().join("here")
     }
 
     /// The folder of a run.

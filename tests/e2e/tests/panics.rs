@@ -1,7 +1,7 @@
 //! A panic in a plugin, here one that was built in debug, becomes an error of the released host.
 
 use insta::assert_snapshot;
-use moeut_e2e::{Sandbox, build_crate, read};
+use moeut_e2e::{Flavor, Sandbox, build_as, build_crate, read};
 
 fn sandbox() -> Sandbox {
     let library = build_crate("panicky", "tests/e2e/fixtures/panicky", str::to_owned);
@@ -40,6 +40,20 @@ fn a_panic_in_plan_whose_payload_panics_again_is_an_error_too() {
       ╰─▶ no message
       help: this is a defect of `moeut-task-panicky`: report it to its authors
     ");
+}
+
+/// Linkers drop what nobody seems to use; the manifest and the registrations must not be among it.
+#[test]
+fn a_stripped_build_with_fat_lto_keeps_manifest_and_components() {
+    let folder = "tests/e2e/fixtures/panicky";
+    let library = build_as(Flavor::FatLto, "panicky", folder, str::to_owned);
+    let sandbox = Sandbox::bare();
+    sandbox.drop_in("plugins", "panicky.so", &read(&library));
+    let table = sandbox.run(&["plugins", "list"]);
+    assert_eq!(table.code, Some(0), "{table}");
+    for task in ["panics_in_new", "panics_in_plan"] {
+        assert!(table.stdout.contains(task), "{table}");
+    }
 }
 
 #[test]

@@ -159,7 +159,7 @@ fn a_folder_without_shards() {
     // The real path is in the text, and where that wraps depends on its length.
     for part in [
         "× the dataset has no text",
-        "/work/empty` has no file like",
+        "/here/empty` has no file like",
         "help: put at least one train shard there",
     ] {
         assert!(outcome.stderr.contains(part), "{outcome}");
