@@ -16,8 +16,8 @@ unsafe extern "C" {
 /// Keeps freed blocks in the process instead of giving each back to the system at once.
 ///
 /// A training step allocates the same tensors again and again; by default glibc maps every large one anew, and the
-/// kernel clears its pages each time. On 2 cores, 40 steps of the demo took 22.0 s before and 15.7 s after, system
-/// time 8.5 s and 0.5 s. The price is that the process keeps its peak. Call it once, before tensors are made.
+/// kernel clears its pages each time. On 2 cores with other work on them, 40 steps of the demo took 22.0 s without and
+/// 15.7 s with the same options set from outside, system time 8.5 s and 0.5 s (one run each). The price is that the process keeps its peak. Call it once, before tensors are made.
 ///
 /// Returns whether the C library took both options.
 pub fn keep_freed_blocks() -> bool {

@@ -98,8 +98,9 @@ impl MoeutC4 {
     }
 }
 
-/// Chosen so that validation falls below two bits per byte within two minutes on two CPU cores: a vocabulary of 8000
-/// halves the tokens of one of 2000, and few wide experts keep matrix products large.
+/// Reaches 1.86 bits per UTF-8 byte after 100 steps and 1.51 after 400, in under three minutes on two CPU cores. A
+/// vocabulary of 8000 cuts the training text into 0.81M tokens, one of 2000 into 1.01M; few wide experts keep matrix
+/// products large. Neither choice was compared in runs of otherwise equal settings.
 const DEMO: &[(&str, &str)] = &[
     ("data.source", "embedded"),
     ("sentencepiece.n_pieces", "8000"),
