@@ -2,6 +2,7 @@
 
 use crate::args::{HostConfig, Owner, asks_for_help, help_text, parse, peek, render_resolved};
 use crate::checkpoint::{self, Loaded};
+use crate::checkpoint_cli;
 use crate::doctor;
 use crate::error::{EXIT_USER_ERROR, HostError};
 use crate::log::{Level, Terminal, TerminalMode};
@@ -21,6 +22,7 @@ const USAGE: &str = "\
 usage: moeut-host -task <task> -name <name> [-<argument> <value> …]   train
        moeut-host plugins list                                        what is found, and where
        moeut-host config show -task <task> [-<argument> <value> …]    every argument and where its value is from
+       moeut-host checkpoint info|convert|export                      what one holds; from and to Python
        moeut-host doctor                                              what is wrong with this machine, and the fix
        moeut-host --help [-task <task>]                               every argument
 ";
@@ -67,13 +69,17 @@ fn dispatch(argv: &[String], start: Instant) -> Result<(), HostError> {
             print(&render_resolved(&parse(rest, &owners, None)?, &owners));
             Ok(())
         }
+        ["checkpoint", ..] => {
+            print(&checkpoint_cli::run(&argv[1..])?);
+            Ok(())
+        }
         ["doctor"] => {
             print(&doctor::report(&open_registry(rest), &cuda));
             Ok(())
         }
         _ => Err(HostError::new(
             format!("unknown command `{}`", words.join(" ")),
-            "commands are `plugins list`, `config show` and `doctor`; without one, moeut-host trains",
+            "commands are `plugins list`, `config show`, `checkpoint` and `doctor`; without one it trains",
             "type `moeut-host --help`",
         )),
     }
@@ -111,6 +117,10 @@ fn train_command(argv: &[String], start: Instant) -> Result<(), HostError> {
     let folder = blueprint.folder.clone();
     let raw_arguments = blueprint.arguments.raw_map();
     let _lock = lock_run(&folder)?;
+    // Not before: another process may be training this run.
+    if blueprint.config.reset && blueprint.config.restore.is_none() {
+        reset(&folder)?;
+    }
     write_startup_log(&folder, argv)?;
     terminal.message(
         Level::Info,
@@ -188,9 +198,6 @@ fn blueprint(argv: &[String], owners: &[Owner]) -> Result<Blueprint, HostError> 
     let mut arguments = parse(argv, owners, stored.as_ref())?;
     let config = HostConfig::new(&arguments)?;
     let folder = named(&config)?;
-    if config.reset && config.restore.is_none() {
-        reset(&folder)?;
-    }
     arguments.warnings.extend(
         restored
             .iter()

@@ -4,6 +4,7 @@
 
 pub mod args;
 pub mod checkpoint;
+pub mod checkpoint_cli;
 pub mod cli;
 pub mod doctor;
 pub mod error;

@@ -10,6 +10,7 @@
 
 mod cargo;
 mod failure;
+mod faults;
 mod setup;
 mod stage;
 mod wheels;
@@ -34,9 +35,11 @@ Usage: cargo xtask <command>
                                          args go to `cargo build`
   run [--] [args]                        build, then run `moeut-host` with args
   test [args]                            build, then `cargo test --release --workspace` with args
+  faults [--short] [--seed <number>]     build, then kill, starve and damage runs, and count what is lost; about
+                                         5 minutes, a short one 1 minute
   lint [args]                            check formatting, then clippy on everything; warnings are errors
 
-`build`, `run`, `test` and `lint` do `setup` first if something is missing.
+`build`, `run`, `test`, `faults` and `lint` do `setup` first if something is missing.
 ";
 
 fn main() -> ExitCode {
@@ -81,6 +84,7 @@ fn dispatch(repo: &Path, args: &[String]) -> Result<(), Failure> {
             Err(Failure::start(&host.to_string_lossy(), &error))
         }
         "test" => cargo::test(repo, args),
+        "faults" => faults::faults(repo, args),
         "lint" => cargo::lint(repo, args),
         "help" | "-h" | "--help" => {
             print!("{USAGE}");
@@ -88,7 +92,7 @@ fn dispatch(repo: &Path, args: &[String]) -> Result<(), Failure> {
         }
         other => Err(Failure::new(
             format!("unknown command `{other}`"),
-            "the commands are `setup`, `build`, `run`, `test` and `lint`",
+            "the commands are `setup`, `build`, `run`, `test`, `faults` and `lint`",
             "`cargo xtask help`",
         )),
     }

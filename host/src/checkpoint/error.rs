@@ -1,5 +1,6 @@
 //! What can go wrong with a checkpoint, and what a user can do about it.
 
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
 use moeut_plugin_api::PluginError;
@@ -49,6 +50,24 @@ pub enum CheckpointError {
         /// libtorch's reason, its first line.
         why: String,
     },
+    /// A save was waited for, and every attempt failed.
+    #[error("the checkpoint of step {step} is not saved: {cause}")]
+    Unsaved {
+        /// The step.
+        step: u64,
+        /// Why the last attempt failed.
+        cause: Box<CheckpointError>,
+    },
+    /// A file or a layout of another program that cannot be read or written.
+    #[error("cannot use `{}`: {why}", path.display())]
+    Foreign {
+        /// The file or folder.
+        path: PathBuf,
+        /// What is wrong with it, with values.
+        why: String,
+        /// What to do about it.
+        fix: String,
+    },
     /// The thread that writes panicked, which is a bug of ours.
     #[error("the checkpoint writer stopped: {why}")]
     Writer {
@@ -73,6 +92,14 @@ impl CheckpointError {
         }
     }
 
+    pub(super) fn foreign(path: &Path, why: impl Into<String>, fix: impl Into<String>) -> Self {
+        Self::Foreign {
+            path: path.to_owned(),
+            why: why.into(),
+            fix: fix.into(),
+        }
+    }
+
     /// libtorch appends a C++ backtrace to its messages; only the first line is for a user.
     pub(super) fn tensor(name: &str, source: &tch::TchError) -> Self {
         let text = source.to_string();
@@ -86,16 +113,7 @@ impl CheckpointError {
     /// What to do about it.
     pub fn help(&self) -> String {
         match self {
-            Self::Io { path, source, .. } => {
-                // The file itself may be gone or never have been.
-                let path = path.ancestors().find(|path| path.exists()).unwrap_or(Path::new("."));
-                match source.kind() {
-                std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded => {
-                    format!("free space: `df -h {}`", path.display())
-                }
-                _ => format!("check that the folder exists and is writable: `ls -ld {}`", path.display()),
-                }
-            }
+            Self::Io { path, source, .. } => help_with_io(path, source.kind()),
             Self::Corrupt { path, .. } => {
                 let siblings = path.parent().and_then(Path::parent).unwrap_or(Path::new("."));
                 format!(
@@ -104,7 +122,7 @@ impl CheckpointError {
                 )
             }
             Self::None { .. } => {
-                "give `-restore` a `model-<step>` folder or a folder that holds such folders".to_owned()
+                "give `-restore` a `model-<step>` folder or that of a run: `-restore save/<name>`".to_owned()
             }
             Self::AllUnusable { .. } => {
                 "start again with `-reset 1`, or give `-restore` another run's checkpoint folder".to_owned()
@@ -113,8 +131,30 @@ impl CheckpointError {
                 "store tensors as bool, u8, i8, i16, i32, i64, f16, bf16, f32 or f64, and check free memory: `free -h`"
                     .to_owned()
             }
+            Self::Unsaved { cause, .. } => format!(
+                "{}; then type the same command again: it goes on from the newest whole checkpoint",
+                cause.help()
+            ),
+            Self::Foreign { fix, .. } => fix.clone(),
             Self::Writer { .. } => "report this with the message above; training itself is not affected".to_owned(),
         }
+    }
+}
+
+fn help_with_io(path: &Path, kind: ErrorKind) -> String {
+    // The file itself may be gone or never have been; a link that leads nowhere is there.
+    let is_there = |path: &&Path| path.symlink_metadata().is_ok();
+    let there = path.ancestors().find(is_there).unwrap_or(Path::new("."));
+    let there = there.display();
+    match kind {
+        ErrorKind::StorageFull | ErrorKind::QuotaExceeded => format!("free space: `df -h {there}`"),
+        ErrorKind::FileTooLarge => {
+            "raise the limit on file sizes: `ulimit -f unlimited`".to_owned()
+        }
+        ErrorKind::AlreadyExists | ErrorKind::NotADirectory => {
+            format!("move away what is in the folder's place: `ls -ld {there}` shows it")
+        }
+        _ => format!("check that the folder exists and is writable: `ls -ld {there}`"),
     }
 }
 

@@ -21,6 +21,8 @@ const MANIFEST: &str = "MANIFEST.json";
 const PREFIX: &str = "model-";
 /// A leading dot hides unfinished folders from `ls` and from the search for checkpoints.
 const TEMPORARY_PREFIX: &str = ".tmp-model-";
+/// Of a folder that was moved aside for a newer save of its step.
+const REPLACED_SUFFIX: &str = "-replaced";
 /// A manifest has four entries; more than this is not one.
 const MAX_MANIFEST_BYTES: u64 = 1 << 20;
 
@@ -31,6 +33,26 @@ struct Manifest {
     /// Seconds since 1970. Kept here because copying a folder changes the times of its files.
     saved_at: u64,
     files: BTreeMap<String, FileEntry>,
+    /// Checksum of the three above: a wrong `step` would be believed otherwise.
+    sha256: String,
+}
+
+impl Manifest {
+    fn new(step: u64, saved_at: u64, files: BTreeMap<String, FileEntry>) -> Self {
+        let mut manifest = Self {
+            step,
+            saved_at,
+            files,
+            sha256: String::new(),
+        };
+        manifest.sha256 = manifest.checksum();
+        manifest
+    }
+
+    fn checksum(&self) -> String {
+        let text = pretty(&(self.step, self.saved_at, &self.files));
+        format!("{:x}", Sha256::digest(text))
+    }
 }
 
 #[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -52,6 +74,8 @@ pub(super) fn write(
         std::process::id()
     ));
     let written = write_files(&temporary, snapshot, now).and_then(|()| {
+        // Read back before it takes anything's place. From memory mostly, so that this finds our errors, not the disk's.
+        verify_all(&temporary)?;
         let path = dir.join(format!("{PREFIX}{}", snapshot.step));
         move_into_place(&temporary, &path)?;
         sync_dir(dir)?;
@@ -84,11 +108,8 @@ fn write_files(folder: &Path, snapshot: &Snapshot, now: SystemTime) -> Result<()
     add(STATE, &text(&state))?;
     add(ARGS, &text(&args))?;
 
-    let manifest = Manifest {
-        step: snapshot.step,
-        saved_at: now.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs(),
-        files,
-    };
+    let saved_at = now.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
+    let manifest = Manifest::new(snapshot.step, saved_at, files);
     write_file(&folder.join(MANIFEST), &text(&pretty(&manifest)))?;
     sync_dir(folder)
 }
@@ -148,13 +169,18 @@ impl<W: Write> Write for Hashing<W> {
 /// it is moved aside first, because a rename does not replace a folder that has files.
 fn move_into_place(temporary: &Path, path: &Path) -> Result<(), CheckpointError> {
     let mut aside = temporary.as_os_str().to_owned();
-    aside.push("-replaced");
+    aside.push(REPLACED_SUFFIX);
     let aside = PathBuf::from(aside);
     let replaces = path.exists();
     if replaces {
         fs::rename(path, &aside).map_err(CheckpointError::io("rename", path))?;
     }
-    fs::rename(temporary, path).map_err(CheckpointError::io("rename", temporary))?;
+    let moved = fs::rename(temporary, path).map_err(CheckpointError::io("rename", temporary));
+    if moved.is_err() && replaces {
+        // If this fails too, the next start does it.
+        let _ = fs::rename(&aside, path);
+    }
+    moved?;
     if replaces {
         fs::remove_dir_all(&aside).map_err(CheckpointError::io("remove", &aside))?;
     }
@@ -178,16 +204,37 @@ pub(super) fn remove(path: &Path) -> Result<(), CheckpointError> {
 
 /// Removes what a killed process left behind. A failure is not worth a message: the next save names its cause.
 pub(super) fn remove_leftovers(dir: &Path) {
-    let Ok(entries) = fs::read_dir(dir) else {
-        return;
-    };
-    for entry in entries.flatten() {
-        if entry
-            .file_name()
-            .to_string_lossy()
-            .starts_with(TEMPORARY_PREFIX)
-        {
-            let _ = fs::remove_dir_all(entry.path());
+    put_back(dir);
+    for (_, path) in leftovers(dir) {
+        let _ = fs::remove_dir_all(path);
+    }
+}
+
+/// Names and paths of unfinished folders.
+fn leftovers(dir: &Path) -> Vec<(String, PathBuf)> {
+    let entries = fs::read_dir(dir).into_iter().flatten().flatten();
+    entries
+        .map(|entry| {
+            let name = entry.file_name().to_string_lossy().into_owned();
+            (name, entry.path())
+        })
+        .filter(|(name, _)| name.starts_with(TEMPORARY_PREFIX))
+        .collect()
+}
+
+/// A process that was killed between the two renames of [`move_into_place`] left a good checkpoint under the name of an
+/// unfinished one.
+fn put_back(dir: &Path) {
+    for (name, path) in leftovers(dir) {
+        let step = name
+            .strip_prefix(TEMPORARY_PREFIX)
+            .filter(|_| name.ends_with(REPLACED_SUFFIX))
+            .and_then(|rest| rest.split('-').next());
+        if let Some(step) = step {
+            let place = dir.join(format!("{PREFIX}{step}"));
+            if !place.exists() {
+                let _ = fs::rename(&path, place);
+            }
         }
     }
 }
@@ -219,27 +266,34 @@ pub(super) fn age(folder: &Path, now: SystemTime) -> Option<Duration> {
     Some(now.duration_since(saved_at).unwrap_or_default())
 }
 
-/// Reads `path`: a checkpoint folder, or a folder of checkpoints, of which the newest whole one is taken.
+/// Reads `path`: a checkpoint folder, or a folder of checkpoints, of which the newest whole one is taken, or a run's
+/// folder, which has those in `checkpoint`.
 ///
 /// # Errors
 /// [`CheckpointError::Corrupt`] if `path` is a checkpoint that is damaged; [`CheckpointError::None`] or
 /// [`CheckpointError::AllUnusable`] if it holds none that can be used.
-pub fn load(path: &Path) -> Result<Loaded, CheckpointError> {
-    if path.join(MANIFEST).exists() || FILES.iter().any(|name| path.join(name).exists()) {
+pub(super) fn load(path: &Path) -> Result<Loaded, CheckpointError> {
+    // Not by `args.json`, which a run's folder has as well.
+    let own_files = [MANIFEST, MODEL, OPTIMIZER, STATE];
+    if own_files.iter().any(|name| path.join(name).exists()) {
         return Ok(Loaded {
             snapshot: read(path)?,
             path: path.to_owned(),
             warnings: Vec::new(),
         });
     }
-    load_latest(path)?.ok_or_else(|| CheckpointError::None {
+    let none = |why: &str| CheckpointError::None {
         path: path.to_owned(),
-        why: match fs::metadata(path) {
-            Err(error) => error.to_string(),
-            Ok(found) if found.is_dir() => "it has no folder named `model-<step>`".to_owned(),
-            Ok(_) => "it is a file".to_owned(),
-        },
-    })
+        why: why.to_owned(),
+    };
+    match fs::metadata(path) {
+        Err(error) => return Err(none(&error.to_string())),
+        Ok(found) if !found.is_dir() => return Err(none("it is a file")),
+        Ok(_) => {}
+    }
+    let below = path.join("checkpoint");
+    let dir = if below.is_dir() { &below } else { path };
+    load_latest(dir)?.ok_or_else(|| none("it has no folder named `model-<step>`"))
 }
 
 /// The newest whole checkpoint below `dir`, or nothing if there is none at all: what a run asks for when it starts.
@@ -248,6 +302,7 @@ pub fn load(path: &Path) -> Result<Loaded, CheckpointError> {
 /// [`CheckpointError::AllUnusable`] if there are checkpoints, but each is damaged. Starting afresh would then throw
 /// work away without asking.
 pub fn load_latest(dir: &Path) -> Result<Option<Loaded>, CheckpointError> {
+    put_back(dir);
     let mut reasons = Vec::new();
     for (_, path) in list(dir)? {
         match read(&path) {
@@ -275,15 +330,7 @@ pub fn load_latest(dir: &Path) -> Result<Option<Loaded>, CheckpointError> {
 }
 
 fn read(folder: &Path) -> Result<Snapshot, CheckpointError> {
-    let manifest = read_manifest(folder)?;
-    for name in FILES {
-        let path = folder.join(name);
-        let Some(expected) = manifest.files.get(name) else {
-            let why = format!("it does not list `{name}`");
-            return Err(CheckpointError::corrupt(&folder.join(MANIFEST), why));
-        };
-        verify(&path, expected)?;
-    }
+    let manifest = verify_all(folder)?;
     Ok(Snapshot {
         step: manifest.step,
         model: read_tensors(&folder.join(MODEL))?,
@@ -293,6 +340,20 @@ fn read(folder: &Path) -> Result<Snapshot, CheckpointError> {
     })
 }
 
+/// Compares every file with the manifest, which it returns.
+fn verify_all(folder: &Path) -> Result<Manifest, CheckpointError> {
+    let manifest = read_manifest(folder)?;
+    for name in FILES {
+        let path = folder.join(name);
+        let Some(expected) = manifest.files.get(name) else {
+            let why = format!("it does not list `{name}`");
+            return Err(CheckpointError::corrupt(&folder.join(MANIFEST), why));
+        };
+        verify(&path, expected)?;
+    }
+    Ok(manifest)
+}
+
 fn read_manifest(folder: &Path) -> Result<Manifest, CheckpointError> {
     let path = folder.join(MANIFEST);
     let file = open(&path)?;
@@ -300,8 +361,13 @@ fn read_manifest(folder: &Path) -> Result<Manifest, CheckpointError> {
     file.take(MAX_MANIFEST_BYTES)
         .read_to_end(&mut text)
         .map_err(CheckpointError::io("read", &path))?;
-    serde_json::from_slice(&text)
-        .map_err(|error| CheckpointError::corrupt(&path, error.to_string()))
+    let manifest: Manifest = serde_json::from_slice(&text)
+        .map_err(|error| CheckpointError::corrupt(&path, error.to_string()))?;
+    if manifest.sha256 == manifest.checksum() {
+        return Ok(manifest);
+    }
+    let why = "its checksum is not that of its entries";
+    Err(CheckpointError::corrupt(&path, why))
 }
 
 fn read_json<T: serde::de::DeserializeOwned>(path: &Path) -> Result<T, CheckpointError> {
@@ -400,6 +466,11 @@ pub(super) mod tests {
 
         let one = load(&dir.path().join("model-20")).unwrap();
         assert_eq!(one.snapshot.step, 20);
+
+        let run = tempfile::tempdir().unwrap();
+        fs::write(run.path().join(ARGS), "{}").unwrap();
+        write_steps(&run.path().join("checkpoint"), &[3]);
+        assert_eq!(load(run.path()).unwrap().snapshot.step, 3);
     }
 
     /// Damages the newer of two checkpoints, and returns the warning with which the earlier one loads.
@@ -452,6 +523,77 @@ pub(super) mod tests {
 
         let torn_manifest = warning_after(|folder| fs::write(folder.join(MANIFEST), "{").unwrap());
         assert!(torn_manifest.starts_with("`/model-6/MANIFEST.json` is damaged: EOF"));
+    }
+
+    /// A bit of every byte of the manifest, which alone says what is right, and of some bytes of the others.
+    #[test]
+    fn flipped_bits_and_missing_bytes_are_found() {
+        let dir = tempfile::tempdir().unwrap();
+        write_steps(dir.path(), &[6]);
+        let folder = dir.path().join("model-6");
+        for name in FILES.into_iter().chain([MANIFEST]) {
+            let path = folder.join(name);
+            let good = fs::read(&path).unwrap();
+            let stride = if name == MANIFEST { 1 } else { 41 };
+            for at in (0..good.len()).step_by(stride) {
+                let mut bytes = good.clone();
+                bytes[at] ^= 1 << (at % 8);
+                fs::write(&path, bytes).unwrap();
+                assert!(read(&folder).is_err(), "byte {at} of {name}");
+            }
+            for length in [0, 1, good.len() / 2, good.len() - 1] {
+                fs::write(&path, &good[..length]).unwrap();
+                assert!(read(&folder).is_err(), "{name} cut to {length} bytes");
+            }
+            fs::write(&path, good).unwrap();
+        }
+        assert_eq!(read(&folder).unwrap().step, 6);
+
+        let path = folder.join(MANIFEST);
+        let manifest = fs::read_to_string(&path).unwrap();
+        fs::write(&path, manifest.replace("\"step\": 6", "\"step\": 7")).unwrap();
+        let error = read(&folder).unwrap_err().to_string();
+        assert!(
+            error.ends_with("its checksum is not that of its entries"),
+            "{error}"
+        );
+    }
+
+    #[test]
+    fn files_of_another_checkpoint_are_found() {
+        for name in FILES.into_iter().chain([MANIFEST]) {
+            let dir = tempfile::tempdir().unwrap();
+            write_steps(dir.path(), &[5]);
+            let mut later = snapshot(6);
+            later.state = json!({"tokens": 6});
+            later.args.insert("lr".to_owned(), "0.2".to_owned());
+            write(dir.path(), &later, UNIX_EPOCH).unwrap();
+            let [older, newer] =
+                ["model-5", "model-6"].map(|folder| dir.path().join(folder).join(name));
+            let [a, b] = [&older, &newer].map(|path| fs::read(path).unwrap());
+            assert!(a != b, "{name} says nothing of the step");
+            fs::write(older, b).unwrap();
+            fs::write(newer, a).unwrap();
+            let error = load_latest(dir.path()).unwrap_err();
+            assert!(
+                matches!(error, CheckpointError::AllUnusable { .. }),
+                "{name}: {error}"
+            );
+        }
+    }
+
+    #[test]
+    fn a_process_killed_while_it_replaced_a_checkpoint_lost_neither() {
+        let dir = tempfile::tempdir().unwrap();
+        write_steps(dir.path(), &[5]);
+        let aside = dir.path().join(".tmp-model-5-123-replaced");
+        fs::rename(dir.path().join("model-5"), &aside).unwrap();
+        assert_eq!(load(dir.path()).unwrap().snapshot.step, 5);
+
+        fs::rename(dir.path().join("model-5"), &aside).unwrap();
+        remove_leftovers(dir.path());
+        assert_eq!(load(dir.path()).unwrap().snapshot.step, 5);
+        assert!(!aside.exists());
     }
 
     #[test]

@@ -15,9 +15,16 @@
 //!
 //! This module neither knows what the tensors mean nor decides when to save.
 
+mod clean;
+mod convert;
 mod error;
+mod export;
 mod folder;
+mod info;
+mod pytorch;
+mod reference;
 mod retention;
+mod source;
 mod tensors;
 mod writer;
 
@@ -27,8 +34,12 @@ use std::path::PathBuf;
 use serde_json::Value;
 use tch::{Device, Tensor};
 
+pub use convert::{Converted, convert};
 pub use error::CheckpointError;
-pub use folder::{load, load_latest};
+pub use export::{Exported, Layout, export};
+pub use folder::load_latest;
+pub use info::info;
+pub use source::{load, read_model_tensors};
 pub use tensors::{read_tensors, write_tensors};
 pub use writer::Checkpoints;
 

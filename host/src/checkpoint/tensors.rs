@@ -104,7 +104,8 @@ pub fn write_tensors(
     Ok(())
 }
 
-fn dtype_of(kind: Kind) -> Option<&'static str> {
+/// The format's name of a kind.
+pub(super) fn dtype_of(kind: Kind) -> Option<&'static str> {
     DTYPES
         .iter()
         .find(|(_, known)| *known == kind)

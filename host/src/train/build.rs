@@ -21,7 +21,7 @@ use moeut_plugin_api::{
     ComponentKind, ModelSetup, PluginError, RunFacts, StreamInfo, StreamRequest, TaskPlan,
 };
 use moeut_torch::{IntoTensor, OrPluginError, rng};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -233,6 +233,7 @@ impl Site<'_> {
         if let Some(loaded) = &self.blueprint.restored {
             let stored = &loaded.snapshot;
             load_tensors("model", &parameters, &stored.model)?;
+            check_nothing_left(&parameters, &stored.model)?;
             load_tensors("optimizer", &optimizer.tensors(), &stored.optimizer)?;
             restore_rng(&stored.optimizer, moeut_torch::device(placement.device))?;
         }
@@ -391,6 +392,25 @@ fn load_tensors(
             .or_plugin_error("a tensor cannot be restored")?;
     }
     Ok(())
+}
+
+/// A larger model's checkpoint holds all that this one needs, and more.
+fn check_nothing_left(parameters: &Named, stored: &Named) -> Result<(), PluginError> {
+    let known: BTreeSet<&str> = parameters.iter().map(|(name, _)| name.as_str()).collect();
+    let left: Vec<&str> = stored
+        .iter()
+        .map(|(name, _)| name.as_str())
+        .filter(|name| !known.contains(name))
+        .collect();
+    let Some(first) = left.first() else {
+        return Ok(());
+    };
+    Err(PluginError::new("the checkpoint does not fit the model")
+        .why(format!(
+            "{} of its tensors are not in the model, `{first}` for one",
+            left.len()
+        ))
+        .fix("use the arguments that the checkpoint was made with; they are in its `args.json`"))
 }
 
 /// A checkpoint made on another kind of device has no state for this one; its generator stays as seeded.

@@ -91,6 +91,9 @@ impl Run {
         self.state.step += 1;
         self.state.n_tokens += self.tokens_per_step;
         self.state.position = self.batches.position();
+        for warning in self.checkpoints.take_warnings() {
+            self.monitor.warn(&warning);
+        }
     }
 
     /// Whether something that happens every `interval` steps, and at the end, happens now.
@@ -109,6 +112,11 @@ impl Run {
         if self.last_saved == Some(self.state.step) {
             return Ok(());
         }
+        self.checkpoints.make_room(); // One copy of the tensors at a time.
+        if let Some(took) = self.checkpoints.take_save_time() {
+            let scalar = ("timing/s_per_save".into(), took.as_secs_f64());
+            self.monitor.once(self.state.step, vec![scalar]);
+        }
         let mut optimizer = self.optimizer.tensors();
         optimizer.extend(rng_states(self.device)?);
         let state = serde_json::to_value(&self.state).map_err(|error| {
@@ -122,9 +130,6 @@ impl Run {
             self.args.clone(),
         )?;
         self.checkpoints.save_in_background(snapshot);
-        for warning in self.checkpoints.take_warnings() {
-            self.monitor.warn(&warning);
-        }
         self.last_saved = Some(self.state.step);
         Ok(())
     }

@@ -55,6 +55,7 @@ fn nothing_typed_shows_how_to_use_it() {
     usage: moeut-host -task <task> -name <name> [-<argument> <value> …]   train
            moeut-host plugins list                                        what is found, and where
            moeut-host config show -task <task> [-<argument> <value> …]    every argument and where its value is from
+           moeut-host checkpoint info|convert|export                      what one holds; from and to Python
            moeut-host doctor                                              what is wrong with this machine, and the fix
            moeut-host --help [-task <task>]                               every argument
     --- stderr
@@ -69,6 +70,7 @@ fn help_without_plugins_has_the_hosts_arguments() {
     usage: moeut-host -task <task> -name <name> [-<argument> <value> …]   train
            moeut-host plugins list                                        what is found, and where
            moeut-host config show -task <task> [-<argument> <value> …]    every argument and where its value is from
+           moeut-host checkpoint info|convert|export                      what one holds; from and to Python
            moeut-host doctor                                              what is wrong with this machine, and the fix
            moeut-host --help [-task <task>]                               every argument
 
@@ -289,7 +291,7 @@ fn an_unknown_command() {
     --- stdout
     --- stderr
     Error:   × unknown command `plugin list`
-      ╰─▶ commands are `plugins list`, `config show` and `doctor`; without one, moeut-host trains
+      ╰─▶ commands are `plugins list`, `config show`, `checkpoint` and `doctor`; without one it trains
       help: type `moeut-host --help`
     ");
 }
