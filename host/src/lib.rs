@@ -7,6 +7,7 @@ pub mod checkpoint;
 pub mod cli;
 pub mod doctor;
 pub mod error;
+pub mod generate;
 pub mod log;
 pub mod plugins;
 pub mod services;
