@@ -5,6 +5,7 @@ use crate::checkpoint::{self, Loaded};
 use crate::checkpoint_cli;
 use crate::doctor;
 use crate::error::{EXIT_USER_ERROR, HostError};
+use crate::generate;
 use crate::log::{Level, Terminal, TerminalMode};
 use crate::plugins::{Registry, search_path};
 use crate::train;
@@ -23,6 +24,7 @@ usage: moeut-host -task <task> -name <name> [-<argument> <value> …]   train
        moeut-host plugins list                                        what is found, and where
        moeut-host config show -task <task> [-<argument> <value> …]    every argument and where its value is from
        moeut-host checkpoint info|convert|export                      what one holds; from and to Python
+       moeut-host generate -name <name> -prompt <text>                a trained model continues a text
        moeut-host doctor                                              what is wrong with this machine, and the fix
        moeut-host --help [-task <task>]                               every argument
 ";
@@ -73,13 +75,14 @@ fn dispatch(argv: &[String], start: Instant) -> Result<(), HostError> {
             print(&checkpoint_cli::run(&argv[1..])?);
             Ok(())
         }
+        ["generate"] => generate::command(rest),
         ["doctor"] => {
             print(&doctor::report(&open_registry(rest), &cuda));
             Ok(())
         }
         _ => Err(HostError::new(
             format!("unknown command `{}`", words.join(" ")),
-            "commands are `plugins list`, `config show`, `checkpoint` and `doctor`; without one it trains",
+            "commands are `plugins list`, `config show`, `checkpoint`, `generate` and `doctor`; without one it trains",
             "type `moeut-host --help`",
         )),
     }
@@ -99,15 +102,7 @@ fn train_command(argv: &[String], start: Instant) -> Result<(), HostError> {
     let registry = Arc::new(open_registry(argv));
     let plugins_time = start.elapsed();
     let terminal = Arc::new(Terminal::new(TerminalMode::Auto));
-    for text in registry.notes() {
-        terminal.message(Level::Warning, text);
-    }
-    for problem in registry.problems() {
-        terminal.message(
-            Level::Warning,
-            &format!("{}: {}", problem.error.what, problem.error.why),
-        );
-    }
+    warn_about_plugins(&registry, &terminal);
     let owners = owners(argv, &registry)?;
     let blueprint = blueprint(argv, &owners)?;
     for warning in &blueprint.arguments.warnings {
@@ -133,8 +128,21 @@ fn train_command(argv: &[String], start: Instant) -> Result<(), HostError> {
     Ok(outcome?)
 }
 
+/// Says which plugins cannot be used.
+pub(crate) fn warn_about_plugins(registry: &Registry, terminal: &Terminal) {
+    for text in registry.notes() {
+        terminal.message(Level::Warning, text);
+    }
+    for problem in registry.problems() {
+        terminal.message(
+            Level::Warning,
+            &format!("{}: {}", problem.error.what, problem.error.why),
+        );
+    }
+}
+
 /// The plugins of the search path that `argv` gives.
-fn open_registry(argv: &[String]) -> Registry {
+pub(crate) fn open_registry(argv: &[String]) -> Registry {
     let dirs: Vec<String> = peek(argv, "plugin_dir")
         .iter()
         .flat_map(|dirs| dirs.split(',').map(str::to_owned).collect::<Vec<_>>())
@@ -150,7 +158,7 @@ fn open_registry(argv: &[String]) -> Registry {
 ///
 /// # Errors
 /// If there is no such task.
-fn owners(argv: &[String], registry: &Registry) -> Result<Vec<Owner>, HostError> {
+pub(crate) fn owners(argv: &[String], registry: &Registry) -> Result<Vec<Owner>, HostError> {
     let named = peek(argv, "task");
     let task = match named.last() {
         Some(name) => Some(registry.find(ComponentKind::Task, name)?.info),
@@ -303,7 +311,7 @@ fn io_error(path: &Path, error: &std::io::Error) -> HostError {
 }
 
 /// A closed pipe on the other side is no error: `moeut-host --help | head`.
-fn print(text: &str) {
+pub(crate) fn print(text: &str) {
     let _ = std::io::stdout().write_all(text.as_bytes());
 }
 

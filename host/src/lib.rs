@@ -8,6 +8,7 @@ pub mod checkpoint_cli;
 pub mod cli;
 pub mod doctor;
 pub mod error;
+pub mod generate;
 pub mod log;
 pub mod plugins;
 pub mod services;

@@ -1,4 +1,5 @@
-//! What a kernel is: the grouped matrix product behind σ-MoE and SwitchHead (the reference's `cvmm`).
+//! What a kernel is: the grouped matrix product behind σ-MoE and SwitchHead (the reference's `cvmm`), and calls that
+//! fuse more of a layer, which a kernel may offer. What a layer does where a call is not offered is the layer's matter.
 
 use crate::{DType, Device, Host, PluginError, TensorHandle};
 use serde::{Deserialize, Serialize};
@@ -20,6 +21,15 @@ use serde::{Deserialize, Serialize};
 /// | σ-MoE down | `[tokens·K, S]` | 1 | `[tokens, K]` | `[tokens, D]` |
 /// | SwitchHead v | `[tokens, D]` | H·k | `[tokens·H, k]` | `[tokens·H, d]` |
 /// | SwitchHead o | `[tokens·H, d]` | k | `[tokens, H·k]` | `[tokens, D]` |
+///
+/// The other calls are optional: callers ask [`Capabilities::provides`] and otherwise compose the same from grouped
+/// products and plain tensor operations. They are differentiable in every floating-point tensor of the call.
+///
+/// | call | covers | result |
+/// |---|---|---|
+/// | [`Kernel::route`] | layernorm, router, scores, top-k, sort by expert | [`Routed`] |
+/// | [`Kernel::moe_mlp`] | σ-MoE up, activation, σ-MoE down | `[tokens, D]` |
+/// | [`Kernel::moe_project`] | `route` and SwitchHead q, k or v | [`Projected`] |
 ///
 /// # Source
 /// Reference `layers/cvmm.py`.
@@ -43,10 +53,34 @@ pub trait Kernel: Sized + 'static {
     /// # Errors
     /// For a dtype or device that [`Kernel::capabilities`] does not list, or shapes that do not fit.
     fn grouped_matmul(&self, call: GroupedMatmul) -> Result<TensorHandle, PluginError>;
+
+    /// Routes tokens to experts; see [`Route`].
+    ///
+    /// # Errors
+    /// As [`Kernel::grouped_matmul`]; without a body of its own the kernel does not provide the call.
+    fn route(&self, _call: Route) -> Result<Routed, PluginError> {
+        Err(not_provided(Self::NAME, FusedCall::Route))
+    }
+
+    /// A whole σ-MoE layer after its routing; see [`MoeMlp`].
+    ///
+    /// # Errors
+    /// As [`Kernel::route`].
+    fn moe_mlp(&self, _call: MoeMlp) -> Result<TensorHandle, PluginError> {
+        Err(not_provided(Self::NAME, FusedCall::MoeMlp))
+    }
+
+    /// A SwitchHead projection with its routing; see [`MoeProject`].
+    ///
+    /// # Errors
+    /// As [`Kernel::route`].
+    fn moe_project(&self, _call: MoeProject) -> Result<Projected, PluginError> {
+        Err(not_provided(Self::NAME, FusedCall::MoeProject))
+    }
 }
 
 /// What a kernel supports.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Capabilities {
     /// Element types on the CPU; empty if it does not run there.
     pub cpu: Vec<DType>,
@@ -58,9 +92,93 @@ pub struct Capabilities {
     pub is_deterministic: bool,
     /// Whether a call may be captured in a CUDA graph.
     pub is_graph_safe: bool,
+    /// Bytes of which the widths of all matrices are multiples where it is fastest; others it pads inside. 0: any.
+    #[serde(default)]
+    pub alignment_bytes: u32,
+    /// The optional calls that it provides.
+    #[serde(default)]
+    pub fused: Vec<Fused>,
+}
+
+/// One optional call, and where it exists.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Fused {
+    /// Which one.
+    pub call: FusedCall,
+    /// For calls with an activation: those that it knows.
+    #[serde(default)]
+    pub activations: Vec<Activation>,
+    /// Element types on the CPU.
+    pub cpu: Vec<DType>,
+    /// Element types on CUDA devices.
+    pub cuda: Vec<DType>,
+}
+
+/// The optional calls.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum FusedCall {
+    /// [`Kernel::route`].
+    Route,
+    /// [`Kernel::moe_mlp`].
+    MoeMlp,
+    /// [`Kernel::moe_project`].
+    MoeProject,
+    /// One of a newer version of this interface; nobody can ask for it.
+    #[serde(other)]
+    Unknown,
+}
+
+/// The non-linearity inside a fused call.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Activation {
+    /// `max(x, 0)`.
+    Relu,
+    /// `x · Φ(x)`, exact.
+    Gelu,
+    /// One of a newer version of this interface; kernels refuse it.
+    #[serde(other)]
+    Unknown,
+}
+
+/// How router logits become gates.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum RouterScoring {
+    /// Sigmoid of each selected logit.
+    Sigmoid,
+    /// Softmax over the experts of a group, then the selection; gates do not sum to one.
+    Softmax,
+    /// Softmax over the selected logits; gates sum to one.
+    SelectedSoftmax,
+    /// One of a newer version of this interface; kernels refuse it.
+    #[serde(other)]
+    Unknown,
 }
 
 impl Capabilities {
+    /// Whether an optional call with these would be accepted; `activation` for the calls that have one.
+    pub fn provides(
+        &self,
+        call: FusedCall,
+        activation: Option<Activation>,
+        device: Device,
+        dtype: DType,
+    ) -> bool {
+        let is_unknown = call == FusedCall::Unknown || activation == Some(Activation::Unknown);
+        let mut of_call = self.fused.iter().filter(|fused| fused.call == call);
+        !is_unknown
+            && of_call.any(|fused| {
+                let dtypes = match device {
+                    Device::Cpu => &fused.cpu,
+                    Device::Cuda(_) => &fused.cuda,
+                };
+                dtypes.contains(&dtype)
+                    && activation.is_none_or(|wanted| fused.activations.contains(&wanted))
+            })
+    }
+
     /// Whether a call with these would be accepted.
     pub fn supports(&self, device: Device, dtype: DType) -> bool {
         match device {
@@ -92,4 +210,165 @@ pub struct Selection {
     pub inverse: TensorHandle,
     /// End of each expert's run in the sorted order; int32 `[E]`, the last is `M`.
     pub ends: TensorHandle,
+}
+
+/// One call of [`Kernel::route`].
+///
+/// Shape letters: `T` tokens, `D` their width, `G` groups that select for themselves (SwitchHead: heads; σ-MoE: 1),
+/// `E` experts per group, `k` selected in each.
+///
+/// ```text
+/// r_t    = LN(x_t) · norm_weight (+ norm_bias)    x_t itself without norm_weight
+/// z_tg   = weight[g] · r_t (+ bias[g])            in fp32, or fp64 for fp64
+/// e, g   = top_k(z_tg), scoring(z_tg)[e]          in no order within the k
+/// id     = g·E + e
+/// ```
+///
+/// Dropout is not part of it: layers that have some route by themselves.
+#[derive(Debug)]
+pub struct Route {
+    /// `[T, D]`.
+    pub x: TensorHandle,
+    /// `[D]`; without it there is no normalization.
+    pub norm_weight: Option<TensorHandle>,
+    /// `[D]`.
+    pub norm_bias: Option<TensorHandle>,
+    /// `[G·E, D]`.
+    pub weight: TensorHandle,
+    /// `[G·E]`.
+    pub bias: Option<TensorHandle>,
+    /// Its numbers.
+    pub options: RouteOptions,
+}
+
+/// The numbers of a [`Route`].
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct RouteOptions {
+    /// `G`.
+    pub n_groups: u32,
+    /// `k`.
+    pub top_k: u32,
+    /// From logits to gates.
+    pub scoring: RouterScoring,
+    /// Added to the variance by the normalization.
+    pub norm_eps: f64,
+}
+
+/// What [`Kernel::route`] finds, for the products, the regularizer and statistics.
+#[derive(Debug)]
+pub struct Routed {
+    /// `z`: `[T, G·E]`.
+    pub logits: TensorHandle,
+    /// `[T·G, k]`, in the element type of `logits`.
+    pub gate: TensorHandle,
+    /// `id`: int64 `[T·G, k]`.
+    pub ids: TensorHandle,
+    /// The `T·G·k` ids sorted.
+    pub selection: Selection,
+}
+
+/// One call of [`Kernel::moe_mlp`].
+///
+/// Shape letters: `T` tokens, `D` their width, `E` experts of `S` hidden units, `K` selected for each token.
+///
+/// ```text
+/// y_t = Σ_j gate[t, j] · act(x_t · w1[e] (+ b1[e])) · w2[e]        e = e(t·K + j)
+/// ```
+///
+/// The product is in the element type of `x`; each gradient in that of its input.
+#[derive(Debug)]
+pub struct MoeMlp {
+    /// `[T, D]`.
+    pub x: TensorHandle,
+    /// `[E, D, S]`.
+    pub w1: TensorHandle,
+    /// `[E, S]`.
+    pub b1: Option<TensorHandle>,
+    /// `[E, S, D]`.
+    pub w2: TensorHandle,
+    /// `[T, K]`.
+    pub gate: TensorHandle,
+    /// Of the `T·K` selections.
+    pub selection: Selection,
+    /// What is not a tensor.
+    pub options: MoeMlpOptions,
+}
+
+/// What of a [`MoeMlp`] is not a tensor.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MoeMlpOptions {
+    /// Between the two products.
+    pub activation: Activation,
+}
+
+/// One call of [`Kernel::moe_project`]; shape letters as in [`Route`], `N` the width of a head.
+///
+/// ```text
+/// y_tg = Σ_j gate[tg, j] · x_t · weight[id[tg, j]]
+/// ```
+#[derive(Debug)]
+pub struct MoeProject {
+    /// Selects; its `x` may be another one than what is projected.
+    pub route: Route,
+    /// `[T, D]`.
+    pub x: TensorHandle,
+    /// `[G·E, D, N]`.
+    pub weight: TensorHandle,
+}
+
+/// What [`Kernel::moe_project`] finds.
+#[derive(Debug)]
+pub struct Projected {
+    /// `[T·G, N]`, in the element type of the projected `x`.
+    pub y: TensorHandle,
+    /// The routing, which other projections may share.
+    pub routed: Routed,
+}
+
+/// The answer of a kernel without an optional call.
+pub(crate) fn not_provided(kernel: &str, call: FusedCall) -> PluginError {
+    let call = match call {
+        FusedCall::Route => "route",
+        FusedCall::MoeMlp => "moe_mlp",
+        FusedCall::MoeProject => "moe_project",
+        FusedCall::Unknown => "unknown",
+    };
+    PluginError::new(format!("kernel `{kernel}` has no fused call `{call}`"))
+        .why("the call is optional, and its capabilities do not list it")
+        .fix("ask `Capabilities::provides` first, and compose the layer from grouped products otherwise")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A kernel built against ABI 1.0 says nothing of what came later.
+    #[test]
+    fn capabilities_of_an_older_kernel_provide_no_fused_call() {
+        let old = r#"{"cpu":["f32"],"cuda":[],"speed_rank":1,"is_deterministic":true,"is_graph_safe":false}"#;
+        let capabilities: Capabilities = serde_json::from_str(old).unwrap();
+        assert!(capabilities.supports(Device::Cpu, DType::F32));
+        assert!(!capabilities.provides(FusedCall::Route, None, Device::Cpu, DType::F32));
+    }
+
+    /// What a newer kernel can beyond this version must not make the rest unreadable.
+    #[test]
+    fn calls_and_activations_of_a_newer_kernel_are_skipped() {
+        let new = r#"{"cpu":["f32"],"cuda":[],"speed_rank":1,"is_deterministic":true,"is_graph_safe":false,
+            "fused":[{"call":"whole_model","cpu":["f32"],"cuda":[]},
+                     {"call":"moe_mlp","activations":["swish","relu"],"cpu":["f32"],"cuda":[]}]}"#;
+        let capabilities: Capabilities = serde_json::from_str(new).unwrap();
+        let provides =
+            |call, activation, device| capabilities.provides(call, activation, device, DType::F32);
+        let (relu, gelu) = (Some(Activation::Relu), Some(Activation::Gelu));
+        assert!(provides(FusedCall::MoeMlp, relu, Device::Cpu));
+        assert!(!provides(FusedCall::MoeMlp, gelu, Device::Cpu));
+        assert!(!provides(FusedCall::MoeMlp, relu, Device::Cuda(0)));
+        assert!(!provides(FusedCall::Unknown, None, Device::Cpu));
+        assert!(!provides(
+            FusedCall::MoeMlp,
+            Some(Activation::Unknown),
+            Device::Cpu
+        ));
+    }
 }

@@ -57,8 +57,11 @@ pub struct HostConfig {
     pub n_kept: usize,
     /// Steps between validations.
     pub eval_interval: u64,
-    /// Continuations of prompts at the end of training.
+    /// How texts are continued.
     pub sample: SampleConfig,
+    /// Text to continue, instead of the task's prompts.
+    #[serde(deserialize_with = "blank_is_none")]
+    pub prompt: Option<String>,
     /// Steps of the training; until interrupted if absent.
     pub n_steps: Option<u64>,
     /// Sequences in one step, over all devices.
@@ -80,16 +83,20 @@ pub struct HostConfig {
     pub reg_scales: BTreeMap<String, f64>,
 }
 
-/// Continuations of prompts at the end of training.
+/// How texts are continued, at the end of training and by `moeut-host generate`.
 #[derive(Debug, Clone, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct SampleConfig {
-    /// How many prompts; 0 for no continuations.
+    /// How many prompts at the end of training; 0 for no continuations.
     pub n_prompts: usize,
     /// Tokens per continuation.
     pub length: usize,
     /// Logits are divided by it; 0 takes the likeliest token.
     pub temperature: f64,
+    /// Likeliest tokens to choose from; all of them if absent.
+    pub top_k: Option<usize>,
+    /// Share of the probability that the tokens to choose from have, in `(0, 1]`.
+    pub top_p: f64,
 }
 
 /// Learning rate over time; [`crate::train::schedule::Schedule`] has the equations.
@@ -222,6 +229,17 @@ fn check(arguments: &Arguments) -> Result<(), ArgsError> {
             return Err(mismatch(arguments, name, &format!("{minimum} or more")));
         }
     }
+    let is_share = |share: f64| share > 0.0 && share <= 1.0;
+    if !value("sample_top_p")
+        .and_then(serde_json::Value::as_f64)
+        .is_none_or(is_share)
+    {
+        return Err(mismatch(
+            arguments,
+            "sample_top_p",
+            "more than 0 and at most 1",
+        ));
+    }
     let is_negative = |step: &serde_json::Value| step.as_i64().is_some_and(|step| step < 0);
     if value("lr_sched.steps")
         .and_then(|steps| steps.as_array())
@@ -272,6 +290,11 @@ fn none_is_default<'de, D: Deserializer<'de>, T: Deserialize<'de> + Default>(
     source: D,
 ) -> Result<T, D::Error> {
     Option::<T>::deserialize(source).map(Option::unwrap_or_default)
+}
+
+/// A text of spaces has nothing to continue.
+fn blank_is_none<'de, D: Deserializer<'de>>(source: D) -> Result<Option<String>, D::Error> {
+    Option::<String>::deserialize(source).map(|text| text.filter(|text| !text.trim().is_empty()))
 }
 
 /// The reference's default for a missing path is the empty text.
@@ -337,6 +360,20 @@ mod tests {
         assert_eq!(config.optimizer.max_grad_norm, None);
         assert_eq!(config.schedule.boundaries, Vec::<u64>::new());
         assert_eq!(config.save_interval, None);
+        assert_eq!(config.sample.top_k, None);
+    }
+
+    #[test]
+    fn a_blank_prompt_is_none() {
+        let prompt = |text: &str| {
+            let argv = [format!("-prompt={text}")];
+            HostConfig::new(&parse(&argv, &[Owner::host()], None).unwrap())
+                .unwrap()
+                .prompt
+        };
+        assert_eq!(prompt(""), None);
+        assert_eq!(prompt(" \n"), None);
+        assert_eq!(prompt("-x "), Some("-x ".to_owned()));
     }
 
     #[test]
@@ -351,6 +388,18 @@ mod tests {
             (
                 "-adam.betas 0.9",
                 "`0.9` is not two numbers, as in `0.9,0.999` (from: command line)",
+            ),
+            (
+                "-sample_top_k 0",
+                "`0` is not 1 or more (from: command line)",
+            ),
+            (
+                "-sample_top_p 0",
+                "`0` is not more than 0 and at most 1 (from: command line)",
+            ),
+            (
+                "-sample_top_p 1.5",
+                "`1.5` is not more than 0 and at most 1 (from: command line)",
             ),
             (
                 "-lr_sched.steps 1,-2",

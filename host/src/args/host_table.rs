@@ -3,7 +3,7 @@
 use moeut_plugin_api::{ArgKind, ArgSpec};
 
 /// Flags that describe one start and not the run, so that the next start does not inherit them.
-pub(super) const NOT_SAVED: &[&str] = &["gpu", "reset", "restore"];
+pub(super) const NOT_SAVED: &[&str] = &["gpu", "prompt", "reset", "restore"];
 
 /// Smallest values of numbers that cannot be just any.
 pub(super) const MINIMUM: &[(&str, f64)] = &[
@@ -19,6 +19,7 @@ pub(super) const MINIMUM: &[(&str, f64)] = &[
     ("per_device_batch_size", 1.0),
     ("sample_length", 1.0),
     ("sample_temperature", 0.0),
+    ("sample_top_k", 1.0),
     ("save_interval", 1.0),
     ("stop_after", 0.0),
     ("test_batch_size", 1.0),
@@ -100,6 +101,18 @@ const HOST_ARGS: &[ArgSpec] = &[
     ArgSpec::float("sample_temperature", "0.8")
         .field("sample.temperature")
         .help("Randomness of continuations; 0 takes the likeliest token"),
+    ArgSpec::int("sample_top_k", "none")
+        .optional()
+        .field("sample.top_k")
+        .unit("tokens")
+        .help("Continuations choose among so many likeliest tokens"),
+    ArgSpec::float("sample_top_p", "1.0")
+        .field("sample.top_p")
+        .unit("fraction")
+        .help("And among the likeliest of these that have this share of the probability"),
+    ArgSpec::text("prompt", "none")
+        .optional()
+        .help("Text to continue, instead of the task's prompts"),
     // Batches.
     ArgSpec::int("stop_after", "none")
         .optional()

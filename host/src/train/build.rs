@@ -9,9 +9,10 @@ use super::generate::Sampling;
 use super::monitor::Monitor;
 use super::optimizer::Optimizer;
 use super::run::{Named, RNG_CPU, RNG_CUDA, Regularizers, Run, Samples};
+use super::sampling::Choice;
 use super::schedule::Schedule;
 use super::state::TrainState;
-use crate::args::{Arguments, HostConfig, LogSink};
+use crate::args::{Arguments, HostConfig, LogSink, SampleConfig};
 use crate::checkpoint::{Checkpoints, Loaded};
 use crate::log::{Jsonl, Sink, Sinks, TensorBoard, Terminal};
 use crate::plugins::{Component, Registry};
@@ -131,10 +132,10 @@ pub fn build(
 }
 
 /// What every part of the building needs.
-struct Site<'a> {
-    blueprint: &'a Blueprint,
-    registry: &'a Registry,
-    services: &'a Arc<dyn HostServices>,
+pub(crate) struct Site<'a> {
+    pub(crate) blueprint: &'a Blueprint,
+    pub(crate) registry: &'a Registry,
+    pub(crate) services: &'a Arc<dyn HostServices>,
 }
 
 /// The opened streams.
@@ -155,7 +156,7 @@ struct Subject {
 
 impl Site<'_> {
     /// Asks the task what to build.
-    fn plan(&self, n_steps: Option<u64>) -> Result<TaskPlan, PluginError> {
+    pub(crate) fn plan(&self, n_steps: Option<u64>) -> Result<TaskPlan, PluginError> {
         let config = &self.blueprint.config;
         let name = config.task.as_deref().ok_or_else(no_task)?;
         let task = self.registry.find(ComponentKind::Task, name)?;
@@ -187,7 +188,11 @@ impl Site<'_> {
         })
     }
 
-    fn stream(&self, request: &StreamRequest) -> Result<Arc<TokenDatasetClient>, PluginError> {
+    /// Opens a stream.
+    pub(crate) fn stream(
+        &self,
+        request: &StreamRequest,
+    ) -> Result<Arc<TokenDatasetClient>, PluginError> {
         let dataset = self
             .registry
             .find(ComponentKind::Dataset, &request.dataset)?;
@@ -209,6 +214,26 @@ impl Site<'_> {
         }
     }
 
+    /// Builds a model with fresh parameters.
+    pub(crate) fn model(
+        &self,
+        component: Component<'_>,
+        vocab_size: u64,
+        placement: Placement,
+    ) -> Result<ModelClient, PluginError> {
+        let setup = ModelSetup {
+            vocab_size,
+            device: placement.device,
+            dtype: placement.dtype,
+            compute_dtype: placement.compute_dtype,
+            compat: self.blueprint.config.compat,
+            is_shape_only: false,
+        };
+        let arguments = self.arguments_of(component)?;
+        let client = component.client();
+        client.new_model(&component.info.name, &arguments, &setup, self.services)
+    }
+
     /// Builds model and optimizer, and puts a checkpoint's tensors into them.
     fn subject(
         &self,
@@ -217,17 +242,7 @@ impl Site<'_> {
         placement: Placement,
     ) -> Result<Subject, PluginError> {
         let component = self.registry.find(ComponentKind::Model, name)?;
-        let setup = ModelSetup {
-            vocab_size: info.vocab_size,
-            device: placement.device,
-            dtype: placement.dtype,
-            compute_dtype: placement.compute_dtype,
-            compat: self.blueprint.config.compat,
-        };
-        let arguments = self.arguments_of(component)?;
-        let name = component.info.name.clone();
-        let client = component.client();
-        let model = client.new_model(&name, &arguments, &setup, self.services)?;
+        let model = self.model(component, info.vocab_size, placement)?;
         let (parameters, trained) = parameters(&model)?;
         let optimizer = Optimizer::new(self.blueprint.config.optimizer.clone(), &trained);
         if let Some(loaded) = &self.blueprint.restored {
@@ -238,7 +253,7 @@ impl Site<'_> {
             restore_rng(&stored.optimizer, moeut_torch::device(placement.device))?;
         }
         Ok(Subject {
-            name,
+            name: component.info.name.clone(),
             model,
             parameters,
             n_trained: trained.iter().map(|(_, tensor)| tensor.numel()).sum(),
@@ -263,6 +278,10 @@ fn samples(
     config: &HostConfig,
     seq_len: usize,
 ) -> Samples {
+    let prompts = match &config.prompt {
+        Some(prompt) => vec![prompt.clone()],
+        None => prompts,
+    };
     Samples {
         tokenizer,
         prompts: prompts
@@ -270,11 +289,20 @@ fn samples(
             .cycle()
             .take(config.sample.n_prompts)
             .collect(),
-        sampling: Sampling {
-            length: config.sample.length,
-            temperature: config.sample.temperature,
-            seq_len,
+        sampling: sampling(&config.sample, seq_len),
+    }
+}
+
+/// How the user wants texts to be continued; `seq_len` is the model's.
+pub(crate) fn sampling(config: &SampleConfig, seq_len: usize) -> Sampling {
+    Sampling {
+        length: config.length,
+        choice: Choice {
+            temperature: config.temperature,
+            top_k: config.top_k,
+            top_p: config.top_p,
         },
+        seq_len,
     }
 }
 
@@ -284,7 +312,8 @@ fn no_task() -> PluginError {
         .fix("type `moeut-host -task moeut_c4 -name <name>`; `moeut-host plugins list` shows all tasks")
 }
 
-fn n_gpus() -> u32 {
+/// CUDA devices that libtorch sees.
+pub(crate) fn n_gpus() -> u32 {
     u32::try_from(tch::Cuda::device_count()).unwrap_or(0)
 }
 
@@ -295,13 +324,15 @@ fn d_model(arguments: &Arguments) -> Option<u64> {
 
 /// A run without `-seed` gets one from the clock; it is stored, so the run can be repeated.
 fn seed(config: &HostConfig) -> u64 {
-    config.seed.map_or_else(
-        || {
-            let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
-            now.map_or(0, |since| since.as_secs() ^ u64::from(since.subsec_nanos()))
-        },
-        i64::cast_unsigned,
-    )
+    config
+        .seed
+        .map_or_else(seed_of_the_clock, i64::cast_unsigned)
+}
+
+/// Another one each time.
+pub(crate) fn seed_of_the_clock() -> u64 {
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+    now.map_or(0, |since| since.as_secs() ^ u64::from(since.subsec_nanos()))
 }
 
 fn eval_stream(
@@ -330,13 +361,13 @@ fn batch_shape(config: &HostConfig, seq_len: u64) -> Result<BatchShape, PluginEr
     })
 }
 
-fn size(number: u64) -> Result<usize, PluginError> {
+pub(crate) fn size(number: u64) -> Result<usize, PluginError> {
     usize::try_from(number)
         .map_err(|_| PluginError::new(format!("a sequence of {number} tokens is too long")))
 }
 
 /// All tensors of a model, and those that are trained.
-fn parameters(model: &ModelClient) -> Result<(Named, Named), PluginError> {
+pub(crate) fn parameters(model: &ModelClient) -> Result<(Named, Named), PluginError> {
     let (mut all, mut trainable) = (Vec::new(), Vec::new());
     for parameter in model.parameters()? {
         let tensor = parameter.tensor.into_tensor();
@@ -360,7 +391,7 @@ fn read_state(loaded: &Loaded) -> Result<TrainState, PluginError> {
 }
 
 /// Copies a checkpoint's tensors into the run's.
-fn load_tensors(
+pub(crate) fn load_tensors(
     what: &str,
     into: &[(String, Tensor)],
     from: &[(String, Tensor)],

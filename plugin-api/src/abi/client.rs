@@ -4,19 +4,29 @@
 
 use super::{
     HostObject, KernelObject, ModelObject, PluginModuleRef, RawForwardInput, RawGroupedMatmul,
-    RawHost, RawHost_TO, RawNamed, RawResult, TaskObject, TokenDatasetObject,
+    RawHost, RawHost_TO, RawMoeMlp, RawMoeProject, RawNamed, RawResult, RawRoute, RawRouted,
+    TaskObject, TokenDatasetObject,
 };
 use crate::host::{HostInfo, LogLevel};
-use crate::kernel::{Capabilities, GroupedMatmul};
-use crate::model::{ForwardInput, ForwardOutput, ModelSetup, NamedTensor, Parameter};
+use crate::kernel::{
+    Activation, Capabilities, FusedCall, GroupedMatmul, MoeMlp, MoeProject, Projected, Route,
+    Routed, Selection,
+};
+use crate::model::{
+    ForwardInput, ForwardOutput, ModelAbilities, ModelSetup, ModelSummary, NamedTensor, Parameter,
+    Past,
+};
 use crate::{
     ComponentInfo, DType, Device, PluginError, RunFacts, StreamInfo, StreamRequest, TaskPlan,
     TensorHandle,
 };
+use abi_stable::StableAbi;
+use abi_stable::abi_stability::abi_checking::check_layout_compatibility;
 use abi_stable::library::{LibraryError, lib_header_from_path};
 use abi_stable::sabi_trait::TD_Opaque;
 use abi_stable::std_types::{RResult, RStr, RString};
 use serde::{Serialize, de::DeserializeOwned};
+use std::cell::OnceCell;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -74,6 +84,14 @@ impl RawHost for Services {
     }
 }
 
+/// The services as a plugin sees them, for tests that build a component of their own library.
+///
+/// # Errors
+/// If the services cannot describe themselves.
+pub fn host_in_process(services: &Arc<dyn HostServices>) -> Result<crate::Host, PluginError> {
+    crate::Host::new(host_object(services))
+}
+
 fn host_object(services: &Arc<dyn HostServices>) -> HostObject {
     RawHost_TO::from_value(Services(Arc::clone(services)), TD_Opaque)
 }
@@ -110,10 +128,17 @@ impl PluginClient {
     /// If the loader refuses the file, or it is no plugin of this API.
     pub fn open(path: &Path) -> Result<Self, OpenError> {
         let header = lib_header_from_path(path).map_err(open_error)?;
-        let module = header
-            .init_root_module::<PluginModuleRef>()
-            .map_err(open_error)?;
-        Ok(Self { module })
+        let layout = header.layout().ok_or(OpenError::NotAPlugin)?;
+        // `abi_stable` lets an implementation have more calls than its interface, but a plugin of an older minor version
+        // has fewer than this host. So the plugin counts as the interface, all of which the host must know.
+        check_layout_compatibility(layout, PluginModuleRef::LAYOUT)
+            .map_err(|errors| other_layout(errors.to_string()))?;
+        // SAFETY: every field of the plugin's layout was just found at its place in the host's; calls that the plugin
+        // lacks are looked up in its own tables at run time, and have bodies of their own on this side.
+        let module = unsafe { header.init_root_module_with_unchecked_layout::<PluginModuleRef>() };
+        Ok(Self {
+            module: module.map_err(open_error)?,
+        })
     }
 
     /// The manifest records, one JSON object a line.
@@ -203,9 +228,7 @@ impl PluginClient {
         services: &Arc<dyn HostServices>,
     ) -> Result<KernelClient, PluginError> {
         let made = (self.module.new_kernel())(name.into(), host_object(services));
-        Ok(KernelClient {
-            object: result(made)?,
-        })
+        Ok(KernelClient::new(result(made)?))
     }
 }
 
@@ -289,11 +312,18 @@ impl ModelClient {
     /// # Errors
     /// Whatever the plugin says.
     pub fn forward(&mut self, input: ForwardInput) -> Result<ForwardOutput, PluginError> {
-        let raw = result(self.object.forward(RawForwardInput {
+        let raw = RawForwardInput {
             tokens_tb: input.tokens_tb,
             is_training: input.is_training,
             wants_stats: input.wants_stats,
-        }))?;
+        };
+        let raw = result(match input.past {
+            Past::None => self.object.forward(raw),
+            past => {
+                let past = encode(&past)?;
+                self.object.forward_with_past(raw, past.as_str().into())
+            }
+        })?;
         Ok(ForwardOutput {
             logits_tbv: raw.logits_tbv,
             regularizers: raw.regularizers.into_iter().map(named).collect(),
@@ -308,16 +338,61 @@ impl ModelClient {
     pub fn graph_safe(&self) -> Result<bool, PluginError> {
         result(self.object.graph_safe())
     }
+
+    /// See [`crate::Model::abilities`]; none for a plugin of ABI 1.0.
+    ///
+    /// # Errors
+    /// If the plugin panics.
+    pub fn abilities(&self) -> Result<ModelAbilities, PluginError> {
+        decode_or_default(&result(self.object.abilities())?)
+    }
+
+    /// See [`crate::Model::memory`].
+    ///
+    /// # Errors
+    /// If the plugin panics.
+    pub fn memory(&self) -> Result<Vec<NamedTensor>, PluginError> {
+        Ok(result(self.object.memory())?
+            .into_iter()
+            .map(named)
+            .collect())
+    }
+
+    /// See [`crate::Model::set_memory`].
+    ///
+    /// # Errors
+    /// Whatever the plugin says.
+    pub fn set_memory(&mut self, memory: Vec<NamedTensor>) -> Result<(), PluginError> {
+        let memory = memory.into_iter().map(|value| RawNamed {
+            name: value.name.into(),
+            tensor: value.tensor,
+            is_trainable: false,
+        });
+        result(self.object.set_memory(memory.collect()))
+    }
+
+    /// See [`crate::Model::summary`]; empty for a plugin of ABI 1.0.
+    ///
+    /// # Errors
+    /// If the plugin panics.
+    pub fn summary(&self, seq_len: u64) -> Result<ModelSummary, PluginError> {
+        decode_or_default(&result(self.object.summary(seq_len))?)
+    }
 }
 
 /// A kernel in a plugin, usually another one than the caller.
 pub struct KernelClient {
     object: KernelObject,
+    /// Layers ask in every forward pass; the answer never changes.
+    capabilities: OnceCell<Capabilities>,
 }
 
 impl KernelClient {
     pub(crate) fn new(object: KernelObject) -> Self {
-        Self { object }
+        Self {
+            object,
+            capabilities: OnceCell::new(),
+        }
     }
 
     /// Wraps a kernel of the same library, for tests and benchmarks.
@@ -325,9 +400,7 @@ impl KernelClient {
     /// # Errors
     /// Never; the signature leaves room.
     pub fn in_process<K: crate::Kernel>(kernel: K) -> Result<Self, PluginError> {
-        Ok(Self {
-            object: super::shim::kernel_object(kernel),
-        })
+        Ok(Self::new(super::shim::kernel_object(kernel)))
     }
 
     /// See [`crate::Kernel::capabilities`].
@@ -351,6 +424,85 @@ impl KernelClient {
             ends: call.selection.ends,
             gate: call.gate.into(),
         }))
+    }
+
+    /// See [`Capabilities::provides`]; a kernel that fails to say provides nothing.
+    pub fn provides(
+        &self,
+        call: FusedCall,
+        activation: Option<Activation>,
+        device: Device,
+        dtype: DType,
+    ) -> bool {
+        self.capabilities
+            .get_or_init(|| self.capabilities().unwrap_or_default())
+            .provides(call, activation, device, dtype)
+    }
+
+    /// See [`crate::Kernel::route`].
+    ///
+    /// # Errors
+    /// Whatever the kernel says.
+    pub fn route(&self, call: Route) -> Result<Routed, PluginError> {
+        Ok(routed(result(self.object.route(raw_route(call)?))?))
+    }
+
+    /// See [`crate::Kernel::moe_mlp`].
+    ///
+    /// # Errors
+    /// Whatever the kernel says.
+    pub fn moe_mlp(&self, call: MoeMlp) -> Result<TensorHandle, PluginError> {
+        result(self.object.moe_mlp(RawMoeMlp {
+            x: call.x,
+            w1: call.w1,
+            b1: call.b1.into(),
+            w2: call.w2,
+            gate: call.gate,
+            order: call.selection.order,
+            inverse: call.selection.inverse,
+            ends: call.selection.ends,
+            options_json: encode(&call.options)?.into(),
+        }))
+    }
+
+    /// See [`crate::Kernel::moe_project`].
+    ///
+    /// # Errors
+    /// Whatever the kernel says.
+    pub fn moe_project(&self, call: MoeProject) -> Result<Projected, PluginError> {
+        let raw = result(self.object.moe_project(RawMoeProject {
+            route: raw_route(call.route)?,
+            x: call.x,
+            weight: call.weight,
+        }))?;
+        Ok(Projected {
+            y: raw.y,
+            routed: routed(raw.routed),
+        })
+    }
+}
+
+fn raw_route(call: Route) -> Result<RawRoute, PluginError> {
+    Ok(RawRoute {
+        x: call.x,
+        norm_weight: call.norm_weight.into(),
+        norm_bias: call.norm_bias.into(),
+        weight: call.weight,
+        bias: call.bias.into(),
+        options_json: encode(&call.options)?.into(),
+    })
+}
+
+fn routed(raw: RawRouted) -> Routed {
+    Routed {
+        logits: raw.logits,
+        gate: raw.gate,
+        ids: raw.ids,
+        selection: Selection {
+            order: raw.order,
+            inverse: raw.inverse,
+            ends: raw.ends,
+        },
     }
 }
 
@@ -379,6 +531,15 @@ fn decode<T: DeserializeOwned>(json: &str) -> Result<T, PluginError> {
     })
 }
 
+/// The answers of calls that an older plugin lacks are empty.
+fn decode_or_default<T: DeserializeOwned + Default>(json: &str) -> Result<T, PluginError> {
+    if json.is_empty() {
+        Ok(T::default())
+    } else {
+        decode(json)
+    }
+}
+
 fn open_error(error: LibraryError) -> OpenError {
     match error {
         LibraryError::OpenError { err, .. } => OpenError::Loader(err.to_string()),
@@ -393,10 +554,14 @@ fn open_error(error: LibraryError) -> OpenError {
             ),
             details: String::new(),
         },
-        // Pages of types follow, which say nothing to whoever has to rebuild the plugin.
-        other => OpenError::Layout {
-            summary: "its plugin module is laid out otherwise than this host's".to_owned(),
-            details: other.to_string(),
-        },
+        other => other_layout(other.to_string()),
+    }
+}
+
+/// The details are pages of types, which say nothing to whoever has to rebuild the plugin.
+fn other_layout(details: String) -> OpenError {
+    OpenError::Layout {
+        summary: "its plugin module is laid out otherwise than this host's".to_owned(),
+        details,
     }
 }

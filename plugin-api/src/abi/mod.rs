@@ -13,6 +13,8 @@
     non_local_definitions,
     clippy::used_underscore_binding,
     clippy::expl_impl_clone_on_copy,
+    clippy::cast_ptr_alignment,
+    clippy::no_effect_underscore_binding,
     reason = "abi_stable generates such items; what is written by hand here has docs"
 )]
 
@@ -22,6 +24,7 @@ pub mod manifest;
 pub mod shim;
 
 use crate::PluginError;
+use crate::kernel::{FusedCall, not_provided};
 use abi_stable::{
     StableAbi,
     library::RootModule,
@@ -34,7 +37,7 @@ use std::ffi::c_void;
 /// Major version of the ABI: another one is refused.
 pub const ABI_MAJOR: u32 = 1;
 /// Minor version of the ABI: raised when something is appended.
-pub const ABI_MINOR: u32 = 0;
+pub const ABI_MINOR: u32 = 1;
 
 /// One `at::Tensor` of the process's libtorch, owned; opaque outside `moeut-torch`.
 #[repr(C)]
@@ -146,6 +149,62 @@ pub struct RawGroupedMatmul {
     gate: ROption<TensorHandle>,
 }
 
+/// [`crate::kernel::Route`] on its way across. Numbers cross as JSON: they may grow, a struct of the ABI may not.
+#[repr(C)]
+#[derive(Debug, StableAbi)]
+pub struct RawRoute {
+    x: TensorHandle,
+    norm_weight: ROption<TensorHandle>,
+    norm_bias: ROption<TensorHandle>,
+    weight: TensorHandle,
+    bias: ROption<TensorHandle>,
+    options_json: RString,
+}
+
+/// [`crate::kernel::Routed`] on its way across.
+#[repr(C)]
+#[derive(Debug, StableAbi)]
+pub struct RawRouted {
+    logits: TensorHandle,
+    gate: TensorHandle,
+    ids: TensorHandle,
+    order: TensorHandle,
+    inverse: TensorHandle,
+    ends: TensorHandle,
+}
+
+/// [`crate::kernel::MoeMlp`] on its way across.
+#[repr(C)]
+#[derive(Debug, StableAbi)]
+pub struct RawMoeMlp {
+    x: TensorHandle,
+    w1: TensorHandle,
+    b1: ROption<TensorHandle>,
+    w2: TensorHandle,
+    gate: TensorHandle,
+    order: TensorHandle,
+    inverse: TensorHandle,
+    ends: TensorHandle,
+    options_json: RString,
+}
+
+/// [`crate::kernel::MoeProject`] on its way across.
+#[repr(C)]
+#[derive(Debug, StableAbi)]
+pub struct RawMoeProject {
+    route: RawRoute,
+    x: TensorHandle,
+    weight: TensorHandle,
+}
+
+/// [`crate::kernel::Projected`] on its way across.
+#[repr(C)]
+#[derive(Debug, StableAbi)]
+pub struct RawProjected {
+    y: TensorHandle,
+    routed: RawRouted,
+}
+
 /// What the host offers to plugins.
 #[sabi_trait]
 pub trait RawHost: Send + Sync {
@@ -174,22 +233,67 @@ pub trait RawTokenDataset: Send + Sync {
     fn decode(&self, ids: RSlice<'_, i32>) -> RawResult<RString>;
 }
 
-/// A model inside a plugin.
+/// A model inside a plugin. What follows `graph_safe` came with ABI 1.1; the bodies are what older plugins do.
 #[sabi_trait]
 pub trait RawModel {
     fn parameters(&self) -> RawResult<RVec<RawNamed>>;
     fn forward(&mut self, input: RawForwardInput) -> RawResult<RawForwardOutput>;
     #[sabi(last_prefix_field)]
     fn graph_safe(&self) -> RawResult<bool>;
+    /// `past_json` is a [`crate::Past`] other than `None`.
+    fn forward_with_past(
+        &mut self,
+        _input: RawForwardInput,
+        _past_json: RStr<'_>,
+    ) -> RawResult<RawForwardOutput> {
+        RResult::RErr(older_than_1_1("see earlier tokens"))
+    }
+    /// JSON of [`crate::ModelAbilities`]; empty: the default.
+    fn abilities(&self) -> RawResult<RString> {
+        RResult::ROk(RString::new())
+    }
+    fn memory(&self) -> RawResult<RVec<RawNamed>> {
+        RResult::ROk(RVec::new())
+    }
+    fn set_memory(&mut self, memory: RVec<RawNamed>) -> RawResult<()> {
+        if memory.is_empty() {
+            return RResult::ROk(());
+        }
+        RResult::RErr(older_than_1_1("keep anything between batches"))
+    }
+    /// JSON of [`crate::ModelSummary`]; empty: the default.
+    fn summary(&self, _seq_len: u64) -> RawResult<RString> {
+        RResult::ROk(RString::new())
+    }
 }
 
-/// A kernel inside a plugin.
+fn older_than_1_1(what: &str) -> RawError {
+    PluginError::new(format!("the model cannot {what}"))
+        .why("its plugin was built against version 1.0 of the plugin interface")
+        .fix("build the plugin anew against this version")
+        .into()
+}
+
+/// A kernel inside a plugin. What follows `grouped_matmul` came with ABI 1.1; older kernels do not list such calls
+/// in their capabilities.
 #[sabi_trait]
 pub trait RawKernel {
     fn capabilities(&self) -> RawResult<RString>;
     #[sabi(last_prefix_field)]
     fn grouped_matmul(&self, call: RawGroupedMatmul) -> RawResult<TensorHandle>;
+    fn route(&self, _call: RawRoute) -> RawResult<RawRouted> {
+        RResult::RErr(not_provided(OLDER_KERNEL, FusedCall::Route).into())
+    }
+    fn moe_mlp(&self, _call: RawMoeMlp) -> RawResult<TensorHandle> {
+        RResult::RErr(not_provided(OLDER_KERNEL, FusedCall::MoeMlp).into())
+    }
+    fn moe_project(&self, _call: RawMoeProject) -> RawResult<RawProjected> {
+        RResult::RErr(not_provided(OLDER_KERNEL, FusedCall::MoeProject).into())
+    }
 }
+
+/// The name of a kernel whose plugin is older than the call.
+const OLDER_KERNEL: &str = "of ABI 1.0";
 
 /// The host's services as a boxed object.
 pub type HostObject = RawHost_TO<'static, RBox<()>>;
@@ -236,6 +340,7 @@ impl RootModule for PluginModuleRef {
 mod tests {
     use super::*;
     use abi_stable::abi_stability::PrefixStableAbi;
+    use abi_stable::abi_stability::abi_checking::check_layout_compatibility;
     use abi_stable::type_layout::TLData;
 
     /// `export_plugin!` has to spell the symbol as a literal.
@@ -245,17 +350,18 @@ mod tests {
         assert!(macro_text.contains(abi_stable::library::ROOT_MODULE_LOADER_NAME));
     }
 
-    /// The frozen layout of ABI 1.0: a failure here means that published plugins would be refused.
-    #[test]
-    fn layout_of_the_current_version_is_pinned() {
-        let fields = |layout: &abi_stable::type_layout::TypeLayout| -> Vec<String> {
-            let fields = match layout.data() {
-                TLData::PrefixType(prefix) => prefix.fields,
-                TLData::Struct { fields } => fields,
-                other => panic!("{} has an unexpected shape: {other:?}", layout.name()),
-            };
-            fields.iter().map(|field| field.name().to_owned()).collect()
+    fn fields(layout: &abi_stable::type_layout::TypeLayout) -> Vec<String> {
+        let fields = match layout.data() {
+            TLData::PrefixType(prefix) => prefix.fields,
+            TLData::Struct { fields } => fields,
+            other => panic!("{} has an unexpected shape: {other:?}", layout.name()),
         };
+        fields.iter().map(|field| field.name().to_owned()).collect()
+    }
+
+    /// The frozen calls of ABI 1.0 and what 1.1 appended: a failure here means that published plugins would be refused.
+    #[test]
+    fn layout_of_the_calls_is_pinned() {
         assert_eq!(
             fields(<PluginModulePrefix as PrefixStableAbi>::LAYOUT),
             [
@@ -268,9 +374,113 @@ mod tests {
             ]
         );
         assert_eq!(
+            fields(<RawModel_trait::VTable_Prefix<(), RBox<()>> as PrefixStableAbi>::LAYOUT),
+            [
+                "_sabi_tys",
+                "_sabi_vtable",
+                "parameters",
+                "forward",
+                "graph_safe",
+                // ABI 1.1.
+                "forward_with_past",
+                "abilities",
+                "memory",
+                "set_memory",
+                "summary",
+            ]
+        );
+        assert_eq!(
+            fields(<RawKernel_trait::VTable_Prefix<(), RBox<()>> as PrefixStableAbi>::LAYOUT),
+            [
+                "_sabi_tys",
+                "_sabi_vtable",
+                "capabilities",
+                "grouped_matmul",
+                // ABI 1.1.
+                "route",
+                "moe_mlp",
+                "moe_project",
+            ]
+        );
+    }
+
+    /// Two objects as version 1.0 had them.
+    mod version_1_0 {
+        use crate::abi::{
+            RawForwardInput, RawForwardOutput, RawGroupedMatmul, RawNamed, RawResult, TensorHandle,
+        };
+        use abi_stable::sabi_trait;
+        use abi_stable::std_types::{RString, RVec};
+
+        #[sabi_trait]
+        pub(super) trait RawModel {
+            fn parameters(&self) -> RawResult<RVec<RawNamed>>;
+            fn forward(&mut self, input: RawForwardInput) -> RawResult<RawForwardOutput>;
+            #[sabi(last_prefix_field)]
+            fn graph_safe(&self) -> RawResult<bool>;
+        }
+
+        #[sabi_trait]
+        pub(super) trait RawKernel {
+            fn capabilities(&self) -> RawResult<RString>;
+            #[sabi(last_prefix_field)]
+            fn grouped_matmul(&self, call: RawGroupedMatmul) -> RawResult<TensorHandle>;
+        }
+    }
+
+    /// What [`client::PluginClient::open`] asks of a plugin of version 1.0, and of one that is not of this version.
+    #[test]
+    fn objects_of_version_1_0_are_accepted() {
+        type Model = version_1_0::RawModel_TO<'static, RBox<()>>;
+        type Kernel = version_1_0::RawKernel_TO<'static, RBox<()>>;
+        let fits = |plugin, host| check_layout_compatibility(plugin, host).is_ok();
+        assert!(fits(Model::LAYOUT, ModelObject::LAYOUT));
+        assert!(fits(Kernel::LAYOUT, KernelObject::LAYOUT));
+        assert!(!fits(ModelObject::LAYOUT, Model::LAYOUT));
+        assert!(!fits(Kernel::LAYOUT, ModelObject::LAYOUT));
+    }
+
+    /// The frozen layout of what the calls carry.
+    #[test]
+    fn layout_of_the_records_is_pinned() {
+        assert_eq!(
             fields(<RawGroupedMatmul as StableAbi>::LAYOUT),
             ["x", "weight", "order", "inverse", "ends", "gate"]
         );
+        assert_eq!(
+            fields(<RawRoute as StableAbi>::LAYOUT),
+            [
+                "x",
+                "norm_weight",
+                "norm_bias",
+                "weight",
+                "bias",
+                "options_json"
+            ]
+        );
+        assert_eq!(
+            fields(<RawRouted as StableAbi>::LAYOUT),
+            ["logits", "gate", "ids", "order", "inverse", "ends"]
+        );
+        assert_eq!(
+            fields(<RawMoeMlp as StableAbi>::LAYOUT),
+            [
+                "x",
+                "w1",
+                "b1",
+                "w2",
+                "gate",
+                "order",
+                "inverse",
+                "ends",
+                "options_json"
+            ]
+        );
+        assert_eq!(
+            fields(<RawMoeProject as StableAbi>::LAYOUT),
+            ["route", "x", "weight"]
+        );
+        assert_eq!(fields(<RawProjected as StableAbi>::LAYOUT), ["y", "routed"]);
         assert_eq!(
             fields(<RawForwardInput as StableAbi>::LAYOUT),
             ["tokens_tb", "is_training", "wants_stats"]
@@ -289,6 +499,11 @@ mod tests {
         );
         for (layout, size) in [
             (<RawGroupedMatmul as StableAbi>::LAYOUT, 104),
+            (<RawRoute as StableAbi>::LAYOUT, 136),
+            (<RawRouted as StableAbi>::LAYOUT, 96),
+            (<RawMoeMlp as StableAbi>::LAYOUT, 168),
+            (<RawMoeProject as StableAbi>::LAYOUT, 168),
+            (<RawProjected as StableAbi>::LAYOUT, 112),
             (<RawForwardInput as StableAbi>::LAYOUT, 24),
             (<RawForwardOutput as StableAbi>::LAYOUT, 80),
             (<RawNamed as StableAbi>::LAYOUT, 56),

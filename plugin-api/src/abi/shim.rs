@@ -2,11 +2,12 @@
 
 use super::{
     HostObject, KernelObject, ModelObject, RawError, RawForwardInput, RawForwardOutput,
-    RawGroupedMatmul, RawKernel, RawKernel_TO, RawModel, RawModel_TO, RawNamed, RawResult, RawTask,
-    RawTask_TO, RawTokenDataset, RawTokenDataset_TO, TaskObject, TensorHandle, TokenDatasetObject,
+    RawGroupedMatmul, RawKernel, RawKernel_TO, RawModel, RawModel_TO, RawMoeMlp, RawMoeProject,
+    RawNamed, RawProjected, RawResult, RawRoute, RawRouted, RawTask, RawTask_TO, RawTokenDataset,
+    RawTokenDataset_TO, TaskObject, TensorHandle, TokenDatasetObject,
 };
-use crate::kernel::{GroupedMatmul, Kernel, Selection};
-use crate::model::{ForwardInput, Model, NamedTensor};
+use crate::kernel::{GroupedMatmul, Kernel, MoeMlp, MoeProject, Route, Routed, Selection};
+use crate::model::{ForwardInput, ForwardOutput, Model, NamedTensor, Past};
 use crate::{ComponentInfo, ComponentKind, Host, PluginError, Task, TokenDataset};
 use abi_stable::sabi_trait::TD_Opaque;
 use abi_stable::std_types::{RResult, RSlice, RSliceMut, RStr, RString, RVec};
@@ -331,21 +332,68 @@ impl<M: Model> RawModel for Shim<M> {
 
     fn forward(&mut self, input: RawForwardInput) -> RawResult<RawForwardOutput> {
         guard(self.origin, "forward", || {
-            let output = self.inner.forward(ForwardInput {
-                tokens_tb: input.tokens_tb,
-                is_training: input.is_training,
-                wants_stats: input.wants_stats,
-            })?;
-            Ok(RawForwardOutput {
-                logits_tbv: output.logits_tbv,
-                regularizers: output.regularizers.into_iter().map(named).collect(),
-                stats: output.stats.into_iter().map(named).collect(),
-            })
+            Ok(raw_output(
+                self.inner.forward(full_input(input, Past::None))?,
+            ))
         })
     }
 
     fn graph_safe(&self) -> RawResult<bool> {
         guard(self.origin, "graph_safe", || Ok(self.inner.graph_safe()))
+    }
+
+    fn forward_with_past(
+        &mut self,
+        input: RawForwardInput,
+        past_json: RStr<'_>,
+    ) -> RawResult<RawForwardOutput> {
+        guard(self.origin, "forward", || {
+            let past = decode(past_json.as_str(), "past")?;
+            Ok(raw_output(self.inner.forward(full_input(input, past))?))
+        })
+    }
+
+    fn abilities(&self) -> RawResult<RString> {
+        guard(self.origin, "abilities", || encode(&self.inner.abilities()))
+    }
+
+    fn memory(&self) -> RawResult<RVec<RawNamed>> {
+        guard(self.origin, "memory", || {
+            Ok(self.inner.memory().into_iter().map(named).collect())
+        })
+    }
+
+    fn set_memory(&mut self, memory: RVec<RawNamed>) -> RawResult<()> {
+        guard(self.origin, "set_memory", || {
+            let memory = memory.into_iter().map(|raw| NamedTensor {
+                name: raw.name.into(),
+                tensor: raw.tensor,
+            });
+            self.inner.set_memory(memory.collect())
+        })
+    }
+
+    fn summary(&self, seq_len: u64) -> RawResult<RString> {
+        guard(self.origin, "summary", || {
+            encode(&self.inner.summary(seq_len))
+        })
+    }
+}
+
+fn full_input(raw: RawForwardInput, past: Past) -> ForwardInput {
+    ForwardInput {
+        tokens_tb: raw.tokens_tb,
+        is_training: raw.is_training,
+        wants_stats: raw.wants_stats,
+        past,
+    }
+}
+
+fn raw_output(output: ForwardOutput) -> RawForwardOutput {
+    RawForwardOutput {
+        logits_tbv: output.logits_tbv,
+        regularizers: output.regularizers.into_iter().map(named).collect(),
+        stats: output.stats.into_iter().map(named).collect(),
     }
 }
 
@@ -367,6 +415,66 @@ impl<K: Kernel> RawKernel for Shim<K> {
                 gate: call.gate.into_option(),
             })
         })
+    }
+
+    fn route(&self, call: RawRoute) -> RawResult<RawRouted> {
+        guard(self.origin, "route", || {
+            Ok(raw_routed(self.inner.route(route(call)?)?))
+        })
+    }
+
+    fn moe_mlp(&self, call: RawMoeMlp) -> RawResult<TensorHandle> {
+        guard(self.origin, "moe_mlp", || {
+            self.inner.moe_mlp(MoeMlp {
+                x: call.x,
+                w1: call.w1,
+                b1: call.b1.into_option(),
+                w2: call.w2,
+                gate: call.gate,
+                selection: Selection {
+                    order: call.order,
+                    inverse: call.inverse,
+                    ends: call.ends,
+                },
+                options: decode(call.options_json.as_str(), "options of `moe_mlp`")?,
+            })
+        })
+    }
+
+    fn moe_project(&self, call: RawMoeProject) -> RawResult<RawProjected> {
+        guard(self.origin, "moe_project", || {
+            let projected = self.inner.moe_project(MoeProject {
+                route: route(call.route)?,
+                x: call.x,
+                weight: call.weight,
+            })?;
+            Ok(RawProjected {
+                y: projected.y,
+                routed: raw_routed(projected.routed),
+            })
+        })
+    }
+}
+
+fn route(raw: RawRoute) -> Result<Route, PluginError> {
+    Ok(Route {
+        x: raw.x,
+        norm_weight: raw.norm_weight.into_option(),
+        norm_bias: raw.norm_bias.into_option(),
+        weight: raw.weight,
+        bias: raw.bias.into_option(),
+        options: decode(raw.options_json.as_str(), "options of `route`")?,
+    })
+}
+
+fn raw_routed(routed: Routed) -> RawRouted {
+    RawRouted {
+        logits: routed.logits,
+        gate: routed.gate,
+        ids: routed.ids,
+        order: routed.selection.order,
+        inverse: routed.selection.inverse,
+        ends: routed.selection.ends,
     }
 }
 

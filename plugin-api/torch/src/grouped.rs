@@ -52,9 +52,65 @@ impl Fanout {
     }
 }
 
+/// Selections per token, off the shapes of [`moeut_plugin_api::kernel::MoeMlp`].
+///
+/// # Errors
+/// If they do not fit each other.
+pub fn mlp_top_k(
+    x: &Tensor,
+    w1: &Tensor,
+    b1: Option<&Tensor>,
+    w2: &Tensor,
+    gate: &Tensor,
+    order: &Tensor,
+) -> Result<i64, PluginError> {
+    let [x, w1, w2, gate, order] = [x, w1, w2, gate, order].map(Tensor::size);
+    let b1 = b1.map(Tensor::size);
+    mlp_top_k_from_sizes([&x, &w1, &w2, &gate, &order], b1.as_deref()).ok_or_else(|| {
+        PluginError::new("the shapes of a σ-MoE layer do not fit")
+            .why(format!(
+                "x is {x:?}, w1 {w1:?}, b1 {b1:?}, w2 {w2:?}, gate {gate:?}, order {order:?}"
+            ))
+            .fix("pass x [T, D], w1 [E, D, S], b1 [E, S], w2 [E, S, D], gate [T, K], order [T·K]")
+    })
+}
+
+fn mlp_top_k_from_sizes([x, w1, w2, gate, order]: [&[i64]; 5], b1: Option<&[i64]>) -> Option<i64> {
+    let (&[n_tokens, d_model], &[n_experts, d_in, d_expert]) = (x, w1) else {
+        return None;
+    };
+    let &[n_gated, top_k] = gate else {
+        return None;
+    };
+    let fits = d_in == d_model
+        && w2 == [n_experts, d_expert, d_model]
+        && b1.is_none_or(|b1| b1 == [n_experts, d_expert])
+        && n_gated == n_tokens
+        && order == [n_tokens * top_k]
+        && top_k > 0;
+    fits.then_some(top_k)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_layer_and_what_does_not_fit() {
+        let of = |x: &[i64], w2: &[i64], gate: &[i64], order: i64, b1: Option<&[i64]>| {
+            mlp_top_k_from_sizes([x, &[4, 8, 3], w2, gate, &[order]], b1)
+        };
+        let w2 = &[4, 3, 8];
+        assert_eq!(of(&[6, 8], w2, &[6, 2], 12, None), Some(2));
+        assert_eq!(of(&[6, 8], w2, &[6, 2], 12, Some(&[4, 3])), Some(2));
+        assert_eq!(of(&[0, 8], w2, &[0, 2], 0, None), Some(2));
+        assert_eq!(of(&[6, 7], w2, &[6, 2], 12, None), None);
+        assert_eq!(of(&[6, 8], &[4, 8, 3], &[6, 2], 12, None), None);
+        assert_eq!(of(&[6, 8], w2, &[5, 2], 12, None), None);
+        assert_eq!(of(&[6, 8], w2, &[6, 2], 11, None), None);
+        assert_eq!(of(&[6, 8], w2, &[6, 0], 0, None), None);
+        assert_eq!(of(&[6, 8], w2, &[6, 2], 12, Some(&[3])), None);
+    }
 
     #[test]
     fn the_four_uses_and_what_does_not_fit() {

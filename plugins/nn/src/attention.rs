@@ -1,22 +1,30 @@
-//! Causal softmax attention, and the multi-head layer without experts around it.
+//! Softmax attention, and the multi-head layer without experts around it.
 
+use crate::cost::{Cost, Sequence, count};
 use crate::norm::normed;
-use crate::{LayerNorm, Params, Rope, RopeConfig, init};
+use crate::past::Mask;
+use crate::{Context, Init, LayerNorm, LayerPast, Params, Rope, RopeConfig};
 use tch::Tensor;
 
-/// `softmax(q·kᵀ/√d + causal mask) · v` per head; `[B, T, H, d]` each, v may have its own width.
+/// `softmax(q·kᵀ/√d + mask) · v` per head; `[B, T, H, d]` for queries, `[B, S, H, d]` for keys and values; v may have its
+/// own width.
 ///
 /// The reference multiplies q and k by `d^(-1/4)` each and attends with scale 1, which is the same product; leaving the
 /// scale to the fused kernel saves two passes over memory and their rounding.
-pub fn causal_attention(q_bthd: &Tensor, k_bthd: &Tensor, v_bthd: &Tensor) -> Tensor {
+pub fn attention(q_bthd: &Tensor, k_bshd: &Tensor, v_bshd: &Tensor, mask: &Mask) -> Tensor {
     let heads_first = |x: &Tensor| x.transpose(1, 2);
+    let (visible_ts, is_causal) = match mask {
+        Mask::Causal => (None, true),
+        Mask::Everything => (None, false),
+        Mask::Explicit(visible_ts) => (Some(visible_ts), false),
+    };
     Tensor::scaled_dot_product_attention(
         &heads_first(q_bthd),
-        &heads_first(k_bthd),
-        &heads_first(v_bthd),
-        None::<Tensor>,
+        &heads_first(k_bshd),
+        &heads_first(v_bshd),
+        visible_ts,
         0.0,
-        true,
+        is_causal,
         None,
         false,
     )
@@ -32,6 +40,45 @@ pub struct Heads {
     pub d_head: i64,
 }
 
+/// How the weights of a block without experts start.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum LinearInit {
+    /// Truncated normal with std √(2 / (L · `fan_in`)): blocks on a pre-layernorm path of this many layers.
+    Depth(i64),
+    /// Glorot's for what reads the residual stream, PyTorch's default for what writes it: post-layernorm blocks.
+    Xavier,
+}
+
+impl LinearInit {
+    /// For a weight with `fan_in` inputs on a pre-layernorm path; `None` on the other.
+    pub fn depth_scaled(self, fan_in: i64) -> Option<Init> {
+        match self {
+            Self::Depth(n_layers) => {
+                let std = (2.0 / (n_layers * fan_in) as f64).sqrt();
+                Some(Init::TruncatedNormal(std))
+            }
+            Self::Xavier => None,
+        }
+    }
+}
+
+/// The layer's arguments.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct DenseAttentionConfig {
+    /// Width of the residual stream, `D`.
+    pub d_model: i64,
+    /// Number and width of the heads.
+    pub heads: Heads,
+    /// Positions.
+    pub rope: RopeConfig,
+    /// Whether q and k read `LN(x)`.
+    pub has_norm: bool,
+    /// Dropout of the queries.
+    pub dropout: f64,
+    /// Initial values.
+    pub init: LinearInit,
+}
+
 /// Multi-head attention with partial rotary positions; k and v come from one joint projection, no biases.
 ///
 /// With a peri-layernorm (`self_attn.norm`) q and k read `LN(x)` and v reads `x`. The reference cannot run this
@@ -43,76 +90,98 @@ pub struct Heads {
 pub struct DenseAttention {
     heads: Heads,
     rope: Rope,
+    dropout: f64,
     norm: Option<LayerNorm>,
     kv: Tensor,
     q: Tensor,
     out: Tensor,
 }
 
-/// How the weights of a block without experts start.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub enum LinearInit {
-    /// Truncated normal with std √(2 / (L · `fan_in`)): blocks on a pre-layernorm path of this many layers.
-    Depth(i64),
-    /// Xavier-uniform inputs and PyTorch's default output: post-layernorm blocks.
-    Xavier,
-}
-
 impl DenseAttention {
-    /// Adds `data_to_kv`, `data_to_q`, `out_proj` and, if `has_norm`, `norm`.
-    pub fn new(
-        params: &Params,
-        d_model: i64,
-        heads: Heads,
-        rope: RopeConfig,
-        has_norm: bool,
-        linear_init: LinearInit,
-    ) -> Self {
+    /// Adds `data_to_kv`, `data_to_q`, `out_proj` and, with a peri-layernorm, `norm`.
+    pub fn new(params: &Params, config: DenseAttentionConfig) -> Self {
+        let DenseAttentionConfig {
+            d_model,
+            heads,
+            init,
+            ..
+        } = config;
         let width = heads.n_heads * heads.d_head;
-        let options = params.options();
-        let input = |shape: [i64; 2]| match linear_init {
-            LinearInit::Depth(n_layers) => depth_scaled(shape, n_layers, options),
-            LinearInit::Xavier => init::xavier_uniform(shape, options),
+        let input = |name: &str, n_rows| {
+            let shape = [n_rows, d_model];
+            let xavier = || Init::xavier_uniform(shape);
+            let init = init.depth_scaled(d_model).unwrap_or_else(xavier);
+            params.sub(name).parameter("weight", &shape, init)
         };
-        let output = match linear_init {
-            LinearInit::Depth(n_layers) => depth_scaled([d_model, width], n_layers, options),
-            LinearInit::Xavier => init::linear_default(&[d_model, width], width, options),
-        };
-        let linear = |name: &str, weight| params.sub(name).trainable("weight", &weight);
+        let default = || Init::linear_weight(width);
+        let out_init = init.depth_scaled(width).unwrap_or_else(default);
+        let out = params.sub("out_proj");
         Self {
             heads,
-            rope: Rope::new(rope, heads.d_head),
-            kv: linear("data_to_kv", input([2 * width, d_model])),
-            q: linear("data_to_q", input([width, d_model])),
-            out: linear("out_proj", output),
-            norm: has_norm.then(|| LayerNorm::new(&params.sub("norm"), d_model)),
+            rope: Rope::new(config.rope, heads.d_head),
+            dropout: config.dropout,
+            kv: input("data_to_kv", 2 * width),
+            q: input("data_to_q", width),
+            out: out.parameter("weight", &[d_model, width], out_init),
+            norm: config
+                .has_norm
+                .then(|| LayerNorm::new(&params.sub("norm"), d_model)),
         }
     }
 
-    /// `[B, T, D]` → `[B, T, D]`.
-    pub fn forward(&self, x_btd: &Tensor) -> Tensor {
+    /// `[B, T, D]` → `[B, T, D]`; keys and values are made from `attended_bsd`, if given, else from `x`.
+    pub fn forward(
+        &self,
+        x_btd: &Tensor,
+        attended_bsd: Option<&Tensor>,
+        past: &mut LayerPast,
+        ctx: &Context,
+    ) -> Tensor {
         let Heads { n_heads, d_head } = self.heads;
         let width = n_heads * d_head;
+        let split = |x: Tensor| {
+            let size = x.size();
+            x.view([size[0], size[1], n_heads, d_head])
+        };
+        let q_in = normed(self.norm.as_ref(), x_btd);
+        let k_in = match attended_bsd {
+            Some(attended_bsd) => normed(self.norm.as_ref(), attended_bsd),
+            None => q_in.shallow_clone(),
+        };
+        let v_in = attended_bsd.unwrap_or(x_btd);
+
+        let q = ctx.dropout(split(linear(&q_in, &self.q)), self.dropout);
+        let k = split(linear(&k_in, &self.kv.narrow(0, 0, width)));
+        let v = split(linear(v_in, &self.kv.narrow(0, width, width)));
+        let q = self.rope.forward(&q, past.query_offset());
+        let k = self.rope.forward(&k, past.key_offset());
+        let (k, v) = past.joined(k, v);
+        let mixed = attention(&q, &k, &v, past.mask());
         let size = x_btd.size();
-        let (batch, seq_len) = (size[0], size[1]);
-        let split = |x: Tensor| x.view([batch, seq_len, n_heads, d_head]);
-
-        let scored_btd = normed(self.norm.as_ref(), x_btd);
-        let q = split(linear(&scored_btd, &self.q));
-        let k = split(linear(&scored_btd, &self.kv.narrow(0, 0, width)));
-        let v = split(linear(x_btd, &self.kv.narrow(0, width, width)));
-
-        let (q, k) = (self.rope.forward(&q, 0), self.rope.forward(&k, 0));
-        let mixed = causal_attention(&q, &k, &v).reshape([batch, seq_len, width]);
-        linear(&mixed, &self.out)
+        linear(&mixed.reshape([size[0], size[1], width]), &self.out)
     }
+
+    /// Of one application: `2·H·d·T·S` for scores and values, `4·D·H·d·T` for projections.
+    pub fn cost(&self, of: Sequence) -> Cost {
+        let width = count(self.heads.n_heads * self.heads.d_head);
+        let (d_model, n) = (count(self.out.size()[0]), of.n_tokens);
+        Cost::default()
+            .macs(SCORES, 2 * width * n * of.n_attended())
+            .macs(PROJECTIONS, 4 * d_model * width * n)
+            .kept(KEPT, kept_bytes(of, d_model, 4 * width))
+    }
+}
+
+/// Names of the parts of an attention layer's [`Cost`].
+pub(crate) const SCORES: &str = "attention: scores and values";
+pub(crate) const PROJECTIONS: &str = "attention: projections";
+pub(crate) const KEPT: &str = "attention";
+
+/// The layer's input, and `width` channels of queries, keys, values and their mixture.
+pub(crate) fn kept_bytes(of: Sequence, d_model: u64, width: u64) -> u64 {
+    of.n_tokens * (d_model * of.stream_bytes + width * of.product_bytes)
 }
 
 pub(crate) fn linear(x: &Tensor, weight: &Tensor) -> Tensor {
     x.linear(weight, None::<&Tensor>)
-}
-
-fn depth_scaled(shape: [i64; 2], n_layers: i64, options: (tch::Kind, tch::Device)) -> Tensor {
-    let std = (2.0 / (n_layers * shape[1]) as f64).sqrt();
-    init::truncated_normal(&shape, std, options)
 }

@@ -2,20 +2,27 @@
 
 use crate::Routing;
 use moeut_plugin_api::abi::client::KernelClient;
-use moeut_plugin_api::{GroupedMatmul, PluginError};
-use moeut_torch::{Autocast, IntoHandle, IntoTensor, OrPluginError};
+use moeut_plugin_api::kernel::{Activation, FusedCall, MoeMlp, MoeMlpOptions};
+use moeut_plugin_api::{Device, GroupedMatmul, PluginError};
+use moeut_torch::{Autocast, IntoHandle, IntoTensor, OrPluginError, dtype};
 use std::rc::Rc;
 use tch::{Kind, Tensor};
 
 /// Facts about one forward pass.
 #[derive(Clone)]
+#[expect(
+    clippy::struct_excessive_bools,
+    reason = "independent facts about one pass"
+)]
 pub struct Context {
-    /// The grouped matrix product.
-    pub kernel: Rc<KernelClient>,
+    /// The grouped matrix product, if the model has experts.
+    pub kernel: Option<Rc<KernelClient>>,
     /// Element type of the grouped product's operands.
     pub compute: Kind,
     /// Whether autocast is on around the pass.
     pub is_mixed: bool,
+    /// Whether routers compute in autocast's type, as the reference's, and not in at least single precision.
+    pub is_router_rounded: bool,
     /// Dropout and regularizers are on.
     pub is_training: bool,
     /// Statistics are wanted.
@@ -34,14 +41,56 @@ impl Context {
         routing: &Routing,
         gate: Option<&Tensor>,
     ) -> Result<Tensor, PluginError> {
+        let Some(kernel) = &self.kernel else {
+            return Err(PluginError::new("experts without a grouped matrix product")
+                .why("the model was built without a kernel")
+                .fix("report this to the authors of the model's plugin"));
+        };
         let operand = |x: &Tensor| x.to_kind(self.compute).into_handle();
-        let product = self.kernel.grouped_matmul(GroupedMatmul {
+        let product = kernel.grouped_matmul(GroupedMatmul {
             x: operand(x),
             weight: operand(weight),
             selection: routing.selection(),
             gate: gate.map(operand),
         })?;
         Ok(product.into_tensor())
+    }
+
+    /// A whole σ-MoE layer after its routing, [`moeut_plugin_api::Kernel::moe_mlp`], in the compute type; nothing if
+    /// the kernel has no such call.
+    ///
+    /// # Errors
+    /// Whatever the kernel says.
+    pub fn moe_mlp(
+        &self,
+        activation: Activation,
+        x: &Tensor,
+        [w1, w2]: [&Tensor; 2],
+        b1: Option<&Tensor>,
+        gate: &Tensor,
+        routing: &Routing,
+    ) -> Result<Option<Tensor>, PluginError> {
+        let (Some(kernel), Some(dtype)) = (&self.kernel, dtype(self.compute)) else {
+            return Ok(None);
+        };
+        let device = match x.device() {
+            tch::Device::Cuda(index) => Device::Cuda(u32::try_from(index).unwrap_or(u32::MAX)),
+            _ => Device::Cpu,
+        };
+        if !kernel.provides(FusedCall::MoeMlp, Some(activation), device, dtype) {
+            return Ok(None);
+        }
+        let operand = |x: &Tensor| x.to_kind(self.compute).into_handle();
+        let y = kernel.moe_mlp(MoeMlp {
+            x: operand(x),
+            w1: operand(w1),
+            b1: b1.map(operand),
+            w2: operand(w2),
+            gate: operand(gate),
+            selection: routing.selection(),
+            options: MoeMlpOptions { activation },
+        })?;
+        Ok(Some(y.into_tensor()))
     }
 
     /// Dropout with probability `p` while training.
@@ -53,7 +102,7 @@ impl Context {
         }
     }
 
-    /// Router logits `x · weightᵀ + bias`, `[.., D] → [.., rows]`, never in a half type.
+    /// Router logits `x · weightᵀ + bias`, `[.., D] → [.., rows]`, not in a half type unless `is_router_rounded`.
     ///
     /// The reference computes them in the autocast type; with bf16 that makes 39 % of the tokens tie at the last
     /// place of the top-k (387 experts, 16 taken, logits N(0, 1)), so that rounding decides.
@@ -66,6 +115,9 @@ impl Context {
         weight: &Tensor,
         bias: Option<&Tensor>,
     ) -> Result<Tensor, PluginError> {
+        if self.is_router_rounded {
+            return Ok(x.linear(weight, bias));
+        }
         let _full = self
             .is_mixed
             .then(|| Autocast::new(x.device(), None).or_plugin_error("cannot suspend autocast"))
@@ -77,9 +129,35 @@ impl Context {
 }
 
 /// `F32` for half types, else the type itself.
-fn at_least_f32(kind: Kind) -> Kind {
+pub(crate) fn at_least_f32(kind: Kind) -> Kind {
     match kind {
         Kind::Half | Kind::BFloat16 => Kind::Float,
         wide => wide,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tch::Device;
+
+    /// The reference's routers compute in autocast's type; ours do so only if asked to.
+    #[test]
+    fn router_logits_are_rounded_only_on_request() {
+        let options = (Kind::Float, Device::Cpu);
+        let (x, weight) = (Tensor::ones([2, 3], options), Tensor::ones([4, 3], options));
+        let _bf16 = Autocast::new(Device::Cpu, Some(Kind::BFloat16)).unwrap();
+        for (is_router_rounded, kind) in [(false, Kind::Float), (true, Kind::BFloat16)] {
+            let ctx = Context {
+                kernel: None,
+                compute: Kind::BFloat16,
+                is_mixed: true,
+                is_router_rounded,
+                is_training: true,
+                wants_stats: false,
+            };
+            let logits = ctx.router_logits(&x, &weight, None).unwrap();
+            assert_eq!(logits.kind(), kind);
+        }
     }
 }

@@ -1,33 +1,49 @@
 //! Token embedding.
 
-use crate::{Params, init};
+use crate::{Init, Linear, Params};
 use tch::Tensor;
 
-/// `x = scale · weight[token]`.
+/// `x = scale · A · weight[token]`, where `A` is an adapter to `D`, if the embedding has another width.
 #[derive(Debug)]
 pub struct Embedding {
     weight_vd: Tensor,
+    adapter: Option<Linear>,
     scale: f64,
 }
 
 impl Embedding {
-    /// Rows are `N(0, 1/√D)`.
-    pub fn new(params: &Params, vocab_size: i64, d_model: i64, scale: f64) -> Self {
-        let std = 1.0 / (d_model as f64).sqrt();
-        let weight = init::normal(&[vocab_size, d_model], std, params.options());
+    /// Adds `embedding.weight`, whose rows are `N(0, 1/√width)`, and, if there is another width `d_embedding`,
+    /// `embedding_adapter.*`.
+    pub fn new(
+        params: &Params,
+        vocab_size: i64,
+        d_model: i64,
+        d_embedding: Option<i64>,
+        scale: f64,
+    ) -> Self {
+        let width = d_embedding.unwrap_or(d_model);
+        let init = Init::Normal(1.0 / (width as f64).sqrt());
+        let adapter = |d_in| Linear::new(&params.sub("embedding_adapter"), d_in, d_model);
         Self {
-            weight_vd: params.trainable("weight", &weight),
+            weight_vd: params
+                .sub("embedding")
+                .parameter("weight", &[vocab_size, width], init),
+            adapter: d_embedding.map(adapter),
             scale,
         }
     }
 
-    /// Token ids `[B, T]` → `[B, T, D]`, not yet scaled: dropout comes in between.
+    /// Token ids `[B, T]` → `[B, T, width]`, not yet adapted and scaled: dropout comes in between.
     pub fn forward(&self, tokens_bt: &Tensor) -> Tensor {
         Tensor::embedding(&self.weight_vd, tokens_bt, -1, false, false)
     }
 
-    /// Multiplies by the scale.
-    pub fn scaled(&self, x_btd: Tensor) -> Tensor {
+    /// `[B, T, width]` → `[B, T, D]`, scaled.
+    pub fn adapted(&self, x: Tensor) -> Tensor {
+        let x_btd = match &self.adapter {
+            Some(adapter) => adapter.forward(&x),
+            None => x,
+        };
         #[expect(
             clippy::float_cmp,
             reason = "1.0 is the exact default that needs no work"

@@ -1,32 +1,38 @@
 //! From the last hidden state to logits.
 
-use crate::{Context, LayerNorm, Params, init};
+use crate::{Context, Init, LayerNorm, Linear, Params};
 use tch::Tensor;
 
-/// `logits = drop(LN(x)) · weightᵀ + bias`; the weight is not tied to the embedding.
+/// `logits = drop(A · LN(x)) · weightᵀ + bias`; the weight is not tied to the embedding. `A` is an adapter to the width
+/// of the embedding, if that is not `D`.
 #[derive(Debug)]
 pub struct LmHead {
     norm: Option<LayerNorm>,
+    adapter: Option<Linear>,
     weight_vd: Tensor,
     bias_v: Tensor,
     dropout: f64,
 }
 
 impl LmHead {
-    /// Parameters `out_norm.*` (if `has_norm`) and `output.*` of `params`.
+    /// Parameters `out_norm.*` (if `has_norm`), `output_adapter.*` (if there is another width `d_embedding`) and
+    /// `output.*` of `params`.
     pub fn new(
         params: &Params,
         vocab_size: i64,
         d_model: i64,
+        d_embedding: Option<i64>,
         has_norm: bool,
         dropout: f64,
     ) -> Self {
         let output = params.sub("output");
-        let init = |shape: &[i64]| init::linear_default(shape, d_model, params.options());
+        let d_in = d_embedding.unwrap_or(d_model);
         Self {
             norm: has_norm.then(|| LayerNorm::new(&params.sub("out_norm"), d_model)),
-            weight_vd: output.trainable("weight", &init(&[vocab_size, d_model])),
-            bias_v: output.trainable("bias", &init(&[vocab_size])),
+            adapter: d_embedding
+                .map(|d_out| Linear::new(&params.sub("output_adapter"), d_model, d_out)),
+            weight_vd: output.parameter("weight", &[vocab_size, d_in], Init::linear_weight(d_in)),
+            bias_v: output.parameter("bias", &[vocab_size], Init::linear_bias(d_in)),
             dropout,
         }
     }
@@ -34,6 +40,10 @@ impl LmHead {
     /// `[B, T, D]` → `[T, B, V]`, contiguous.
     pub fn forward(&self, x_btd: &Tensor, ctx: &Context) -> Tensor {
         let x_btd = crate::norm::normed(self.norm.as_ref(), x_btd);
+        let x_btd = match &self.adapter {
+            Some(adapter) => adapter.forward(&x_btd),
+            None => x_btd,
+        };
         // The small tensor is transposed, not the logits.
         let x_tbd = ctx
             .dropout(x_btd, self.dropout)

@@ -1,12 +1,13 @@
 //! σ-MoE: a feed-forward layer whose hidden units are split into experts, a few of which each token uses.
 
 use crate::balance::Applications;
+use crate::cost::{Cost, ROUTER_BYTES, Sequence, count};
 use crate::norm::normed;
 use crate::routing::top_k;
 use crate::{
-    Activation, Balance, BalanceConfig, Context, LayerNorm, Params, Routing, Scoring, init, usage,
+    Activation, Balance, BalanceConfig, Context, Init, LayerNorm, Params, Routing, Scoring, usage,
 };
-use moeut_plugin_api::PluginError;
+use moeut_plugin_api::{PluginError, kernel};
 use serde::Deserialize;
 use tch::{Kind, Tensor};
 
@@ -111,16 +112,14 @@ impl SigmaMoe {
             d_expert,
             ..
         } = config;
-        let options @ (_, device) = params.options();
         let depth = depth_init.map_or(1.0, |n_layers| config.layer_std_constant / n_layers as f64);
         let scale = (depth * config.init_scale).sqrt();
         let (std_in, std_out) = (
             scale / (d_model as f64).sqrt(),
             scale / ((n_experts * d_expert) as f64).sqrt(),
         );
-        let zeros = |name, shape: &[i64]| params.trainable(name, &Tensor::zeros(shape, options));
-        let normal =
-            |name, shape: &[i64], std| params.trainable(name, &init::normal(shape, std, options));
+        let zeros = |name, shape: &[i64]| params.parameter(name, shape, Init::Zeros);
+        let normal = |name, shape: &[i64], std| params.parameter(name, shape, Init::Normal(std));
 
         let layer = Self {
             config,
@@ -128,7 +127,7 @@ impl SigmaMoe {
             balances_selected: place.balances_selected && config.scores_after_top_k,
             keys_eds: normal("keys", &[n_experts, d_model, d_expert], std_in),
             values_esd: normal("values", &[n_experts, d_expert, d_model], std_out),
-            router_ed: normal("expert_sel", &[n_experts, d_model], std_in),
+            router_ed: params.parameter("expert_sel", &[n_experts, d_model], Init::Router(std_in)),
             hidden_bias_es: config
                 .has_bias
                 .then(|| zeros("bias", &[n_experts, d_expert])),
@@ -141,11 +140,9 @@ impl SigmaMoe {
                 .then(|| LayerNorm::new(&params.sub("norm"), d_model)),
         };
         // The reference saves these and reads neither; they keep checkpoints interchangeable.
-        let _ = params.buffer("iter", Tensor::zeros([0i64; 0], (Kind::Int64, device)));
-        let _ = params.buffer(
-            "kv_sel_counts_100",
-            Tensor::zeros([n_experts, d_expert], options),
-        );
+        let (kind, _) = params.options();
+        let _ = params.buffer("iter", &[], Kind::Int64);
+        let _ = params.buffer("kv_sel_counts_100", &[n_experts, d_expert], kind);
         layer
     }
 
@@ -181,20 +178,53 @@ impl SigmaMoe {
         }
 
         let x_nd = x_btd.reshape([-1, d_model]);
-        let product_ms = ctx.grouped_matmul(&x_nd, &pass.keys_eds, &routing, None)?;
-        let hidden_ms = self.activation.forward(match &self.hidden_bias_es {
-            Some(bias_es) => {
-                let of_selection = bias_es.index_select(0, &ids_nk.reshape([-1]));
-                product_ms + of_selection.to_kind(ctx.compute)
-            }
-            None => product_ms,
-        });
-        let y_nd = ctx.grouped_matmul(&hidden_ms, &pass.values_esd, &routing, Some(&gate_nk))?;
+        let y_nd = match self.fused(&x_nd, &gate_nk, &routing, pass, ctx)? {
+            Some(y_nd) => y_nd,
+            None => self.composed(&x_nd, (&ids_nk, &gate_nk), &routing, pass, ctx)?,
+        };
         let y_btd = y_nd.view_as(x_btd);
         Ok(match &self.out_bias_d {
             Some(bias_d) => y_btd + bias_d,
             None => y_btd,
         })
+    }
+
+    /// Of one application: `2·T·D·S·K` for experts, `T·D·E` for the router.
+    pub fn cost(&self, of: Sequence) -> Cost {
+        let MoeConfig {
+            n_experts,
+            d_expert,
+            top_k,
+            ..
+        } = self.config;
+        let d_model = count(self.router_ed.size()[1]);
+        let [n_experts, d_hidden] = [n_experts, d_expert * top_k].map(count);
+        let n = of.n_tokens;
+        Cost::default()
+            .macs("feed-forward: experts", 2 * n * d_model * d_hidden)
+            .macs("feed-forward: router", n * d_model * n_experts)
+            .kept(
+                "feed-forward: experts",
+                n * (d_model * of.stream_bytes
+                    + self.activation.n_kept() * d_hidden * of.product_bytes),
+            )
+            .kept("feed-forward: router", n * n_experts * ROUTER_BYTES)
+    }
+
+    /// `σ-MoE (8 of 128, width 128)`.
+    pub fn describe(&self) -> String {
+        let MoeConfig {
+            n_experts,
+            d_expert,
+            top_k,
+            scoring,
+            ..
+        } = self.config;
+        let name = match scoring {
+            Scoring::Sigmoid => "σ-MoE",
+            Scoring::Softmax => "softmax MoE",
+        };
+        format!("{name} ({top_k} of {n_experts}, width {d_expert})")
     }
 
     /// Ends a forward pass.
@@ -217,6 +247,49 @@ impl SigmaMoe {
         }
     }
 
+    /// The experts' output `[N, D]` in one call, if the kernel has it.
+    fn fused(
+        &self,
+        x_nd: &Tensor,
+        gate_nk: &Tensor,
+        routing: &Routing,
+        pass: &MoePass,
+        ctx: &Context,
+    ) -> Result<Option<Tensor>, PluginError> {
+        let activation = match self.activation {
+            Activation::Relu => kernel::Activation::Relu,
+            Activation::Gelu => kernel::Activation::Gelu,
+            Activation::Identity
+            | Activation::Sigmoid
+            | Activation::Softmax
+            | Activation::TopK(_)
+            | Activation::AllButTopK(_) => return Ok(None),
+        };
+        let weights = [&pass.keys_eds, &pass.values_esd];
+        let bias_es = self.hidden_bias_es.as_ref();
+        ctx.moe_mlp(activation, x_nd, weights, bias_es, gate_nk, routing)
+    }
+
+    /// The same from two grouped products.
+    fn composed(
+        &self,
+        x_nd: &Tensor,
+        (ids_nk, gate_nk): (&Tensor, &Tensor),
+        routing: &Routing,
+        pass: &MoePass,
+        ctx: &Context,
+    ) -> Result<Tensor, PluginError> {
+        let product_ms = ctx.grouped_matmul(x_nd, &pass.keys_eds, routing, None)?;
+        let hidden_ms = self.activation.forward(match &self.hidden_bias_es {
+            Some(bias_es) => {
+                let of_selection = bias_es.index_select(0, &ids_nk.reshape([-1]));
+                product_ms + of_selection.to_kind(ctx.compute)
+            }
+            None => product_ms,
+        });
+        ctx.grouped_matmul(&hidden_ms, &pass.values_esd, routing, Some(gate_nk))
+    }
+
     /// Ids int64 `[N, K]` and gates `[N, K]`.
     fn route(
         &self,
@@ -234,10 +307,11 @@ impl SigmaMoe {
         let router_in = ctx.dropout(router_in, self.config.router_dropout);
         let logits = ctx.router_logits(&router_in, &self.router_ed, self.router_bias_e.as_ref())?;
 
-        let scores = if scoring == Scoring::Softmax && !scores_after_top_k {
-            logits.softmax(-1, None)
-        } else {
-            logits.shallow_clone()
+        let scores = match scoring {
+            Scoring::Softmax if !scores_after_top_k => logits.softmax(-1, None),
+            // Rounding of the scores is part of what the reference does.
+            Scoring::Sigmoid if ctx.is_router_rounded && !scores_after_top_k => logits.sigmoid(),
+            Scoring::Sigmoid | Scoring::Softmax => logits.shallow_clone(),
         };
         let drop = if ctx.is_training {
             self.config.expert_dropout
@@ -255,6 +329,7 @@ impl SigmaMoe {
             pass.balance.add(balanced);
         }
         let gate_btk = match scoring {
+            Scoring::Sigmoid if ctx.is_router_rounded && !scores_after_top_k => picked_btk,
             Scoring::Sigmoid => picked_btk.sigmoid(),
             Scoring::Softmax if scores_after_top_k => picked_btk.softmax(-1, None),
             Scoring::Softmax => picked_btk,

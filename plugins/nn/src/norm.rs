@@ -1,6 +1,6 @@
 //! Layer normalization, and where a block puts it.
 
-use crate::Params;
+use crate::{Init, Params};
 use serde::Deserialize;
 use tch::Tensor;
 
@@ -20,6 +20,17 @@ pub enum Norm {
     Peri,
 }
 
+impl Norm {
+    /// Its name.
+    pub fn describe(self) -> &'static str {
+        match self {
+            Self::Pre => "pre-layernorm",
+            Self::Post => "post-layernorm",
+            Self::Peri => "peri-layernorm",
+        }
+    }
+}
+
 /// `y = (x - mean) / √(var + 1e-5) · weight + bias` over the last axis.
 #[derive(Debug)]
 pub struct LayerNorm {
@@ -30,8 +41,8 @@ pub struct LayerNorm {
 impl LayerNorm {
     /// With weight and bias, initially one and zero.
     pub fn new(params: &Params, d: i64) -> Self {
-        let weight = params.trainable("weight", &Tensor::ones([d], params.options()));
-        let bias = params.trainable("bias", &Tensor::zeros([d], params.options()));
+        let weight = params.parameter("weight", &[d], Init::Ones);
+        let bias = params.parameter("bias", &[d], Init::Zeros);
         Self {
             affine: Some((weight, bias)),
             d,

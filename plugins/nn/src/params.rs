@@ -2,6 +2,7 @@
 //!
 //! Not `tch::nn::VarStore`: that one is for a single element type, sorts names and cannot hold integer buffers.
 
+use crate::Init;
 use moeut_plugin_api::Parameter;
 use moeut_torch::IntoHandle;
 use std::cell::RefCell;
@@ -15,6 +16,18 @@ pub struct Params {
     prefix: String,
     kind: Kind,
     device: Device,
+    style: InitStyle,
+}
+
+/// How parameters start.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum InitStyle {
+    /// As each layer says.
+    Own,
+    /// As Transformer-XL: `N(0, 0.02)`; see [`Init::transformer_xl`].
+    TransformerXl,
+    /// Not at all: each tensor is one zero seen through a shape, which takes neither time nor memory. For counting.
+    ShapeOnly,
 }
 
 #[derive(Debug)]
@@ -32,7 +45,15 @@ impl Params {
             prefix: String::new(),
             kind,
             device,
+            style: InitStyle::Own,
         }
+    }
+
+    /// The same tree with other initial values.
+    #[must_use]
+    pub fn with_style(mut self, style: InitStyle) -> Self {
+        self.style = style;
+        self
     }
 
     /// The subtree `name`.
@@ -43,13 +64,22 @@ impl Params {
         sub
     }
 
-    /// Adds a tensor that the optimizer trains, with its initial value.
-    pub fn trainable(&self, name: &str, init: &Tensor) -> Tensor {
-        self.add(name, init.set_requires_grad(true), true)
+    /// Adds a tensor that the optimizer trains.
+    pub fn parameter(&self, name: &str, shape: &[i64], init: Init) -> Tensor {
+        match self.style {
+            InitStyle::Own => self.trained(name, init, shape),
+            InitStyle::TransformerXl => self.trained(name, init.transformer_xl(), shape),
+            InitStyle::ShapeOnly => self.add(name, shape_only(shape, self.options()), true),
+        }
     }
 
-    /// Adds a tensor that is only saved.
-    pub fn buffer(&self, name: &str, value: Tensor) -> Tensor {
+    /// Adds a tensor of zeros that is only saved.
+    pub fn buffer(&self, name: &str, shape: &[i64], kind: Kind) -> Tensor {
+        let options = (kind, self.device);
+        let value = match self.style {
+            InitStyle::ShapeOnly => shape_only(shape, options),
+            InitStyle::Own | InitStyle::TransformerXl => Tensor::zeros(shape, options),
+        };
         self.add(name, value, false)
     }
 
@@ -68,6 +98,11 @@ impl Params {
         self.entries.borrow().iter().map(share).collect()
     }
 
+    fn trained(&self, name: &str, init: Init, shape: &[i64]) -> Tensor {
+        let value = init.tensor(shape, self.options());
+        self.add(name, value.set_requires_grad(true), true)
+    }
+
     fn add(&self, name: &str, tensor: Tensor, is_trainable: bool) -> Tensor {
         let shared = tensor.shallow_clone();
         let name = format!("{}{name}", self.prefix);
@@ -77,5 +112,35 @@ impl Params {
             is_trainable,
         });
         shared
+    }
+}
+
+fn shape_only(shape: &[i64], options: (Kind, Device)) -> Tensor {
+    Tensor::zeros([], options).expand(shape, false)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use moeut_torch::IntoTensor;
+
+    #[test]
+    fn a_billion_parameters_without_storage() {
+        let params = Params::new(Kind::Float, Device::Cpu).with_style(InitStyle::ShapeOnly);
+        let weight = params.parameter("weight", &[40_000, 40_000], Init::Normal(0.02));
+        assert_eq!(weight.numel(), 1_600_000_000);
+        assert_eq!(weight.stride(), [0, 0]);
+        let all = params.parameters();
+        assert_eq!(all[0].tensor.tensor().size(), [40_000, 40_000]);
+        assert!(all[0].is_trainable);
+    }
+
+    #[test]
+    fn names_are_paths_in_the_order_of_building() {
+        let params = Params::new(Kind::Float, Device::Cpu);
+        let _ = params.sub("b").sub("c").buffer("x", &[], Kind::Int64);
+        let _ = params.sub("a").parameter("y", &[2], Init::Ones);
+        let names: Vec<String> = params.parameters().into_iter().map(|p| p.name).collect();
+        assert_eq!(names, ["b.c.x", "a.y"]);
     }
 }

@@ -1,15 +1,18 @@
 //! SwitchHead: multi-head attention whose projections are mixtures of experts, with rotary positions.
 
-use crate::attention::{Heads, causal_attention, linear};
+use crate::attention::{Heads, KEPT, PROJECTIONS, SCORES, attention, kept_bytes, linear};
 use crate::balance::Applications;
+use crate::context::at_least_f32;
+use crate::cost::{Cost, ROUTER_BYTES, Sequence, count};
 use crate::norm::normed;
 use crate::routing::top_k;
 use crate::{
-    Balance, BalanceConfig, Context, LayerNorm, Params, Rope, RopeConfig, Routing, Scoring, init,
-    usage,
+    Balance, BalanceConfig, Context, Init, LayerNorm, LayerPast, Params, Rope, RopeConfig, Routing,
+    Scoring, usage,
 };
 use moeut_plugin_api::PluginError;
 use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 use tch::{Kind, Tensor};
 
 /// One of the four projections. The order is that in which shared selections are named.
@@ -37,6 +40,11 @@ impl Side {
             Self::K => "k",
             Self::O => "o",
         }
+    }
+
+    /// Whether it reads what is attended to.
+    fn is_attended(self) -> bool {
+        matches!(self, Self::K | Self::V)
     }
 }
 
@@ -137,13 +145,16 @@ pub struct SwitchHeadPlace {
 /// y = Σ_h Σ_j g_hj · attention_h · W_o[h, e_hj]
 /// ```
 ///
-/// No biases. The attention is [`causal_attention`]. Projections without experts are ordinary matrices.
+/// No biases. The attention is [`attention`]. Projections without experts are ordinary matrices. Keys and values, and
+/// their selections, may be made from other states than `x`; a selection that is used on both sides counts twice for
+/// the regularizer.
 ///
 /// # Source
 /// Csordás et al., arXiv:2312.07987; reference `full_moe_relative_attention.py`.
 #[derive(Debug)]
 pub struct SwitchHead {
     config: SwitchHeadConfig,
+    d_model: i64,
     sources: BTreeMap<Side, Side>,
     rope: Rope,
     norm: Option<LayerNorm>,
@@ -184,7 +195,6 @@ impl SwitchHead {
             has_norm,
         } = place;
         let Heads { n_heads, d_head } = config.heads;
-        let options = params.options();
         // The constant is 2 here, whatever the feed-forward layer's argument says.
         let scale = depth_init.map_or(1.0, |n_layers| (2.0 / n_layers as f64).sqrt());
         let std_in = scale / (d_model as f64).sqrt();
@@ -198,29 +208,28 @@ impl SwitchHead {
                 Side::V => (d_model, config.d_value, std_in),
                 Side::O => (config.d_value, d_model, std_out),
             };
-            let weight = if sources.contains_key(&side) {
-                let weight = init::normal(&[n_rows, d_in, d_out], std, options);
-                if config.has_norm_init {
-                    init::equal_coordinates(&weight)
-                } else {
-                    weight
-                }
+            let shape = if sources.contains_key(&side) {
+                vec![n_rows, d_in, d_out]
             } else if side == Side::O {
-                init::normal(&[d_out, n_heads * d_in], std, options)
+                vec![d_out, n_heads * d_in]
             } else {
-                init::normal(&[n_heads * d_out, d_in], std, options)
+                vec![n_heads * d_out, d_in]
             };
-            (
-                side,
-                params.sub("projections").trainable(side.name(), &weight),
-            )
+            let init = if config.has_norm_init && shape.len() == 3 {
+                Init::EqualCoordinates(std)
+            } else {
+                Init::Normal(std)
+            };
+            let projections = params.sub("projections");
+            (side, projections.parameter(side.name(), &shape, init))
         };
         let projections = Side::ALL.into_iter().map(projection).collect();
         let selection = |side: &Side| {
-            let weight = init::equal_rows(&init::normal(&[n_rows, d_model], std_in, options));
+            let selections = params.sub("selections");
+            let init = Init::EqualRows(std_in);
             (
                 *side,
-                params.sub("selections").trainable(side.name(), &weight),
+                selections.parameter(side.name(), &[n_rows, d_model], init),
             )
         };
         let own = sources.iter().filter(|(side, source)| side == source);
@@ -229,6 +238,7 @@ impl SwitchHead {
             projections,
             norm: has_norm.then(|| LayerNorm::new(&params.sub("norm"), d_model)),
             rope: Rope::new(config.rope, d_head),
+            d_model,
             sources,
             config,
         }
@@ -250,39 +260,56 @@ impl SwitchHead {
         }
     }
 
-    /// One application: `[B, T, D]` → `[B, T, D]`.
+    /// One application: `[B, T, D]` → `[B, T, D]`; keys and values are made from `attended_bsd`, if given, else from
+    /// `x`.
     ///
     /// # Errors
     /// Whatever the kernel says.
     pub fn forward(
         &self,
         x_btd: &Tensor,
+        attended_bsd: Option<&Tensor>,
         pass: &mut SwitchHeadPass,
+        earlier: &mut LayerPast,
         ctx: &Context,
     ) -> Result<Tensor, PluginError> {
         let Heads { n_heads, d_head } = self.config.heads;
         let d_value = self.config.d_value;
         let scored_btd = normed(self.norm.as_ref(), x_btd);
-        let mut routes = BTreeMap::new();
-        for (&source, weight) in &self.selections {
-            routes.insert(source, self.route(&scored_btd, weight, source, pass, ctx)?);
-        }
+        let key_in_bsd = attended_bsd.map(|attended_bsd| normed(self.norm.as_ref(), attended_bsd));
+        let key_in_bsd = key_in_bsd.as_ref().unwrap_or(&scored_btd);
+        let v_in_bsd = attended_bsd.unwrap_or(x_btd);
 
-        let q = self.project(Side::Q, &scored_btd, &routes, pass, ctx)?;
-        let k = self.project(Side::K, &scored_btd, &routes, pass, ctx)?;
-        let v = self.project(Side::V, x_btd, &routes, pass, ctx)?;
+        let is_apart = attended_bsd.is_some();
+        let mut routes: BTreeMap<(Side, bool), Route> = BTreeMap::new();
+        for (&side, &source) in &self.sources {
+            let is_attended = is_apart && side.is_attended();
+            if let Entry::Vacant(place) = routes.entry((source, is_attended)) {
+                let scored = if is_attended { key_in_bsd } else { &scored_btd };
+                place.insert(self.route(scored, source, pass, ctx)?);
+            }
+        }
+        let route = |side: Side| {
+            let source = *self.sources.get(&side)?;
+            routes.get(&(source, is_apart && side.is_attended()))
+        };
+
+        let q = self.project(Side::Q, &scored_btd, route(Side::Q), pass, ctx)?;
+        let k = self.project(Side::K, key_in_bsd, route(Side::K), pass, ctx)?;
+        let v = self.project(Side::V, v_in_bsd, route(Side::V), pass, ctx)?;
         let size = x_btd.size();
-        let heads = |x: Tensor, d| x.view([size[0], size[1], n_heads, d]);
+        let heads = |x: Tensor, d| x.view([size[0], -1, n_heads, d]);
         let (q, k, v) = (heads(q, d_head), heads(k, d_head), heads(v, d_value));
         let k = ctx.dropout(k, self.config.dropout);
-        let (q, k) = (self.rope.forward(&q, 0), self.rope.forward(&k, 0));
-        let mixed_bthd = causal_attention(&q, &k, &v);
+        let q = self.rope.forward(&q, earlier.query_offset());
+        let k = self.rope.forward(&k, earlier.key_offset());
+        let (k, v) = earlier.joined(k, v);
+        let mixed_bthd = attention(&q, &k, &v, earlier.mask());
 
-        let Some(source) = self.sources.get(&Side::O) else {
+        let Some(Route { routing, gate }) = route(Side::O) else {
             let joined = mixed_bthd.reshape([size[0], size[1], n_heads * d_value]);
             return Ok(linear(&joined, &self.projections[&Side::O]));
         };
-        let Route { routing, gate } = &routes[source];
         let gate = gate.view([-1, n_heads * self.config.top_k]);
         let mixed = mixed_bthd.reshape([-1, d_value]);
         let y_nd = ctx.grouped_matmul(&mixed, &pass.experts[&Side::O], routing, Some(&gate))?;
@@ -307,18 +334,83 @@ impl SwitchHead {
         }
     }
 
+    /// Of one application, with `X` projections that have experts and `d` the width of queries or values:
+    ///
+    /// ```text
+    /// scores and values   2·H·d·T·S
+    /// projections         (X·k + 4 − X)·D·H·d·T + X·H·k·T·d
+    /// routers             n·A·D·S,   n = 1 if k or v has experts, + 1 if q or o has
+    /// ```
+    ///
+    /// The paper's count of the routers is per layer, not per head; kept, so that totals compare with its plots.
+    pub fn cost(&self, of: Sequence) -> Cost {
+        let SwitchHeadConfig {
+            heads,
+            d_value,
+            n_experts,
+            top_k,
+            ..
+        } = self.config;
+        let d_model = count(self.d_model);
+        let [n_heads, d_head, d_value] = [heads.n_heads, heads.d_head, d_value].map(count);
+        let [n_experts, top_k] = [n_experts, top_k].map(count);
+        let n = of.n_tokens;
+        let mut projections = 0;
+        for side in Side::ALL {
+            let width = match side {
+                Side::Q | Side::K => n_heads * d_head,
+                Side::V | Side::O => n_heads * d_value,
+            };
+            projections += if self.sources.contains_key(&side) {
+                top_k * (d_model * width * n + width * n)
+            } else {
+                d_model * width * n
+            };
+        }
+        let has = |side| self.sources.contains_key(&side);
+        let n_routers =
+            u64::from(has(Side::K) || has(Side::V)) + u64::from(has(Side::Q) || has(Side::O));
+        let width = 2 * n_heads * (d_head + d_value);
+        let logits = self.selections.len() as u64 * n_heads * n_experts * n;
+        Cost::default()
+            .macs(SCORES, n_heads * (d_head + d_value) * n * of.n_attended())
+            .macs(PROJECTIONS, projections)
+            .macs(
+                "attention: routers",
+                n_routers * n_experts * d_model * of.n_attended(),
+            )
+            .kept(KEPT, kept_bytes(of, d_model, width))
+            .kept("attention: routers", logits * ROUTER_BYTES)
+    }
+
+    /// `SwitchHead (4 heads of 128; v, o: 2 of 10)`.
+    pub fn describe(&self) -> String {
+        let SwitchHeadConfig {
+            heads,
+            n_experts,
+            top_k,
+            ..
+        } = self.config;
+        let sides: Vec<&str> = self.sources.keys().map(|side| side.name()).collect();
+        format!(
+            "SwitchHead ({} heads of {}; {}: {top_k} of {n_experts})",
+            heads.n_heads,
+            heads.d_head,
+            sides.join(", ")
+        )
+    }
+
     fn project(
         &self,
         side: Side,
         x_btd: &Tensor,
-        routes: &BTreeMap<Side, Route>,
+        route: Option<&Route>,
         pass: &SwitchHeadPass,
         ctx: &Context,
     ) -> Result<Tensor, PluginError> {
-        match self.sources.get(&side) {
+        match route {
             None => Ok(linear(x_btd, &self.projections[&side])),
-            Some(source) => {
-                let Route { routing, gate } = &routes[source];
+            Some(Route { routing, gate }) => {
                 let x_nd = x_btd.reshape([-1, x_btd.size()[2]]);
                 ctx.grouped_matmul(&x_nd, &pass.experts[&side], routing, Some(gate))
             }
@@ -328,7 +420,6 @@ impl SwitchHead {
     fn route(
         &self,
         x_btd: &Tensor,
-        weight: &Tensor,
         source: Side,
         pass: &mut SwitchHeadPass,
         ctx: &Context,
@@ -341,7 +432,8 @@ impl SwitchHead {
             ..
         } = self.config;
         let router_in = ctx.dropout(x_btd.shallow_clone(), self.config.router_dropout);
-        let logits = ctx.router_logits(&router_in, weight, None)?;
+        let logits = ctx.router_logits(&router_in, &self.selections[&source], None)?;
+        let logits = logits.to_kind(at_least_f32(logits.kind()));
         let size = x_btd.size();
         let logits_btha = logits.view([size[0], size[1], heads.n_heads, n_experts]);
         if ctx.is_training

@@ -27,6 +27,8 @@ pub struct Meta {
     pub args_effective: BTreeMap<String, Value>,
     /// Flags whose defaults mattered.
     pub defaults_used: BTreeMap<String, Value>,
+    /// Whether each step sees the states that the one before left.
+    pub state_carry: bool,
     /// What happened in double precision.
     pub fp64: Recorded,
 }

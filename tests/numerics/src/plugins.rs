@@ -9,10 +9,20 @@ use std::path::PathBuf;
 use std::process::Command;
 use std::sync::{Arc, OnceLock};
 
-/// The package of the models under test.
-pub const MODEL: &str = "moeut-model-moeut";
+/// The packages of the models under test.
+const MODELS: [&str; 3] = ["moeut-model-moeut", "moeut-model-sut", "moeut-model-dense"];
 /// The packages of the kernels.
 const KERNELS: [&str; 2] = ["moeut-kernel-reference", "moeut-kernel-grouped"];
+
+/// The package of the model that a variant belongs to.
+pub fn model_of(variant: &str) -> &'static str {
+    let [moeut, sut, dense] = MODELS;
+    match variant {
+        _ if variant.contains("sut") => sut,
+        _ if variant.contains("rope") => dense,
+        _ => moeut,
+    }
+}
 
 /// Opens the library of a package, after `cargo build` has made sure that it is not older than its source.
 ///
@@ -40,7 +50,7 @@ fn build() -> Result<PathBuf> {
     if folder.file_name().is_some_and(|name| name == "release") {
         cargo.arg("--release");
     }
-    for package in [MODEL].iter().chain(&KERNELS) {
+    for package in MODELS.iter().chain(&KERNELS) {
         cargo.args(["--package", package]);
     }
     let status = cargo.status()?;

@@ -4,7 +4,9 @@ use crate::fixture::Fixture;
 use crate::plugins::{self, KernelPlugin};
 use crate::{Result, error_of};
 use moeut_plugin_api::abi::client::{ModelClient, PluginClient};
-use moeut_plugin_api::{ArgDef, ComponentKind, DType, Device, ForwardInput, ModelSetup, args};
+use moeut_plugin_api::{
+    ArgDef, ComponentKind, DType, Device, ForwardInput, ModelSetup, Past, args,
+};
 use moeut_torch::optim::{AdamConfig, AdamTensors, clip_grad_norm_, fused_adamw_};
 use moeut_torch::{IntoHandle, IntoTensor};
 use serde_json::Value;
@@ -74,6 +76,8 @@ pub struct Subject {
     pub trainable: BTreeMap<String, Tensor>,
     /// What is only saved.
     pub buffers: BTreeMap<String, Tensor>,
+    /// What every pass sees of the one before.
+    pub past: Past,
 }
 
 impl Subject {
@@ -86,7 +90,8 @@ impl Subject {
         setup: &ModelSetup,
         kernel: &KernelPlugin,
     ) -> Result<Self> {
-        let plugin = plugins::open(plugins::MODEL)?;
+        let variant = flags.get("transformer.variant").map_or("", String::as_str);
+        let plugin = plugins::open(plugins::model_of(variant))?;
         let (name, defs) = component(plugin)?;
         let mut values = BTreeMap::new();
         for (flag, raw) in flags {
@@ -109,6 +114,7 @@ impl Subject {
             model,
             trainable,
             buffers,
+            past: Past::None,
         })
     }
 
@@ -164,6 +170,7 @@ impl Subject {
             tokens_tb: tokens_tb.share(),
             is_training: true,
             wants_stats: true,
+            past: self.past,
         })?;
         let regularizers = output.regularizers.into_iter();
         let regularizers = regularizers.map(|named| (named.name, named.tensor.into_tensor()));
@@ -185,6 +192,7 @@ pub fn on_cpu(vocab_size: u64, dtype: DType) -> ModelSetup {
         dtype,
         compute_dtype: dtype,
         compat: true,
+        is_shape_only: false,
     }
 }
 
@@ -198,27 +206,18 @@ fn component(plugin: PluginClient) -> Result<(String, Vec<ArgDef>)> {
     Ok((model.name, model.args))
 }
 
-/// Whether the recorded run is one of this crate's model.
-///
-/// Segment memory, dense and SUT blocks are others' work.
-pub fn is_covered(fixture: &Fixture) -> bool {
-    let is_moe = fixture
-        .meta
-        .args_effective
-        .get("transformer.variant")
-        .and_then(Value::as_str);
-    let has_memory = fixture
-        .number("lm.trafo.context_blocks")
-        .is_ok_and(|n| n > 0.0);
-    is_moe.is_some_and(|variant| variant.contains("moe")) && !has_memory
-}
-
 /// Repeats the recorded steps in `dtype` and compares everything with the reference's double-precision run.
 ///
 /// # Errors
 /// Whatever model or kernel say.
 pub fn replay(fixture: &Fixture, dtype: DType, kernel: &KernelPlugin) -> Result<Errors> {
     let mut subject = Subject::of(fixture, dtype, kernel)?;
+    if fixture.meta.state_carry {
+        subject.past = Past::Segments {
+            slot: 0,
+            is_reset: false,
+        };
+    }
     let mut adam = Adam::new(fixture, &subject)?;
     let mut errors = Errors::default();
     for (index, expected) in fixture.meta.fp64.steps.iter().enumerate() {
@@ -242,6 +241,11 @@ pub fn replay(fixture: &Fixture, dtype: DType, kernel: &KernelPlugin) -> Result<
         }
         total.backward();
 
+        if index == 1
+            && let Ok(expected) = fixture.tensor("expected.logits_segment1")
+        {
+            errors.add("logits", "step 1", error_of::tensor(&logits, expected));
+        }
         if index == 0 {
             errors.add(
                 "logits",

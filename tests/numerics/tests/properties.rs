@@ -244,8 +244,8 @@ fn contradictory_arguments_are_refused_with_a_way_out() {
              `transformer.universal.group_size` 2",
         ),
         (
-            &[("lm.trafo.context_blocks", "1")],
-            "attention to earlier segments is not implemented: `lm.trafo.context_blocks` is 1",
+            &[("transformer.variant", "preln_moee")],
+            "the model has no such variant: `transformer.variant` is `preln_moee`",
         ),
         (
             &[("dropout", "1.5")],

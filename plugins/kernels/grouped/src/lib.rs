@@ -1,26 +1,30 @@
-//! `grouped`: the grouped matrix product by libtorch's own grouped kernel, with a backward that keeps only the inputs.
+//! `grouped`: the grouped matrix product and the σ-MoE layer by libtorch's own grouped kernel, each with a backward of
+//! its own. The product keeps only its inputs, the layer also its pre-activations.
 //!
 //! Rows reach their expert and come back by permutations, so nothing is added atomically and two runs give the same
 //! bits. What libtorch's kernel does not take (fp64) is refused; what it takes only in other shapes (rows that are no
 //! multiple of 16 bytes) is padded here. It is not the oracle: that is `reference`.
 
+mod mlp;
+mod ops;
+mod product;
+
+use moeut_plugin_api::kernel::{Fused, FusedCall, MoeMlp};
 use moeut_plugin_api::{
     Capabilities, DType, GroupedMatmul, Host, Kernel, PluginError, TensorHandle,
 };
-use moeut_torch::grouped::Fanout;
-use moeut_torch::{
-    Autocast, Context, Function, FunctionError, IntoHandle, IntoTensor, OrPluginError, apply, dtype,
-};
-use tch::{Kind, TchError, Tensor};
+use moeut_torch::grouped::{Fanout, mlp_top_k};
+use moeut_torch::{IntoHandle, IntoTensor, OrPluginError, apply, dtype};
+use tch::Tensor;
+
+use mlp::Mlp;
+use product::Product;
 
 moeut_plugin_api::export_plugin!(libtorch = moeut_torch::LIBTORCH_VERSION);
 moeut_plugin_api::register_kernel!(Grouped);
 
 /// Element types that libtorch's grouped matrix product takes.
 const DTYPES: [DType; 3] = [DType::F32, DType::Bf16, DType::F16];
-
-/// Rows and base addresses must be multiples of this for libtorch's grouped matrix product.
-const ALIGNMENT_BYTES: usize = 16;
 
 /// The kernel; it holds nothing.
 #[derive(Debug)]
@@ -42,20 +46,20 @@ impl Kernel for Grouped {
             is_deterministic: true,
             // Outside bf16 on recent devices libtorch copies the ends of the runs to the host.
             is_graph_safe: false,
+            alignment_bytes: ops::ALIGNMENT_BYTES,
+            fused: vec![Fused {
+                call: FusedCall::MoeMlp,
+                activations: mlp::ACTIVATIONS.to_vec(),
+                cpu: DTYPES.to_vec(),
+                cuda: DTYPES.to_vec(),
+            }],
         }
     }
 
     /// Computes in the element type of `x`, whatever autocast says; gradients have the types of their inputs.
     fn grouped_matmul(&self, call: GroupedMatmul) -> Result<TensorHandle, PluginError> {
         let (x, weight) = (call.x.into_tensor(), call.weight.into_tensor());
-        if !dtype(x.kind()).is_some_and(|dtype| DTYPES.contains(&dtype)) {
-            return Err(PluginError::new("kernel `grouped` cannot compute with this element type")
-                .why(format!(
-                    "`x` is {:?}, and libtorch's grouped matrix product takes f32, bf16 and f16",
-                    x.kind()
-                ))
-                .fix("set `-moe.kernel reference`, or `-moe.kernel auto`"));
-        }
+        check_dtype(&x)?;
         let order = call.selection.order.into_tensor();
         let inverse = call.selection.inverse.into_tensor();
         let ends = call.selection.ends.into_tensor();
@@ -67,192 +71,55 @@ impl Kernel for Grouped {
             .map(|mut outputs| outputs.swap_remove(0).into_handle())
             .or_plugin_error("kernel `grouped` cannot compute the grouped matrix product")
     }
-}
 
-/// One call as a differentiable function of `x, weight, order, inverse, ends` and perhaps `gate`.
-struct Product(Fanout);
-
-/// Positions among the inputs of [`Product`].
-const X: usize = 0;
-const WEIGHT: usize = 1;
-const GATE: usize = 5;
-
-impl Function for Product {
-    /// ```text
-    /// ys = x[order / f] · weight[expert]      rows sorted by expert
-    /// y_m = ys[inverse_m]                     and with a gate, y_i = Σ_j gate[i, j] · ys[inverse_{i·n + j}]
-    /// ```
-    fn forward(&self, ctx: &mut Context, inputs: &[Tensor]) -> Result<Vec<Tensor>, FunctionError> {
-        let [x, weight, order, inverse, ends, gate @ ..] = inputs else {
-            return Err("too few inputs".into());
-        };
-        let _full_precision = Autocast::new(x.device(), None)?;
-        ctx.save(&inputs.iter().collect::<Vec<_>>())?;
-
-        let xs = padded_rows(x)?.f_index_select(0, &divided(order, self.0.per_row)?)?;
-        let ys = grouped_mm(&xs, &padded_weight(weight, x.kind())?, ends)?;
-        let y = sum_rows(&ys, inverse, self.0.n_summed, gate.first())?;
-        Ok(vec![first_columns(&y, weight.size()[2])?])
-    }
-
-    /// With `gs = g[order / n]` and `gate = 1` where there is none:
-    ///
-    /// ```text
-    /// u        = gs · weight[expert]ᵀ
-    /// dx_r     = Σ_j gate_{r·f + j} · u[inverse_{r·f + j}]
-    /// dgate_m  = (xs · u)[inverse_m]
-    /// dweight  = Σ over the expert's selections of xsᵀ · (gate · gs)
-    /// ```
-    ///
-    /// `dweight` is summed in fp32 and rounded once to the type of `x`; the reference keeps it in the weight's type.
-    fn backward(
-        &self,
-        ctx: &Context,
-        grads: &[Option<Tensor>],
-    ) -> Result<Vec<Option<Tensor>>, FunctionError> {
-        let saved = ctx.saved()?;
-        let [x, weight, order, inverse, ends, gate @ ..] = &saved[..] else {
-            return Err("too few saved tensors".into());
-        };
-        let gate = gate.first();
-        let mut input_grads: Vec<_> = saved.iter().map(|_| None).collect();
-        let Some(Some(g)) = grads.first() else {
-            return Ok(input_grads);
-        };
-        let _full_precision = Autocast::new(x.device(), None)?;
-        let needs_gate = gate.is_some() && ctx.needs_input_grad(GATE);
-
-        let mut gs = padded_rows(g)?.f_index_select(0, &divided(order, self.0.n_summed)?)?;
-        let xs = if needs_gate || ctx.needs_input_grad(WEIGHT) {
-            Some(padded_rows(x)?.f_index_select(0, &divided(order, self.0.per_row)?)?)
-        } else {
-            None
-        };
-        if needs_gate || ctx.needs_input_grad(X) {
-            let weight = padded_weight(weight, x.kind())?.f_transpose(1, 2)?;
-            let u = grouped_mm(&gs, &weight, ends)?;
-            if ctx.needs_input_grad(X) {
-                let dx = sum_rows(&u, inverse, self.0.per_row, gate)?;
-                input_grads[X] = Some(first_columns(&dx, x.size()[1])?.f_view(&x.size()[..])?);
-            }
-            if let (true, Some(gate), Some(xs)) = (needs_gate, gate, &xs) {
-                let dots = (xs.f_mul(&u)?).f_sum_dim_intlist(-1, false, gate.kind())?;
-                input_grads[GATE] =
-                    Some(dots.f_index_select(0, inverse)?.f_view(&gate.size()[..])?);
-            }
+    /// Computes and answers as [`Kernel::grouped_matmul`].
+    fn moe_mlp(&self, call: MoeMlp) -> Result<TensorHandle, PluginError> {
+        let tensor = IntoTensor::into_tensor;
+        let (x, w1, w2) = (tensor(call.x), tensor(call.w1), tensor(call.w2));
+        check_dtype(&x)?;
+        let activation = call.options.activation;
+        if !mlp::ACTIVATIONS.contains(&activation) {
+            return Err(
+                PluginError::new("kernel `grouped` does not know this activation")
+                    .why(format!(
+                        "its `moe_mlp` has {:?}, not {activation:?}",
+                        mlp::ACTIVATIONS
+                    ))
+                    .fix("set `-moe.kernel reference`"),
+            );
         }
-        if let (true, Some(mut xs)) = (ctx.needs_input_grad(WEIGHT), xs) {
-            if let Some(gate) = gate {
-                let gate = gate.f_reshape([-1, 1])?.f_index_select(0, order)?;
-                // Either factor may carry the gate; both were gathered here, so the narrower is scaled in place.
-                let factor = if xs.size()[1] < gs.size()[1] {
-                    &mut xs
-                } else {
-                    &mut gs
-                };
-                let _ = factor.f_mul_(&gate.f_to_kind(factor.kind())?)?;
-            }
-            let dweight = grouped_outer(&xs, &gs, ends)?;
-            let dweight = dweight.f_narrow(1, 0, weight.size()[1])?;
-            let dweight = first_columns(&dweight, weight.size()[2])?;
-            input_grads[WEIGHT] = Some(dweight.f_to_kind(weight.kind())?);
-        }
-        Ok(input_grads)
+        let (gate, b1) = (tensor(call.gate), call.b1.map(tensor));
+        let order = tensor(call.selection.order);
+        let inverse = tensor(call.selection.inverse);
+        let ends = tensor(call.selection.ends);
+        let top_k = mlp_top_k(&x, &w1, b1.as_ref(), &w2, &gate, &order)?;
+        let mut inputs = vec![&x, &w1, &w2, &gate, &order, &inverse, &ends];
+        inputs.extend(&b1);
+        apply(Mlp { top_k, activation }, &inputs)
+            .map(|mut outputs| outputs.swap_remove(0).into_handle())
+            .or_plugin_error("kernel `grouped` cannot compute the σ-MoE layer")
     }
 }
 
-/// `rows [M, K] · weight [E, K, N]`, each run of rows with its expert: `[M, N]`.
-fn grouped_mm(rows: &Tensor, weight: &Tensor, ends: &Tensor) -> Result<Tensor, TchError> {
-    if rows.size()[0] == 0 {
-        return rows.f_new_zeros([0, weight.size()[2]], (rows.kind(), rows.device()));
+fn check_dtype(x: &Tensor) -> Result<(), PluginError> {
+    if dtype(x.kind()).is_some_and(|dtype| DTYPES.contains(&dtype)) {
+        return Ok(());
     }
-    rows.f_internal_grouped_mm(weight, Some(ends), None::<&Tensor>, None::<Kind>)
-}
-
-/// `leftᵀ [K, M] · right [M, N]`, summed over each expert's run of rows: `[E, K, N]`.
-fn grouped_outer(left: &Tensor, right: &Tensor, ends: &Tensor) -> Result<Tensor, TchError> {
-    if left.size()[0] == 0 {
-        let shape = [ends.size1()?, left.size()[1], right.size()[1]];
-        return left.f_new_zeros(shape, (left.kind(), left.device()));
-    }
-    left.f_tr()?
-        .f_internal_grouped_mm(right, Some(ends), None::<&Tensor>, None::<Kind>)
-}
-
-/// libtorch's codes of an embedding bag that sums, and in which no index means padding.
-const SUM: i64 = 0;
-const NO_PADDING: i64 = -1;
-
-/// `Σ_j gate_{i·n + j} · rows[index_{i·n + j}]`.
-///
-/// An embedding bag: on the CPU, permuting the rows and then summing them takes 4 to 9 times as long (2048 tokens,
-/// `d_model` 128, k = 4 and 8, fp32, 2 cores).
-fn sum_rows(
-    rows: &Tensor,
-    index: &Tensor,
-    n: i64,
-    gate: Option<&Tensor>,
-) -> Result<Tensor, TchError> {
-    if (n == 1 && gate.is_none()) || rows.size()[0] == 0 {
-        return rows.f_index_select(0, index);
-    }
-    let starts = Tensor::f_arange_start_step(0, index.size1()?, n, (Kind::Int64, index.device()))?;
-    let gate = match gate {
-        Some(gate) => Some(gate.f_to_kind(rows.kind())?.f_reshape([-1])?),
-        None => None,
-    };
-    let (sums, ..) = Tensor::f_internal_embedding_bag_forward_only(
-        rows, index, &starts, false, SUM, false, gate, false, NO_PADDING,
-    )?;
-    Ok(sums)
-}
-
-/// The source row of each selection.
-fn divided(order: &Tensor, n: i64) -> Result<Tensor, TchError> {
-    if n == 1 {
-        Ok(order.shallow_clone())
-    } else {
-        order.f_divide_scalar_mode(n, "floor")
-    }
-}
-
-/// Zero columns until a row fills whole multiples of [`ALIGNMENT_BYTES`].
-fn padded_rows(rows: &Tensor) -> Result<Tensor, TchError> {
-    match missing(rows.size()[1], rows.kind()) {
-        0 => Ok(rows.shallow_clone()),
-        n_columns => rows.f_constant_pad_nd([0, n_columns]),
-    }
-}
-
-/// The weight in `kind`, contiguous, aligned, both widths padded with zeros as [`padded_rows`] pads.
-fn padded_weight(weight: &Tensor, kind: Kind) -> Result<Tensor, TchError> {
-    let weight = weight.f_to_kind(kind)?.f_contiguous()?;
-    match (
-        missing(weight.size()[1], kind),
-        missing(weight.size()[2], kind),
-    ) {
-        (0, 0) if (weight.data_ptr() as usize).is_multiple_of(ALIGNMENT_BYTES) => Ok(weight),
-        (0, 0) => Ok(weight.copy()),
-        (n_rows, n_columns) => weight.f_constant_pad_nd([0, n_columns, 0, n_rows]),
-    }
-}
-
-/// Columns to add to `width`.
-fn missing(width: i64, kind: Kind) -> i64 {
-    let multiple = (ALIGNMENT_BYTES / kind.elt_size_in_bytes()).cast_signed() as i64;
-    (multiple - width % multiple) % multiple
-}
-
-/// Undoes the padding of the last axis.
-fn first_columns(tensor: &Tensor, n: i64) -> Result<Tensor, TchError> {
-    tensor.f_narrow(-1, 0, n)?.f_contiguous()
+    Err(
+        PluginError::new("kernel `grouped` cannot compute with this element type")
+            .why(format!(
+                "`x` is {:?}, and libtorch's grouped matrix product takes f32, bf16 and f16",
+                x.kind()
+            ))
+            .fix("set `-moe.kernel reference`, or `-moe.kernel auto`"),
+    )
 }
 
 #[cfg(test)]
 mod tests {
     use moeut_plugin_api::abi::client::KernelClient;
     use moeut_torch::testing;
-    use tch::Device;
+    use tch::{Device, Kind};
 
     use super::*;
 

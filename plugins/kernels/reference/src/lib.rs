@@ -31,9 +31,8 @@ impl Kernel for Reference {
         Capabilities {
             cpu: all.clone(),
             cuda: all,
-            speed_rank: 0,
             is_deterministic: true,
-            is_graph_safe: false,
+            ..Capabilities::default()
         }
     }
 

@@ -1,33 +1,18 @@
 //! The argument table: the reference's flags and defaults beside the fields of [`crate::config::Config`].
 
+use moeut_nn::lm::{SHELL_ARGS, joined};
 use moeut_plugin_api::{ArgKind, ArgSpec};
 
 /// All arguments of the model.
-pub(crate) const ARGS: &[ArgSpec] = &[
-    // The stack.
-    ArgSpec::int("state_size", "128").field("d_model").help("width of the residual stream"),
-    ArgSpec::int("transformer.encoder_n_layers", "3").field("n_layers").help("layers of the unrolled stack"),
-    ArgSpec::text("transformer.variant", "preln_moe_universal")
-        .field("variant")
-        .choices("moe|preln_moe|moe_universal|preln_moe_universal")
-        .help("`preln`: pre-layernorm; `universal`: layers are shared in groups"),
-    ArgSpec::int("transformer.universal.group_size", "1").field("group_size").help("distinct layers of a universal variant"),
-    ArgSpec::text("transformer.universal.group_type", "abab").field("group_type").choices("abab|aabb").help("how distinct layers make the stack"),
+pub(crate) const ARGS: &[ArgSpec] =
+    &joined::<{ SHELL_ARGS.len() + OWN_ARGS.len() }>(SHELL_ARGS, OWN_ARGS);
+
+/// Those of the experts.
+const OWN_ARGS: &[ArgSpec] = &[
     ArgSpec::flag("moe.nonorm", "0").field("is_peri").help("peri-layernorm: norms before routers and q/k only"),
-    ArgSpec::float("dropout", "0.0").field("dropout").unit("probability").help("of embedding, block outputs and last state"),
-    ArgSpec::float("transformer.p_drop_layer", "0.0").field("layer_drop").unit("probability").help("that a token skips a layer, while training"),
-    ArgSpec::float("transformer.embedding_scale", "none").field("embedding_scale").optional().help("none: 1 for `preln` variants, else √state_size"),
-    ArgSpec::flag("lm.trafo.norm_input", "0").field("norms_input").help("normalize the embedding, without parameters"),
-    ArgSpec::flag("lm.trafo.force_out_norm", "0").field("forces_out_norm").help("final layernorm also without `preln`"),
-    ArgSpec::int("lm.trafo.context_blocks", "0").field("context_blocks").help("earlier segments attended to; only 0 is implemented (the reference's default is 1, its sweeps set 0)"),
     ArgSpec::text("moe.kernel", "auto").field("kernel").help("grouped matrix product; auto: the fastest that fits"),
-    // Heads.
-    ArgSpec::int("transformer.n_heads", "4").field("n_heads").help("attention heads"),
-    ArgSpec::int("transformer.head_projection_size", "none").field("d_head").optional().help("width of a head; none: state_size / heads"),
-    ArgSpec::float("rope.rotate_fraction", "0.5").field("rope.fraction").help("share of the head's channels that rotary positions turn"),
-    ArgSpec::float("rope.base", "10000").field("rope.base").help("base of the rotary wavelengths"),
+    ArgSpec::text("moe.router_dtype", "f32").field("router_dtype").choices("f32|amp").help("f32: routers compute at least in single precision; amp: as everything else, like the reference's"),
     // Feed-forward experts.
-    ArgSpec::text("transformer.activation", "relu").field("activation").choices("relu|gelu|identity|sigmoid|softmax").help("of the experts' hidden units"),
     ArgSpec::int("moe.n_experts", "128").field("moe.n_experts").help("feed-forward experts"),
     ArgSpec::int("moe.expert_size", "128").field("moe.d_expert").help("hidden units of an expert"),
     ArgSpec::int("pkm.n_heads", "1").field("moe.top_k").help("feed-forward experts that a token uses"),
@@ -55,9 +40,9 @@ pub(crate) const ARGS: &[ArgSpec] = &[
     ArgSpec::int("moe.att.v_size", "none").field("attention.d_value").optional().help("width of a value head; none: as the head"),
     ArgSpec::flag("moe.att.same_sel", "0").field("attention.same_sel").help("values share the output's selection"),
     ArgSpec::flag("moe.att.separate_kq_sel", "0").field("attention.separate_kq_sel").help("queries and keys have selections of their own"),
-    ArgSpec::text("moe.att.selection_mode", "sigmoid").field("attention.scoring").choices("sigmoid|softmax").help("how logits become gates"),
+    ArgSpec::text("moe.att.selection_mode", "sigmoid").field("attention.scoring").choices("sigmoid|softmax|gumbel_sigmoid").help("how logits become gates; the last is refused, as the reference's fails"),
     ArgSpec::flag("moe.att.norm_init", "0").field("attention.has_norm_init").help("expert projections start with unit norm over the experts"),
-    ArgSpec::float("moe.att.dropout", "0.0").field("attention.dropout").unit("probability").help("dropout of the keys"),
+    ArgSpec::float("moe.att.dropout", "0.0").field("attention.dropout").unit("probability").help("dropout of the keys; of the queries without attention experts"),
     ArgSpec::float("moe.att.selection_dropout", "0.0").field("attention.router_dropout").unit("probability").help("dropout of the routers' input"),
     ArgSpec::float("moe.att.drop_expert", "none").field("attention.expert_dropout").optional().unit("probability").help("none: as `moe.drop_expert`"),
     ArgSpec::float("moe.att.perplexity_reg", "none").field("attention.balance_weight").optional().help("none: as `moe.perplexity_reg`"),
@@ -69,9 +54,8 @@ pub(crate) const ARGS: &[ArgSpec] = &[
     // Accepted because the reference's sweeps and commands set them.
     ArgSpec::retired(ArgKind::Str, "moe.layer_encoding", "the reference no longer has it; its sweeps set it to `none`"),
     ArgSpec::retired(ArgKind::Float, "moe.att.expert_dropout", "the reference never reads it; the live one is `moe.att.drop_expert`"),
+    ArgSpec::retired(ArgKind::Bool, "moe.sync_distributed", "the regularizer's mean over all processes is that of the one process there is"),
     ArgSpec::retired(ArgKind::Float, "moe.dropout_factor", "the reference never applies it"),
-    ArgSpec::retired(ArgKind::Float, "transformer.attention_dropout", "the reference never passes it to a model"),
-    ArgSpec::retired(ArgKind::Float, "transformer.ff_multiplier", "only a dense feed-forward layer has a width factor; set `moe.expert_size`"),
 ];
 
 #[cfg(test)]

@@ -1,10 +1,14 @@
 //! One layer of the stack: attention, then experts, around a residual stream.
 
-use crate::config::Config;
-use moeut_nn::attention::LinearInit;
+use crate::config::Blueprint;
+use moeut_nn::attention::{DenseAttentionConfig, LinearInit};
+use moeut_nn::lm::{self, At, BlockReport};
 use moeut_nn::moe::{MoePass, MoePlace, MoeReport};
 use moeut_nn::switchhead::{SwitchHeadPass, SwitchHeadPlace};
-use moeut_nn::{Context, DenseAttention, LayerNorm, Norm, Params, SigmaMoe, SwitchHead};
+use moeut_nn::{
+    Context, Cost, DenseAttention, LayerNorm, LayerPast, Norm, Params, Sequence, SigmaMoe,
+    SwitchHead,
+};
 use moeut_plugin_api::PluginError;
 use tch::Tensor;
 
@@ -13,6 +17,10 @@ use tch::Tensor;
 /// | pre | `LN₁(x)` | `LN₂(x)` | `x + f` |
 /// | post | `x` | `x` | `LN(x + f)` |
 /// | peri | `x` for v, `LN(x)` for q, k and routers | `x` for experts, `LN(x)` for the router | `x + f` |
+///
+/// With segment memory keys and values read `LN₁` of the remembered states and `x`, also with post-layernorm, as the
+/// reference's. Peri-layernorm without attention experts, which the reference cannot run, is defined by
+/// [`DenseAttention`]; with a variant that is not `preln` it keeps that variant's shell and initial values.
 ///
 /// # Source
 /// Reference `relative_moe_transformer.py`.
@@ -44,19 +52,17 @@ pub(crate) struct BlockPass {
     moe: MoePass,
 }
 
-/// Names and values that a pass leaves.
-#[derive(Default)]
-pub(crate) struct BlockReport {
-    pub(crate) regularizers: Vec<(String, Tensor)>,
-    pub(crate) stats: Vec<(String, Tensor)>,
-}
-
 impl Block {
-    pub(crate) fn new(params: &Params, config: &Config, compat: bool) -> Self {
-        let (d_model, depth_init) = (config.d_model, config.depth_init());
-        let has_norm = config.norm() == Norm::Peri;
+    pub(crate) fn new(
+        params: &Params,
+        blueprint: &Blueprint,
+        compat: bool,
+    ) -> Result<Self, PluginError> {
+        let Blueprint { shell, moe, .. } = blueprint;
+        let (d_model, depth_init) = (shell.config.d_model, shell.depth_init());
+        let has_norm = blueprint.norm == Norm::Peri;
         let self_attn = params.sub("self_attn");
-        let attention = match config.switchhead(compat) {
+        let attention = match blueprint.switchhead {
             Some(switchhead) => {
                 let place = SwitchHeadPlace {
                     d_model,
@@ -67,36 +73,66 @@ impl Block {
             }
             None => Attention::Dense(DenseAttention::new(
                 &self_attn,
-                d_model,
-                config.heads(),
-                config.rope,
-                has_norm,
-                depth_init.map_or(LinearInit::Xavier, LinearInit::Depth),
+                DenseAttentionConfig {
+                    d_model,
+                    heads: shell.heads(),
+                    rope: shell.config.rope,
+                    has_norm,
+                    dropout: blueprint.dense_dropout,
+                    init: depth_init.map_or(LinearInit::Xavier, LinearInit::Depth),
+                },
             )),
         };
         let place = MoePlace {
             d_model,
             depth_init,
             has_norm,
-            activation: config.activation,
+            activation: shell.activation(moe.d_expert, compat)?,
             balances_selected: compat,
         };
-        let moe = SigmaMoe::new(&params.sub("pkm"), place, config.moe);
+        let moe = SigmaMoe::new(&params.sub("pkm"), place, *moe);
         let norms = || ["norm1", "norm2"].map(|name| LayerNorm::new(&params.sub(name), d_model));
-        Self {
+        Ok(Self {
             attention,
             moe,
-            norms: match config.norm() {
+            norms: match blueprint.norm {
                 Norm::Pre => Norms::Pre(norms()),
                 Norm::Post => Norms::Post(norms()),
                 Norm::Peri => Norms::Peri,
             },
-            dropout: config.dropout,
-        }
+            dropout: shell.config.dropout,
+        })
     }
 
-    /// Begins a forward pass.
-    pub(crate) fn begin(&self, ctx: &Context) -> BlockPass {
+    fn attend(
+        &self,
+        x: &Tensor,
+        attended: Option<&Tensor>,
+        pass: &mut BlockPass,
+        earlier: &mut LayerPast,
+        ctx: &Context,
+    ) -> Result<Tensor, PluginError> {
+        let y = match &self.attention {
+            Attention::Dense(attention) => attention.forward(x, attended, earlier, ctx),
+            Attention::Experts(attention) => {
+                let pass = pass.attention.get_or_insert_with(|| attention.begin(ctx));
+                attention.forward(x, attended, pass, earlier, ctx)?
+            }
+        };
+        Ok(ctx.dropout(y, self.dropout))
+    }
+
+    fn feed(&self, x: &Tensor, pass: &mut BlockPass, ctx: &Context) -> Result<Tensor, PluginError> {
+        let y = self.moe.forward(x, &mut pass.moe, ctx)?;
+        Ok(ctx.dropout(y, self.dropout))
+    }
+}
+
+impl lm::Block for Block {
+    type Pass = BlockPass;
+    type Carry = ();
+
+    fn begin(&self, ctx: &Context) -> BlockPass {
         BlockPass {
             attention: match &self.attention {
                 Attention::Dense(_) => None,
@@ -106,34 +142,33 @@ impl Block {
         }
     }
 
-    /// One application: `[B, T, D]` → `[B, T, D]`.
-    pub(crate) fn forward(
-        &self,
-        x: &Tensor,
-        pass: &mut BlockPass,
-        ctx: &Context,
-    ) -> Result<Tensor, PluginError> {
+    fn forward(&self, x: &Tensor, at: At<'_, Self>, ctx: &Context) -> Result<Tensor, PluginError> {
+        let At { pass, past, .. } = at;
+        let attended = past.attended(x);
         match &self.norms {
             Norms::Pre([norm1, norm2]) => {
-                let x = x + self.attend(&norm1.forward(x), pass, ctx)?;
+                let attended = attended.map(|attended| norm1.forward(&attended));
+                let y = self.attend(&norm1.forward(x), attended.as_ref(), pass, past, ctx)?;
+                let x = x + y;
                 let y = self.feed(&norm2.forward(&x), pass, ctx)?;
                 Ok(x + y)
             }
             Norms::Post([norm1, norm2]) => {
-                let x = norm1.forward(&(x + self.attend(x, pass, ctx)?));
+                let attended = attended.map(|attended| norm1.forward(&attended));
+                let y = self.attend(x, attended.as_ref(), pass, past, ctx)?;
+                let x = norm1.forward(&(x + y));
                 let y = self.feed(&x, pass, ctx)?;
                 Ok(norm2.forward(&(x + y)))
             }
             Norms::Peri => {
-                let x = x + self.attend(x, pass, ctx)?;
+                let x = x + self.attend(x, attended.as_ref(), pass, past, ctx)?;
                 let y = self.feed(&x, pass, ctx)?;
                 Ok(x + y)
             }
         }
     }
 
-    /// Ends a forward pass.
-    pub(crate) fn finish(&self, pass: BlockPass) -> BlockReport {
+    fn finish(&self, pass: BlockPass) -> BlockReport {
         let mut report = BlockReport::default();
         if let (Attention::Experts(attention), Some(pass)) = (&self.attention, pass.attention) {
             let of_attention = attention.finish(pass);
@@ -156,24 +191,24 @@ impl Block {
         report
     }
 
-    fn attend(
-        &self,
-        x: &Tensor,
-        pass: &mut BlockPass,
-        ctx: &Context,
-    ) -> Result<Tensor, PluginError> {
-        let y = match (&self.attention, &mut pass.attention) {
-            (Attention::Dense(attention), _) => attention.forward(x),
-            (Attention::Experts(attention), Some(pass)) => attention.forward(x, pass, ctx)?,
-            (Attention::Experts(attention), None) => {
-                attention.forward(x, &mut attention.begin(ctx), ctx)?
-            }
+    fn describe(&self) -> String {
+        let attention = match &self.attention {
+            Attention::Dense(_) => "attention".to_owned(),
+            Attention::Experts(attention) => attention.describe(),
         };
-        Ok(ctx.dropout(y, self.dropout))
+        let norm = match &self.norms {
+            Norms::Pre(_) => Norm::Pre,
+            Norms::Post(_) => Norm::Post,
+            Norms::Peri => Norm::Peri,
+        };
+        format!("{attention} + {}, {}", self.moe.describe(), norm.describe())
     }
 
-    fn feed(&self, x: &Tensor, pass: &mut BlockPass, ctx: &Context) -> Result<Tensor, PluginError> {
-        let y = self.moe.forward(x, &mut pass.moe, ctx)?;
-        Ok(ctx.dropout(y, self.dropout))
+    fn cost(&self, of: Sequence) -> Cost {
+        let attention = match &self.attention {
+            Attention::Dense(attention) => attention.cost(of),
+            Attention::Experts(attention) => attention.cost(of),
+        };
+        attention.plus(&self.moe.cost(of))
     }
 }

@@ -1,47 +1,71 @@
 //! Typed arguments, their checks, and what they mean for the layers.
 
-use moeut_nn::attention::Heads;
 use moeut_nn::balance::{BalanceConfig, BalanceMode};
+use moeut_nn::lm::{Shell, ShellConfig, Variant, check_positive, check_probabilities};
 use moeut_nn::switchhead::ExpertSides;
-use moeut_nn::{Activation, MoeConfig, Norm, RopeConfig, Scoring, Sharing, SwitchHeadConfig};
+use moeut_nn::{MoeConfig, Norm, Scoring, SwitchHeadConfig};
 use moeut_plugin_api::PluginError;
 use serde::Deserialize;
+
+/// What `transformer.variant` may be. The reference's `preln_moe_parallel` is not parallel.
+const VARIANTS: &[Variant] = &[
+    variant("moe", false, false),
+    variant("preln_moe", true, false),
+    variant("moe_universal", false, true),
+    variant("preln_moe_universal", true, true),
+    variant("preln_moe_parallel", true, false),
+];
+
+const fn variant(name: &'static str, is_pre_ln: bool, is_universal: bool) -> Variant {
+    Variant {
+        name,
+        is_pre_ln,
+        is_universal,
+    }
+}
 
 /// All arguments; see the table in `args.rs`.
 #[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct Config {
-    pub(crate) d_model: i64,
-    pub(crate) n_layers: i64,
-    variant: Variant,
-    pub(crate) group_size: i64,
-    group_type: Sharing,
+    shell: ShellConfig,
     is_peri: bool,
-    pub(crate) dropout: f64,
-    pub(crate) layer_drop: f64,
-    embedding_scale: Option<f64>,
-    pub(crate) norms_input: bool,
-    forces_out_norm: bool,
-    context_blocks: i64,
-    pub(crate) kernel: String,
-    n_heads: i64,
-    d_head: Option<i64>,
-    pub(crate) rope: RopeConfig,
-    pub(crate) activation: Activation,
-    pub(crate) moe: MoeConfig,
+    kernel: String,
+    router_dtype: RouterDtype,
+    moe: MoeConfig,
     attention: AttentionConfig,
 }
 
-/// `transformer.variant`.
+/// Checked arguments.
+#[derive(Debug, Clone)]
+pub(crate) struct Blueprint {
+    pub(crate) shell: Shell,
+    pub(crate) norm: Norm,
+    pub(crate) kernel: String,
+    /// Whether routers compute in autocast's type.
+    pub(crate) is_router_rounded: bool,
+    pub(crate) moe: MoeConfig,
+    /// `None` is dense attention.
+    pub(crate) switchhead: Option<SwitchHeadConfig>,
+    /// Dropout of the queries of dense attention.
+    pub(crate) dense_dropout: f64,
+}
+
+/// `moe.router_dtype`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "snake_case")]
-enum Variant {
-    Moe,
-    #[serde(rename = "preln_moe")]
-    PreLnMoe,
-    MoeUniversal,
-    #[serde(rename = "preln_moe_universal")]
-    PreLnMoeUniversal,
+enum RouterDtype {
+    F32,
+    Amp,
+}
+
+/// `moe.att.selection_mode`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+enum AttentionScoring {
+    Sigmoid,
+    Softmax,
+    GumbelSigmoid,
 }
 
 /// `moe.att.*`, where `None` means "as in the feed-forward layer".
@@ -62,7 +86,7 @@ struct AttentionConfig {
     d_value: Option<i64>,
     same_sel: bool,
     separate_kq_sel: bool,
-    scoring: Scoring,
+    scoring: AttentionScoring,
     has_norm_init: bool,
     dropout: f64,
     router_dropout: f64,
@@ -72,184 +96,115 @@ struct AttentionConfig {
 }
 
 impl Config {
-    /// Refuses what contradicts itself or is not implemented.
+    /// Checks the arguments and says what they mean for the layers.
     ///
     /// # Errors
-    /// For the first such argument.
-    pub(crate) fn check(&self) -> Result<(), PluginError> {
-        for (flag, value) in [
-            ("state_size", self.d_model),
-            ("transformer.encoder_n_layers", self.n_layers),
-            ("transformer.n_heads", self.n_heads),
-            ("transformer.head_projection_size", self.d_head.unwrap_or(1)),
-            ("transformer.universal.group_size", self.group_size),
-            ("moe.n_experts", self.moe.n_experts),
-            ("moe.expert_size", self.moe.d_expert),
-            ("pkm.n_heads", self.moe.top_k),
-            ("moe.att.n_experts", self.attention.n_experts),
-            ("moe.att.k", self.attention.top_k),
-            ("moe.att.v_size", self.attention.d_value.unwrap_or(1)),
-        ] {
-            if value < 1 {
-                return Err(PluginError::new("the model cannot be built")
-                    .why(format!("`{flag}` is {value}, it must be at least 1"))
-                    .fix(format!("set `-{flag} 1` or more")));
-            }
-        }
-        for (flag, value) in [
-            ("dropout", self.dropout),
-            ("transformer.p_drop_layer", self.layer_drop),
-            ("moe.drop_expert", self.moe.expert_dropout),
-            ("moe.selection_dropout", self.moe.router_dropout),
-            ("moe.att.dropout", self.attention.dropout),
-            ("moe.att.selection_dropout", self.attention.router_dropout),
+    /// For the first argument that contradicts another or makes no sense.
+    pub(crate) fn checked(self, compat: bool) -> Result<Blueprint, PluginError> {
+        let (moe, attention) = (self.moe, self.attention);
+        let shell = Shell::new(self.shell, VARIANTS)?;
+        check_positive(&[
+            ("moe.n_experts", moe.n_experts),
+            ("moe.expert_size", moe.d_expert),
+            ("pkm.n_heads", moe.top_k),
+            ("moe.att.n_experts", attention.n_experts),
+            ("moe.att.k", attention.top_k),
+            ("moe.att.v_size", attention.d_value.unwrap_or(1)),
+        ])?;
+        check_probabilities(&[
+            ("moe.drop_expert", moe.expert_dropout),
+            ("moe.selection_dropout", moe.router_dropout),
+            ("moe.att.dropout", attention.dropout),
+            ("moe.att.selection_dropout", attention.router_dropout),
             (
                 "moe.att.drop_expert",
-                self.attention.expert_dropout.unwrap_or(0.0),
+                attention.expert_dropout.unwrap_or(0.0),
             ),
-        ] {
-            if !(0.0..1.0).contains(&value) {
-                return Err(PluginError::new("the model cannot be built")
-                    .why(format!(
-                        "`{flag}` is {value}, it must be a probability below 1"
-                    ))
-                    .fix(format!("set `-{flag} 0`")));
-            }
-        }
-        if !(0.0..=1.0).contains(&self.rope.fraction) || self.rope.base <= 0.0 {
-            return Err(PluginError::new("rotary positions cannot be made")
-                .why(format!(
-                    "`rope.rotate_fraction` is {}, `rope.base` is {}",
-                    self.rope.fraction, self.rope.base
-                ))
-                .fix("set `-rope.rotate_fraction 0.5 -rope.base 10000`"));
-        }
-        check_top_k(
-            "pkm.n_heads",
-            self.moe.top_k,
-            "moe.n_experts",
-            self.moe.n_experts,
-        )?;
-        if self.attention.has_experts {
+        ])?;
+        check_top_k("pkm.n_heads", moe.top_k, "moe.n_experts", moe.n_experts)?;
+        let switchhead = if attention.has_experts {
             let AttentionConfig {
                 top_k, n_experts, ..
-            } = self.attention;
+            } = attention;
             check_top_k("moe.att.k", top_k, "moe.att.n_experts", n_experts)?;
-        }
-        if self.d_head.is_none() && self.d_model % self.n_heads != 0 {
-            return Err(PluginError::new("the width of a head is unknown")
-                .why(format!(
-                    "`state_size` {} is no multiple of `transformer.n_heads` {}",
-                    self.d_model, self.n_heads
-                ))
-                .fix("set `-transformer.head_projection_size`"));
-        }
-        if self.context_blocks != 0 {
-            return Err(
-                PluginError::new("attention to earlier segments is not implemented")
-                    .why(format!(
-                        "`lm.trafo.context_blocks` is {}",
-                        self.context_blocks
-                    ))
-                    .fix("set `-lm.trafo.context_blocks 0`, as all of the paper's runs do"),
-            );
-        }
-        Ok(())
-    }
-
-    /// Whether shell and initial values are those of pre-layernorm models.
-    pub(crate) fn is_pre_ln(&self) -> bool {
-        matches!(self.variant, Variant::PreLnMoe | Variant::PreLnMoeUniversal)
-    }
-
-    /// Where blocks normalize.
-    pub(crate) fn norm(&self) -> Norm {
-        if self.is_peri {
-            Norm::Peri
-        } else if self.is_pre_ln() {
-            Norm::Pre
+            Some(attention.switchhead(&shell, moe, compat)?)
         } else {
-            Norm::Post
-        }
-    }
-
-    /// How layers are shared.
-    pub(crate) fn sharing(&self) -> Sharing {
-        match self.variant {
-            Variant::Moe | Variant::PreLnMoe => Sharing::Unshared,
-            Variant::MoeUniversal | Variant::PreLnMoeUniversal => self.group_type,
-        }
-    }
-
-    /// Whether there is a norm before the output.
-    pub(crate) fn has_out_norm(&self) -> bool {
-        self.is_pre_ln() || self.forces_out_norm
-    }
-
-    /// What the embedding is multiplied by.
-    pub(crate) fn embedding_scale(&self) -> f64 {
-        let default = if self.is_pre_ln() {
-            1.0
-        } else {
-            (self.d_model as f64).sqrt()
+            None
         };
-        self.embedding_scale.unwrap_or(default)
+        Ok(Blueprint {
+            norm: match (self.is_peri, shell.variant.is_pre_ln) {
+                (true, _) => Norm::Peri,
+                (false, true) => Norm::Pre,
+                (false, false) => Norm::Post,
+            },
+            shell,
+            kernel: self.kernel,
+            is_router_rounded: self.router_dtype == RouterDtype::Amp,
+            moe,
+            switchhead,
+            dense_dropout: attention.dropout,
+        })
     }
+}
 
-    /// For initial deviations that shrink with depth.
-    pub(crate) fn depth_init(&self) -> Option<i64> {
-        self.is_pre_ln().then_some(self.n_layers)
-    }
-
-    pub(crate) fn heads(&self) -> Heads {
-        Heads {
-            n_heads: self.n_heads,
-            d_head: self.d_head.unwrap_or(self.d_model / self.n_heads),
-        }
-    }
-
-    /// The attention with experts, if it is on.
+impl AttentionConfig {
+    /// The attention with experts.
     ///
     /// With `compat` four arguments mean what the reference's positional call makes of them, one place off:
     /// `norm_init` separates the selections of q and k, `separate_kq_sel` shares v's with o, `same_sel` makes value
     /// heads one wide, and `v_size` and the renormalized init do nothing. The published models were trained so.
-    pub(crate) fn switchhead(&self, compat: bool) -> Option<SwitchHeadConfig> {
-        let att = self.attention;
-        let heads = self.heads();
+    fn switchhead(
+        self,
+        shell: &Shell,
+        moe: MoeConfig,
+        compat: bool,
+    ) -> Result<SwitchHeadConfig, PluginError> {
+        let heads = shell.heads();
         let (separate_kq_sel, same_sel, d_value, has_norm_init) = if compat {
-            let d_value = if att.same_sel { Some(1) } else { None };
-            (att.has_norm_init, att.separate_kq_sel, d_value, false)
+            let d_value = if self.same_sel { Some(1) } else { None };
+            (self.has_norm_init, self.separate_kq_sel, d_value, false)
         } else {
             (
-                att.separate_kq_sel,
-                att.same_sel,
-                att.d_value,
-                att.has_norm_init,
+                self.separate_kq_sel,
+                self.same_sel,
+                self.d_value,
+                self.has_norm_init,
             )
         };
-        att.has_experts.then(|| SwitchHeadConfig {
+        Ok(SwitchHeadConfig {
             heads,
             d_value: d_value.unwrap_or(heads.d_head),
-            n_experts: att.n_experts,
-            top_k: att.top_k,
+            n_experts: self.n_experts,
+            top_k: self.top_k,
             sides: ExpertSides {
-                q: att.q,
-                k: att.k,
-                v: att.v,
-                o: att.o,
+                q: self.q,
+                k: self.k,
+                v: self.v,
+                o: self.o,
                 same_sel,
                 separate_kq_sel,
             },
-            scoring: att.scoring,
-            dropout: att.dropout,
-            expert_dropout: att.expert_dropout.unwrap_or(self.moe.expert_dropout),
-            router_dropout: att.router_dropout,
+            scoring: match self.scoring {
+                AttentionScoring::Sigmoid => Scoring::Sigmoid,
+                AttentionScoring::Softmax => Scoring::Softmax,
+                AttentionScoring::GumbelSigmoid => {
+                    return Err(PluginError::new("attention experts cannot be selected")
+                        .why(
+                            "`moe.att.selection_mode` is `gumbel_sigmoid`, which the reference accepts and then \
+                             fails at; nothing says what it should do",
+                        )
+                        .fix("set `-moe.att.selection_mode sigmoid`"));
+                }
+            },
+            dropout: self.dropout,
+            expert_dropout: self.expert_dropout.unwrap_or(moe.expert_dropout),
+            router_dropout: self.router_dropout,
             has_norm_init,
             balance: BalanceConfig {
-                weight: att.balance_weight.unwrap_or(self.moe.balance.weight),
-                mode: att.balance_mode.unwrap_or(self.moe.balance.mode),
+                weight: self.balance_weight.unwrap_or(moe.balance.weight),
+                mode: self.balance_mode.unwrap_or(moe.balance.mode),
             },
-            rope: self.rope,
+            rope: shell.config.rope,
         })
     }
 }

@@ -1,40 +1,17 @@
-//! The language model: embedding, the stack of shared blocks, logits.
+//! The model behind the plugin boundary: arguments in, a language model of [`Block`]s out.
 
 use crate::args::ARGS;
-use crate::block::{Block, BlockReport};
+use crate::block::Block;
 use crate::config::Config;
-use moeut_nn::{Context, Embedding, LayerNorm, LmHead, Params};
-use moeut_plugin_api::abi::client::KernelClient;
+use moeut_nn::lm::{ExpertNeeds, LanguageModel};
 use moeut_plugin_api::{
-    ArgSpec, ForwardInput, ForwardOutput, Host, Model, ModelSetup, NamedTensor, Parameter,
-    PluginError,
+    ArgSpec, ForwardInput, ForwardOutput, Host, Model, ModelAbilities, ModelSetup, ModelSummary,
+    NamedTensor, Parameter, PluginError,
 };
-use moeut_torch::{IntoHandle, IntoTensor};
-use std::collections::BTreeMap;
-use std::rc::Rc;
-use tch::{Kind, Tensor};
 
-/// Parameters, the order in which they run, and the kernels.
+/// See [`LanguageModel`].
 pub(crate) struct Moeut {
-    params: Params,
-    embedding: Embedding,
-    input_norm: Option<LayerNorm>,
-    blocks: Vec<Block>,
-    /// For each place of the stack its block.
-    order: Vec<usize>,
-    head: LmHead,
-    training: Precision,
-    evaluation: Precision,
-    dropout: f64,
-    layer_drop: f64,
-}
-
-/// Training may be in mixed precision; evaluation always is in the parameters' own type, as in the reference.
-#[derive(Clone)]
-struct Precision {
-    kernel: Rc<KernelClient>,
-    compute: Kind,
-    is_mixed: bool,
+    lm: LanguageModel<Block>,
 }
 
 impl Model for Moeut {
@@ -45,175 +22,193 @@ impl Model for Moeut {
     type Config = Config;
 
     fn build(config: Config, setup: &ModelSetup, host: &Host) -> Result<Self, PluginError> {
-        config.check()?;
-        let vocab_size = i64::try_from(setup.vocab_size).map_err(|error| {
-            PluginError::new("the vocabulary is too large").why(error.to_string())
-        })?;
-        let order = config
-            .sharing()
-            .order(to_usize(config.n_layers), to_usize(config.group_size))?;
-        let n_blocks = order.iter().max().map_or(0, |last| last + 1);
-
-        let precision = |dtype| {
-            let kernel = host.kernel(&config.kernel, setup.device, dtype)?;
-            Ok::<_, PluginError>(Precision {
-                kernel: Rc::new(kernel),
-                compute: moeut_torch::kind(dtype),
-                is_mixed: dtype != setup.dtype,
-            })
+        let blueprint = config.checked(setup.compat)?;
+        let experts = ExpertNeeds {
+            kernel: &blueprint.kernel,
+            is_router_rounded: blueprint.is_router_rounded,
         };
-        let evaluation = precision(setup.dtype)?;
-        let training = if setup.compute_dtype == setup.dtype {
-            evaluation.clone()
-        } else {
-            precision(setup.compute_dtype)?
-        };
-
-        let device = moeut_torch::device(setup.device);
-        let params = Params::new(moeut_torch::kind(setup.dtype), device);
-        let scale = config.embedding_scale();
-        let embedding = Embedding::new(&params.sub("embedding"), vocab_size, config.d_model, scale);
-        let unique_layers = params.sub("unique_layers");
-        let blocks = (0..n_blocks)
-            .map(|index| {
-                Block::new(
-                    &unique_layers.sub(&index.to_string()),
-                    &config,
-                    setup.compat,
-                )
-            })
-            .collect();
-        let has_norm = config.has_out_norm();
-        Ok(Self {
-            embedding,
-            input_norm: config.norms_input.then(|| LayerNorm::plain(config.d_model)),
-            blocks,
-            order,
-            head: LmHead::new(
-                &params,
-                vocab_size,
-                config.d_model,
-                has_norm,
-                config.dropout,
-            ),
-            training,
-            evaluation,
-            dropout: config.dropout,
-            layer_drop: config.layer_drop,
-            params,
-        })
+        let block = |params: &_| Block::new(params, &blueprint, setup.compat);
+        let shell = blueprint.shell.clone();
+        let lm = LanguageModel::build(shell, Some(experts), setup, host, block)?;
+        Ok(Self { lm })
     }
 
     fn parameters(&self) -> Vec<Parameter> {
-        self.params.parameters()
+        self.lm.parameters()
     }
 
     fn forward(&mut self, input: ForwardInput) -> Result<ForwardOutput, PluginError> {
-        let precision = if input.is_training {
-            &self.training
-        } else {
-            &self.evaluation
-        };
-        let ctx = Context {
-            kernel: Rc::clone(&precision.kernel),
-            compute: precision.compute,
-            is_mixed: precision.is_mixed,
-            is_training: input.is_training,
-            wants_stats: input.wants_stats,
-        };
-        let tokens_bt = input.tokens_tb.into_tensor().transpose(0, 1).contiguous();
-        let mut x = ctx.dropout(self.embedding.forward(&tokens_bt), self.dropout);
-        x = self.embedding.scaled(x);
-        if let Some(norm) = &self.input_norm {
-            x = norm.forward(&x);
-        }
-
-        let mut stats = Vec::new();
-        let mut passes: Vec<_> = self.blocks.iter().map(|block| block.begin(&ctx)).collect();
-        for (place, &index) in self.order.iter().enumerate() {
-            let y = self.blocks[index].forward(&x, &mut passes[index], &ctx)?;
-            let y = self.drop_layer(&x, y, &ctx);
-            if ctx.wants_stats {
-                stats.extend(update_stats(place, &x, &y));
-            }
-            x = y;
-        }
-        let logits_tbv = self.head.forward(&x, &ctx);
-
-        let mut regularizers: BTreeMap<String, Tensor> = BTreeMap::new();
-        for (index, (block, pass)) in self.blocks.iter().zip(passes).enumerate() {
-            let BlockReport {
-                regularizers: terms,
-                stats: of_block,
-            } = block.finish(pass);
-            for (name, term) in terms {
-                let sum = match regularizers.remove(&name) {
-                    Some(sum) => sum + term,
-                    None => term,
-                };
-                regularizers.insert(name, sum);
-            }
-            let prefix = format!("unique_layers.{index}");
-            stats.extend(
-                of_block
-                    .into_iter()
-                    .map(|(name, value)| (format!("{prefix}.{name}"), value)),
-            );
-        }
-        Ok(ForwardOutput {
-            logits_tbv: logits_tbv.into_handle(),
-            regularizers: regularizers.into_iter().map(named).collect(),
-            stats: stats.into_iter().map(named).collect(),
-        })
+        self.lm.forward(input)
     }
 
-    /// Routing has fixed shapes and waits for nothing, so only the kernel decides.
     fn graph_safe(&self) -> bool {
-        let capabilities = self.training.kernel.capabilities();
-        capabilities.is_ok_and(|capabilities| capabilities.is_graph_safe)
+        self.lm.graph_safe()
+    }
+
+    fn abilities(&self) -> ModelAbilities {
+        self.lm.abilities()
+    }
+
+    fn memory(&self) -> Vec<NamedTensor> {
+        self.lm.memory()
+    }
+
+    fn set_memory(&mut self, memory: Vec<NamedTensor>) -> Result<(), PluginError> {
+        self.lm.set_memory(memory)
+    }
+
+    fn summary(&self, seq_len: u64) -> ModelSummary {
+        self.lm.summary(seq_len)
     }
 }
 
-impl Moeut {
-    /// While training, each token keeps its input with probability `layer_drop`.
-    fn drop_layer(&self, x_btd: &Tensor, y_btd: Tensor, ctx: &Context) -> Tensor {
-        if self.layer_drop <= 0.0 || !ctx.is_training {
-            return y_btd;
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use moeut_nn::testing::{build, check_cache, check_segments, size};
+
+    const SMALL: [(&str, &str); 9] = [
+        ("state_size", "16"),
+        ("transformer.n_heads", "2"),
+        ("transformer.encoder_n_layers", "4"),
+        ("transformer.universal.group_size", "2"),
+        ("moe.n_experts", "6"),
+        ("moe.expert_size", "8"),
+        ("pkm.n_heads", "2"),
+        ("moe.att.n_experts", "3"),
+        ("lm.trafo.context_blocks", "2"),
+    ];
+
+    /// Pre-, post- and peri-layernorm, each with dense attention, the paper's SwitchHead, and experts everywhere that
+    /// share one selection on both sides.
+    fn all() -> impl Iterator<Item = Moeut> {
+        const NORMS: [&[(&str, &str)]; 3] = [
+            &[("transformer.variant", "preln_moe_universal")],
+            &[("transformer.variant", "moe_universal")],
+            &[("moe.nonorm", "1")],
+        ];
+        const ATTENTIONS: [&[(&str, &str)]; 3] = [
+            &[],
+            &[
+                ("moe.att.enable", "1"),
+                ("moe.att.q_expert", "0"),
+                ("moe.att.k_expert", "0"),
+            ],
+            &[("moe.att.enable", "1"), ("moe.att.same_sel", "1")],
+        ];
+        let both = NORMS
+            .into_iter()
+            .flat_map(|norm| ATTENTIONS.map(|attention| (norm, attention)));
+        both.map(|(norm, attention)| build(&[&SMALL, norm, attention].concat()).unwrap())
+    }
+
+    #[test]
+    fn a_cache_gives_the_logits_of_the_whole_text() {
+        all().for_each(|mut model| check_cache(&mut model));
+    }
+
+    #[test]
+    fn segments_that_are_all_kept_give_the_logits_of_the_whole_text() {
+        all().for_each(|mut model| check_segments(&mut model));
+    }
+
+    /// Multiply-accumulates of a whole training, 100,000 steps of 64 sequences, are those of the paper's plots.
+    #[test]
+    fn the_papers_models_have_its_sizes() {
+        for (shape, experts, n_params, macs) in [
+            (
+                ["412", "4", "82", "16", "2"],
+                ["155", "12", "8"],
+                44_345_792,
+                "2.9570e17",
+            ),
+            (
+                ["768", "4", "96", "18", "2"],
+                ["254", "12", "10"],
+                125_669_696,
+                "6.0483e17",
+            ),
+            (
+                ["1024", "4", "128", "18", "2"],
+                ["387", "16", "10"],
+                243_326_784,
+                "1.0390e18",
+            ),
+            (
+                ["1024", "4", "128", "24", "3"],
+                ["338", "16", "10"],
+                318_107_456,
+                "1.3774e18",
+            ),
+            (
+                ["1280", "5", "128", "36", "4"],
+                ["467", "20", "13"],
+                727_424_320,
+                "3.1646e18",
+            ),
+            (
+                ["1536", "6", "128", "36", "4"],
+                ["565", "24", "12"],
+                1_040_319_296,
+                "4.4817e18",
+            ),
+        ] {
+            let [d_model, n_heads, d_head, n_layers, group_size] = shape;
+            let [n_experts, top_k, n_att_experts] = experts;
+            let (n, of_sequence) = size::<Moeut>(&[
+                ("moe.nonorm", "1"),
+                ("moe.att.enable", "1"),
+                ("moe.att.q_expert", "0"),
+                ("moe.att.k_expert", "0"),
+                ("lm.trafo.context_blocks", "0"),
+                ("state_size", d_model),
+                ("transformer.n_heads", n_heads),
+                ("transformer.head_projection_size", d_head),
+                ("transformer.encoder_n_layers", n_layers),
+                ("transformer.universal.group_size", group_size),
+                ("moe.n_experts", n_experts),
+                ("pkm.n_heads", top_k),
+                ("moe.att.n_experts", n_att_experts),
+            ])
+            .unwrap();
+            assert_eq!(n, n_params);
+            assert_eq!(format!("{:.4e}", of_sequence as f64 * 6.4e6), macs);
         }
-        let skips_bt1 = y_btd.narrow(2, 0, 1).rand_like().lt(self.layer_drop);
-        x_btd.where_self(&skips_bt1, &y_btd)
     }
-}
 
-/// How much a layer changes the residual stream: mean norms of update and input, their ratio, and the mean absolute
-/// cosine of input and output at the same position.
-///
-/// The reference takes the cosine over all pairs of positions, a T×T product per layer for one number.
-fn update_stats(place: usize, x_btd: &Tensor, y_btd: &Tensor) -> [(String, Tensor); 4] {
-    tch::no_grad(|| {
-        let norm = |x: &Tensor| x.norm_scalaropt_dim(2, -1, false).mean(Kind::Float);
-        let (update, input) = (norm(&(y_btd - x_btd)), norm(x_btd));
-        let cosine = Tensor::cosine_similarity(x_btd, y_btd, -1, 1e-8)
-            .abs()
-            .mean(Kind::Float);
-        let name = |what: &str| format!("activation_norm/{what}_{place}");
-        [
-            (name("rel_update_layer"), &update / &input),
-            (name("abs_update_layer"), update),
-            (name("in_layer"), input),
-            (name("io_cossim"), cosine),
-        ]
-    })
-}
-
-fn named((name, tensor): (String, Tensor)) -> NamedTensor {
-    NamedTensor {
-        name,
-        tensor: tensor.into_handle(),
+    #[test]
+    fn a_summary_names_the_parts_of_a_layer() {
+        let what = |flags: &[(&str, &str)]| {
+            let model: Moeut = build(&[&SMALL, flags].concat()).unwrap();
+            let summary = model.summary(8);
+            assert_eq!(summary.layers.len(), 4);
+            assert!(summary.activation_bytes.iter().all(|&(_, n)| n > 0));
+            summary.layers[3].what.clone()
+        };
+        assert_eq!(
+            what(&[]),
+            "attention + σ-MoE (2 of 6, width 8), pre-layernorm"
+        );
+        assert_eq!(
+            what(&[
+                ("moe.nonorm", "1"),
+                ("moe.att.enable", "1"),
+                ("moe.att.q_expert", "0"),
+                ("moe.att.k_expert", "0"),
+                ("moe.selection_mode", "gate"),
+            ]),
+            "SwitchHead (2 heads of 8; v, o: 2 of 3) + softmax MoE (2 of 6, width 8), peri-layernorm"
+        );
     }
-}
 
-/// Counts were checked to be positive.
-fn to_usize(count: i64) -> usize {
-    usize::try_from(count).unwrap_or(0)
+    #[test]
+    fn a_selection_that_the_reference_fails_at_is_refused() {
+        let flags = [
+            ("moe.att.enable", "1"),
+            ("moe.att.selection_mode", "gumbel_sigmoid"),
+        ];
+        let error = build::<Moeut>(&flags).err().unwrap();
+        assert_eq!(error.what, "attention experts cannot be selected");
+        assert_eq!(error.fix, "set `-moe.att.selection_mode sigmoid`");
+    }
 }

@@ -1,0 +1,339 @@
+//! `moeut-host generate`: a trained model continues a text, which goes to stdout as it comes.
+//!
+//! Arguments are those of the checkpoint unless the command line says otherwise. Nothing is written and nothing locked,
+//! so a run that is still training can be asked, too. How texts are continued is in [`crate::train::generate`].
+
+use crate::args::{Arguments, HostConfig, Source, asks_for_help, parse};
+use crate::checkpoint::{self, Loaded};
+use crate::cli::{open_registry, owners, print, warn_about_plugins};
+use crate::error::HostError;
+use crate::log::{Level, Terminal, TerminalMode};
+use crate::plugins::Registry;
+use crate::services::Services;
+use crate::train::build::{
+    Blueprint, Site, load_tensors, n_gpus, parameters, sampling, seed_of_the_clock, size,
+};
+use crate::train::device::place;
+use crate::train::generate::{Effort, Sampling, Uniform, stream};
+use moeut_plugin_api::abi::client::{HostServices, ModelClient, TokenDatasetClient};
+use moeut_plugin_api::{ComponentKind, PluginError, StreamRequest, TaskPlan};
+use std::io::{ErrorKind, Write};
+use std::ops::ControlFlow;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+use tch::Device;
+
+const USAGE: &str = "\
+usage: moeut-host generate -restore <checkpoint or run folder> -prompt <text> [-<argument> <value> …]
+       moeut-host generate -name <name> -prompt <text> [-<argument> <value> …]
+
+  -sample_length <int>                Tokens to add
+  -sample_temperature <float>         0 takes the likeliest token
+  -sample_top_k <int>                 Choose among so many likeliest tokens
+  -sample_top_p <float>               And among the likeliest of these that have this share of the probability
+  -seed <int>                         Fixes the text; else it is another one each time
+
+Other arguments are those of the checkpoint. The text goes to stdout, everything else to stderr.
+";
+
+/// Runs the command; `argv` is what follows `generate`.
+///
+/// # Errors
+/// If there is no checkpoint or no prompt, or the checkpoint does not fit the plugins that are there.
+pub fn command(argv: &[String]) -> Result<(), HostError> {
+    if asks_for_help(argv) {
+        print(USAGE);
+        return Ok(());
+    }
+    let registry = Arc::new(open_registry(argv));
+    let terminal = Arc::new(Terminal::new(TerminalMode::Auto));
+    warn_about_plugins(&registry, &terminal);
+    let (blueprint, prompt) = blueprint(argv, &registry)?;
+    for warning in &blueprint.arguments.warnings {
+        terminal.message(Level::Warning, warning);
+    }
+    let seed = seed(&blueprint);
+    let mut speaker = Speaker::new(&blueprint, &registry, &terminal)?;
+    terminal.finish();
+    speaker.warn_about_window(&prompt, &terminal)?;
+    let effort = speaker.speak(&prompt, &mut Uniform::new(seed))?;
+    if let Some(effort) = effort {
+        terminal.message(Level::Info, &format!("{}, seed {seed}", describe(&effort)));
+    }
+    Ok(())
+}
+
+/// The arguments of the checkpoint, with those of the command line over them; and the prompt.
+fn blueprint(argv: &[String], registry: &Arc<Registry>) -> Result<(Blueprint, String), HostError> {
+    let owners = owners(argv, registry)?;
+    // A first reading says which checkpoint; then its arguments join in.
+    let first = HostConfig::new(&parse(argv, &owners, None)?)?;
+    let folder = checkpoint_folder(&first)?;
+    let prompt = first.prompt.ok_or_else(|| {
+        HostError::new(
+            "there is nothing to continue",
+            "`-prompt` is missing or blank",
+            "add a text: `-prompt \"Once upon a time\"`",
+        )
+    })?;
+    let loaded = checkpoint::load(&folder)?;
+    let mut arguments = parse(argv, &owners, Some(&loaded.snapshot.args))?;
+    arguments.warnings.extend(loaded.warnings.clone());
+    let mut config = HostConfig::new(&arguments)?;
+    // As in validation, everything is computed in the type of the parameters.
+    config.amp = false;
+    let blueprint = Blueprint {
+        arguments,
+        config,
+        folder,
+        restored: Some(loaded),
+    };
+    Ok((blueprint, prompt))
+}
+
+/// A checkpoint, or a folder of checkpoints; a run's folder has them in a folder of their own.
+fn checkpoint_folder(config: &HostConfig) -> Result<PathBuf, HostError> {
+    let given = match (&config.restore, &config.name) {
+        (Some(path), _) => path.clone(),
+        (None, Some(name)) => config.save_dir.join(name),
+        (None, None) => {
+            return Err(HostError::new(
+                "no model is named",
+                "a text is continued by trained weights, and neither `-restore` nor `-name` is given",
+                "add `-name <name of a run>` or `-restore <checkpoint>`",
+            ));
+        }
+    };
+    let below = given.join("checkpoint");
+    Ok(if below.is_dir() { below } else { given })
+}
+
+/// The seed of this command line. That of the training, which the checkpoint knows, is none: asking twice is to give
+/// two texts.
+fn seed(blueprint: &Blueprint) -> u64 {
+    let own = blueprint
+        .config
+        .seed
+        .filter(|_| has_own_seed(&blueprint.arguments));
+    // Short enough to be typed again.
+    own.map_or_else(|| seed_of_the_clock() % 1_000_000, i64::cast_unsigned)
+}
+
+fn has_own_seed(arguments: &Arguments) -> bool {
+    let raw = arguments.raw.get("seed");
+    raw.is_some_and(|(_, source)| *source == Source::CommandLine)
+}
+
+/// A model with trained weights, and its tokenizer.
+struct Speaker {
+    model: ModelClient,
+    tokenizer: Arc<TokenDatasetClient>,
+    device: Device,
+    sampling: Sampling,
+}
+
+impl Speaker {
+    fn new(
+        blueprint: &Blueprint,
+        registry: &Arc<Registry>,
+        terminal: &Arc<Terminal>,
+    ) -> Result<Self, PluginError> {
+        let config = &blueprint.config;
+        let placement = place(config, n_gpus())?;
+        if let Some(n_threads) = config.threads {
+            tch::set_num_threads(i32::try_from(n_threads).unwrap_or(i32::MAX));
+        }
+        let services: Arc<dyn HostServices> = Services::new(registry, terminal, config);
+        let site = Site {
+            blueprint,
+            registry,
+            services: &services,
+        };
+        let plan = site.plan(config.n_steps.filter(|&n_steps| n_steps > 0))?;
+        let component = registry.find(ComponentKind::Model, &plan.model)?;
+        let tokenizer = site.stream(&least_data(&plan))?;
+        let model = site.model(component, tokenizer.info()?.vocab_size, placement)?;
+        let (parameters, _) = parameters(&model)?;
+        if let Some(Loaded { snapshot, .. }) = &blueprint.restored {
+            load_tensors("model", &parameters, &snapshot.model)?;
+        }
+        Ok(Self {
+            model,
+            tokenizer,
+            device: moeut_torch::device(placement.device),
+            sampling: sampling(&config.sample, size(plan.train.seq_len)?),
+        })
+    }
+
+    /// What the user may not expect of a long text.
+    fn warn_about_window(&self, prompt: &str, terminal: &Terminal) -> Result<(), PluginError> {
+        let n_prompt = self.tokenizer.encode(prompt)?.len();
+        let Sampling {
+            length, seq_len, ..
+        } = self.sampling;
+        if n_prompt + length > seq_len + 1 {
+            let text = format!(
+                "{n_prompt} tokens of prompt and {length} more exceed the context of {seq_len} that the model was \
+                 trained on: whenever it is full, its older half is forgotten"
+            );
+            terminal.message(Level::Warning, &text);
+        }
+        Ok(())
+    }
+
+    /// Continues `prompt` on stdout; nothing comes back if nobody reads it to its end.
+    fn speak(&mut self, prompt: &str, uniform: &mut Uniform) -> Result<Option<Effort>, HostError> {
+        let mut stdout = std::io::stdout().lock();
+        let mut written = Ok(());
+        let effort = stream(
+            &mut self.model,
+            &self.tokenizer,
+            prompt,
+            &self.sampling,
+            self.device,
+            uniform,
+            |piece| {
+                written = stdout
+                    .write_all(piece.as_bytes())
+                    .and_then(|()| stdout.flush());
+                match written {
+                    Ok(()) => ControlFlow::Continue(()),
+                    Err(_) => ControlFlow::Break(()),
+                }
+            },
+        )?;
+        let written = written
+            .and_then(|()| stdout.write_all(b"\n"))
+            .and_then(|()| stdout.flush());
+        match written {
+            Ok(()) => Ok(Some(effort)),
+            Err(error) if error.kind() == ErrorKind::BrokenPipe => Ok(None),
+            Err(error) => Err(HostError::new(
+                "the text cannot be written",
+                error.to_string(),
+                "check where stdout leads, and the free space there",
+            )),
+        }
+    }
+}
+
+/// A stream of one window, which brings the tokenizer of the training data with the least work: where there are no
+/// tokens in the cache, a held-out split has fewer of them.
+fn least_data(plan: &TaskPlan) -> StreamRequest {
+    let held_out = plan
+        .validation
+        .iter()
+        .filter(|request| request.dataset == plan.train.dataset)
+        .min_by_key(|request| request.token_limit.unwrap_or(u64::MAX));
+    StreamRequest {
+        token_limit: Some(plan.train.seq_len),
+        ..held_out.unwrap_or(&plan.train).clone()
+    }
+}
+
+/// `12 tokens read at 300 tokens/s, 99 drawn at 80 tokens/s`.
+fn describe(effort: &Effort) -> String {
+    let speed = |n: usize, time: Duration| n as f64 / time.as_secs_f64().max(1e-9);
+    let read = format!(
+        "{} tokens read at {:.0} tokens/s",
+        effort.n_prompt,
+        speed(effort.n_prompt, effort.prompt_time)
+    );
+    // The first token comes with the reading of the prompt.
+    if effort.n_drawn < 2 {
+        return read;
+    }
+    format!(
+        "{read}, {} drawn at {:.0} tokens/s",
+        effort.n_drawn,
+        speed(effort.n_drawn - 1, effort.draw_time)
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::args::Owner;
+    use moeut_plugin_api::Split;
+
+    fn arguments(line: &str, stored: &[(&str, &str)]) -> Arguments {
+        let argv: Vec<String> = line.split_whitespace().map(String::from).collect();
+        let stored = stored
+            .iter()
+            .map(|&(name, raw)| (name.to_owned(), raw.to_owned()))
+            .collect();
+        parse(&argv, &[Owner::host()], Some(&stored)).unwrap()
+    }
+
+    fn folder(line: &str) -> Result<PathBuf, HostError> {
+        checkpoint_folder(&HostConfig::new(&arguments(line, &[])).unwrap())
+    }
+
+    #[test]
+    fn a_run_is_found_by_name_by_folder_and_by_checkpoint() {
+        let dir = tempfile::tempdir().unwrap();
+        let root = dir.path().display();
+        let checkpoints = dir.path().join("a/checkpoint");
+        std::fs::create_dir_all(checkpoints.join("model-5")).unwrap();
+        for (line, found) in [
+            (format!("-name a -save_dir {root}"), checkpoints.clone()),
+            (format!("-restore {root}/a"), checkpoints.clone()),
+            (format!("-restore {root}/a/checkpoint"), checkpoints.clone()),
+            (
+                format!("-name b -restore {root}/a/checkpoint/model-5"),
+                checkpoints.join("model-5"),
+            ),
+        ] {
+            assert_eq!(folder(&line).unwrap(), found, "{line}");
+        }
+        assert!(folder("").is_err());
+    }
+
+    #[test]
+    fn the_seed_of_the_training_is_not_that_of_the_text() {
+        let own = |line| has_own_seed(&arguments(line, &[("seed", "1")]));
+        assert!(own("-seed 1"));
+        assert!(!own(""));
+    }
+
+    #[test]
+    fn the_tokenizer_comes_with_little_data_of_the_right_kind() {
+        let request = |name: &str, dataset: &str, token_limit| StreamRequest {
+            name: name.into(),
+            dataset: dataset.into(),
+            split: Split::Validation,
+            seq_len: 64,
+            token_limit,
+        };
+        let mut plan = TaskPlan {
+            model: "m".into(),
+            train: request("train", "a", Some(1000)),
+            validation: vec![
+                request("all", "a", None),
+                request("part", "a", Some(500)),
+                request("other", "b", Some(1)),
+            ],
+            prompts: Vec::new(),
+        };
+        assert_eq!(least_data(&plan), request("part", "a", Some(64)));
+        plan.validation.clear();
+        assert_eq!(least_data(&plan), request("train", "a", Some(64)));
+    }
+
+    #[test]
+    fn speeds_are_told_apart() {
+        let mut effort = Effort {
+            n_prompt: 12,
+            prompt_time: Duration::from_millis(40),
+            n_drawn: 5,
+            draw_time: Duration::from_millis(50),
+        };
+        assert_eq!(
+            describe(&effort),
+            "12 tokens read at 300 tokens/s, 5 drawn at 80 tokens/s"
+        );
+        effort.n_drawn = 1;
+        assert_eq!(describe(&effort), "12 tokens read at 300 tokens/s");
+    }
+}

@@ -1,0 +1,424 @@
+//! One layer of the stack: expert attention, then experts, around a residual stream; perhaps with halting.
+
+use crate::attention::{Attention, AttentionPass};
+use crate::config::Layers;
+use crate::feed_forward::{FeedForward, FeedForwardPass};
+use crate::halting::{Halting, HaltingState};
+use crate::losses::{LossWeights, MiFormula, Tally};
+use moeut_nn::lm::{self, At, BlockReport};
+use moeut_nn::{Context, LayerNorm, LayerPast, Params, usage};
+use moeut_plugin_api::PluginError;
+use tch::Tensor;
+
+/// | norm | attention | feed-forward |
+/// |---|---|---|
+/// | pre | `h + f(LN₁(h); LN₁(s))` | `h + f(LN₂(h))` |
+/// | post | `LN₁(h + f(h; s))` | `LN₂(h + f(h))` |
+///
+/// The source `s` of keys and values is `h` without halting, else the mixture of [`Halting`]; with segment memory the
+/// states of earlier segments stand before it.
+///
+/// # Source
+/// Reference `sut/sut_transformer_layer.py`.
+#[derive(Debug)]
+pub(crate) struct Block {
+    halting: Option<Halting>,
+    attention: Attention,
+    feed_forward: FeedForward,
+    norm1: LayerNorm,
+    norm2: LayerNorm,
+    is_pre_ln: bool,
+    dropout: f64,
+    losses: LossWeights,
+    formula: MiFormula,
+    act_loss: f64,
+}
+
+/// What a block gathers over its applications in one forward pass.
+pub(crate) struct BlockPass {
+    attention: AttentionPass,
+    feed_forward: FeedForwardPass,
+    /// Sum over applications.
+    depth: Option<Tensor>,
+    /// Of the last application.
+    last_depth: Option<Tensor>,
+    wants_stats: bool,
+}
+
+impl Block {
+    /// Adds `self_attn.*`, `moe.*`, the norms, and with halting `_gate.*`, the others then below `mod`.
+    pub(crate) fn new(params: &Params, layers: &Layers) -> Self {
+        let d_model = layers.d_model;
+        let halting = layers
+            .can_halt
+            .then(|| Halting::new(&params.sub("_gate"), d_model));
+        let params = match halting {
+            Some(_) => params.sub("mod"),
+            None => params.clone(),
+        };
+        let norm = |name| LayerNorm::new(&params.sub(name), d_model);
+        Self {
+            halting,
+            attention: Attention::new(&params.sub("self_attn"), d_model, layers.attention),
+            feed_forward: FeedForward::new(&params.sub("moe"), d_model, layers.feed_forward),
+            norm1: norm("self_attn_layer_norm"),
+            norm2: norm("final_layer_norm"),
+            is_pre_ln: layers.is_pre_ln,
+            dropout: layers.dropout,
+            losses: layers.losses,
+            formula: layers.formula,
+            act_loss: layers.act_loss,
+        }
+    }
+
+    /// The layer itself. Without a source it attends to its own input.
+    fn layer(
+        &self,
+        h_btd: &Tensor,
+        source_btd: Option<&Tensor>,
+        alive_bt: Option<&Tensor>,
+        (pass, past): (&mut BlockPass, &mut LayerPast),
+        ctx: &Context,
+    ) -> Result<Tensor, PluginError> {
+        let before = |norm: &LayerNorm, x: &Tensor| {
+            if self.is_pre_ln {
+                norm.forward(x)
+            } else {
+                x.shallow_clone()
+            }
+        };
+        let after = |norm: &LayerNorm, x: Tensor| if self.is_pre_ln { x } else { norm.forward(&x) };
+
+        let query = before(&self.norm1, h_btd);
+        let source = source_btd.map_or_else(
+            || query.shallow_clone(),
+            |source| before(&self.norm1, source),
+        );
+        let seen = (&mut pass.attention, past);
+        let y = self
+            .attention
+            .forward(&query, &source, alive_bt, seen, ctx)?;
+        let h = after(&self.norm1, h_btd + ctx.dropout(y, self.dropout));
+        let y = self.feed_forward.forward(
+            &before(&self.norm2, &h),
+            alive_bt,
+            &mut pass.feed_forward,
+            ctx,
+        )?;
+        Ok(after(&self.norm2, &h + ctx.dropout(y, self.dropout)))
+    }
+}
+
+impl lm::Block for Block {
+    type Pass = BlockPass;
+    type Carry = HaltingState;
+
+    fn begin(&self, ctx: &Context) -> BlockPass {
+        let tally = || Tally::new(self.losses, self.formula);
+        BlockPass {
+            attention: self.attention.begin(tally(), ctx),
+            feed_forward: self.feed_forward.begin(tally(), ctx),
+            depth: None,
+            last_depth: None,
+            wants_stats: ctx.wants_stats,
+        }
+    }
+
+    fn forward(
+        &self,
+        x_btd: &Tensor,
+        at: At<'_, Self>,
+        ctx: &Context,
+    ) -> Result<Tensor, PluginError> {
+        let At {
+            pass, carry, past, ..
+        } = at;
+        let remembered = past.attended(x_btd);
+        let Some(halting) = &self.halting else {
+            return self.layer(x_btd, remembered.as_ref(), None, (pass, past), ctx);
+        };
+        let entry = halting.enter(x_btd, std::mem::take(carry), ctx)?;
+        // In the first layer the mixture is the layer's own input.
+        let mixture = entry.alive_bt.as_ref().map(|_| x_btd);
+        let h_btd = self.layer(
+            &entry.h_btd,
+            remembered.as_ref().or(mixture),
+            entry.alive_bt.as_ref(),
+            (&mut *pass, past),
+            ctx,
+        )?;
+        let (next, mixture_btd, depth) = entry.leave(h_btd, x_btd);
+        *carry = next;
+        if let Some(depth) = depth {
+            pass.last_depth = Some(depth.detach());
+            if ctx.is_training {
+                pass.depth = Some(match pass.depth.take() {
+                    Some(sum) => sum + depth,
+                    None => depth,
+                });
+            }
+        }
+        Ok(mixture_btd)
+    }
+
+    fn finish(&self, pass: BlockPass) -> BlockReport {
+        let mut report = BlockReport::default();
+        for (part, tally) in [
+            ("self_attn", &pass.attention.tally),
+            ("moe", &pass.feed_forward.tally),
+        ] {
+            let terms = tally.finish().into_iter();
+            report
+                .regularizers
+                .extend(terms.map(|(name, term)| (name.to_owned(), term)));
+            if let (true, Some(counts_e)) = (pass.wants_stats, tally.counts()) {
+                let perplexity = usage::relative_perplexity(&counts_e);
+                let dead = usage::dead_share(&counts_e);
+                for (what, value) in [
+                    ("usag_rel_perplexity", perplexity),
+                    ("dead_expert_proportion", dead),
+                ] {
+                    report
+                        .stats
+                        .push((format!("{part}/{what}_all_layers"), value));
+                }
+            }
+        }
+        if let Some(depth) = pass.depth {
+            let term = depth * self.act_loss;
+            report.regularizers.push(("act_loss".to_owned(), term));
+        }
+        if let (true, Some(depth)) = (pass.wants_stats, pass.last_depth) {
+            report.stats.push(("halting/mean_depth".to_owned(), depth));
+        }
+        report
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing;
+    use moeut_nn::params::InitStyle;
+    use moeut_nn::past::Mask;
+    use moeut_nn::{Embedding, LmHead};
+    use moeut_nn::lm::Block as _;
+    use tch::{Device, Kind};
+
+    const DOUBLE: (Kind, Device) = (Kind::Double, Device::Cpu);
+    const D_MODEL: i64 = 8;
+    const BATCH: i64 = 2;
+    const SEQ_LEN: i64 = 6;
+    const N_LAYERS: usize = 4;
+    const VARIANTS: [&str; 4] = [
+        "sut_universal",
+        "preln_sut_universal",
+        "actsut_universal",
+        "preln_actsut_universal",
+    ];
+
+    /// A block of which also the parameters that start at 0 do something.
+    fn block(variant: &str) -> Block {
+        let config = testing::config(&[
+            ("transformer.variant", variant),
+            ("transformer.head_projection_size", "4"),
+            ("state_size", "8"),
+            ("moe.n_experts", "5"),
+            ("moe.expert_size", "6"),
+            ("pkm.n_heads", "2"),
+            ("moe.att.n_experts", "3"),
+            ("moe.att.expert_size", "8"),
+            ("sut.max_relative_positions", "3"),
+            ("moa.miloss", "0.1"),
+            ("moa.cvloss", "0.1"),
+            ("transformer.act_loss", "0.1"),
+        ]);
+        let (_, layers) = config.resolve(false).unwrap();
+        let params = Params::new(Kind::Double, Device::Cpu);
+        let block = Block::new(&params, &layers);
+        for parameter in params.parameters() {
+            let start = testing::parameter(&params, &parameter.name);
+            let noise = Tensor::randn(start.size(), DOUBLE) * 0.3;
+            testing::set(&params, &parameter.name, &(&start.detach() + noise));
+        }
+        block
+    }
+
+    /// The stack on `x`, where each place sees its own past.
+    fn stack(
+        block: &Block,
+        x: &Tensor,
+        mut past: impl FnMut(usize) -> LayerPast,
+        is_training: bool,
+    ) -> (Tensor, BlockReport, Vec<LayerPast>) {
+        let ctx = testing::context(is_training);
+        let mut pass = block.begin(&ctx);
+        let mut carry = HaltingState::default();
+        let (mut x, mut pasts) = (x.shallow_clone(), Vec::new());
+        for place in 0..N_LAYERS {
+            let mut past = past(place);
+            let at = At {
+                place,
+                pass: &mut pass,
+                carry: &mut carry,
+                past: &mut past,
+            };
+            x = block.forward(&x, at, &ctx).unwrap();
+            pasts.push(past);
+        }
+        (x, block.finish(pass), pasts)
+    }
+
+    fn output(block: &Block, x: &Tensor) -> Tensor {
+        stack(block, x, |_| LayerPast::none(false), false).0
+    }
+
+    fn input() -> Tensor {
+        Tensor::randn([BATCH, SEQ_LEN, D_MODEL], DOUBLE)
+    }
+
+    #[test]
+    fn a_later_token_never_changes_an_earlier_one() {
+        for variant in VARIANTS {
+            let block = block(variant);
+            let x = input();
+            let before = output(&block, &x);
+            let _ = x.narrow(1, 4, 2).fill_(0.7);
+            let after = output(&block, &x);
+            let (a, b) = (before.narrow(1, 0, 4), after.narrow(1, 0, 4));
+            assert!(a.allclose(&b, 0.0, 1e-12, false), "{variant}");
+            assert!(!before.allclose(&after, 0.0, 1e-3, false), "{variant}");
+        }
+    }
+
+    #[test]
+    fn sequences_of_a_batch_do_not_see_each_other() {
+        for variant in VARIANTS {
+            let block = block(variant);
+            let x = input();
+            let together = output(&block, &x);
+            for index in 0..BATCH {
+                let alone = output(&block, &x.narrow(0, index, 1));
+                let expected = together.narrow(0, index, 1);
+                assert!(alone.allclose(&expected, 0.0, 1e-12, false), "{variant}");
+            }
+        }
+    }
+
+    /// Token by token with cached keys and values is the whole at once, halting included.
+    #[test]
+    fn a_cache_changes_nothing() {
+        for variant in VARIANTS {
+            let block = block(variant);
+            let x = input();
+            let expected = output(&block, &x);
+            let mut kept: Vec<_> = (0..N_LAYERS).map(|_| None).collect();
+            for token in 0..SEQ_LEN {
+                let mask = Mask::after(token, 1, Device::Cpu);
+                let (y, _, pasts) = stack(
+                    &block,
+                    &x.narrow(1, token, 1),
+                    |place| LayerPast::cache(kept[place].take(), token, false, &mask),
+                    false,
+                );
+                kept = pasts.into_iter().map(LayerPast::into_cache).collect();
+                let expected = expected.narrow(1, token, 1);
+                assert!(y.allclose(&expected, 0.0, 1e-11, false), "{variant} {token}");
+            }
+        }
+    }
+
+    /// All parameters and the input, through four applications and all losses; steps keep clear of the cuts, which
+    /// central differences of a routing that flips would show.
+    #[test]
+    fn gradients_agree_with_differences() {
+        for variant in VARIANTS {
+            let block = block(variant);
+            let x = input().set_requires_grad(true);
+            let cotangent = input();
+            let loss = || {
+                let (y, report, _) = stack(&block, &x, |_| LayerPast::none(false), true);
+                let terms: Tensor = report.regularizers.into_iter().map(|(_, term)| term).sum();
+                (y * &cotangent).sum(None) + terms
+            };
+            testing::check_gradients(&[("x", &x)], &loss);
+        }
+    }
+
+    #[test]
+    fn regularizers_have_the_names_of_the_reference() {
+        let names = |variant, is_training| {
+            let past = |_| LayerPast::none(false);
+            let (_, report, _) = stack(&block(variant), &input(), past, is_training);
+            let names = report.regularizers.into_iter().map(|(name, _)| name);
+            names.collect::<Vec<_>>().join(" ")
+        };
+        let both = "cvloss switchloss zloss miloss cvloss switchloss zloss miloss";
+        assert_eq!(names("preln_sut_universal", true), both);
+        assert_eq!(names("actsut_universal", true), format!("{both} act_loss"));
+        assert_eq!(names("actsut_universal", false), "");
+    }
+
+    /// The sizes of the paper's four baselines, counted without storage: all parameters and those of the layers.
+    #[test]
+    fn parameter_counts_of_the_papers_sweeps() {
+        let shared = [
+            ("transformer.variant", "actsut_universal"),
+            ("lm.trafo.context_blocks", "0"),
+            ("moe.att.k", "2"),
+        ];
+        let small = [
+            ("state_size", "412"),
+            ("transformer.encoder_n_layers", "16"),
+            ("transformer.head_projection_size", "64"),
+            ("moe.n_experts", "152"),
+            ("moe.expert_size", "256"),
+            ("pkm.n_heads", "2"),
+            ("moe.att.n_experts", "24"),
+            ("moe.att.expert_size", "256"),
+        ];
+        let big = [
+            ("state_size", "1024"),
+            ("transformer.encoder_n_layers", "18"),
+            ("transformer.head_projection_size", "128"),
+            ("moe.n_experts", "192"),
+            ("moe.expert_size", "512"),
+            ("pkm.n_heads", "4"),
+            ("moe.att.n_experts", "21"),
+            ("moe.att.expert_size", "512"),
+        ];
+        for (name, flags, n_all, n_layers) in [
+            ("c4_small_sut_lowreg2_fixed_44m", small, 44_657_100, 38_057_100),
+            ("pes2o_small_sut_lowreg2_fixed_44m", small, 44_657_100, 38_057_100),
+            (
+                "c4_sut_big_lessloss2_ffflopmatch_attmatch_actloss",
+                big,
+                244_521_280,
+                228_129_280,
+            ),
+            (
+                "pes2o_sut_big_lessloss2_ffflopmatch_attmatch_actloss",
+                big,
+                244_521_280,
+                228_129_280,
+            ),
+        ] {
+            let config = testing::config(&[&shared[..], &flags].concat());
+            let (shell, layers) = config.resolve(false).unwrap();
+            let params = Params::new(Kind::Float, Device::Cpu).with_style(InitStyle::ShapeOnly);
+            let count = || -> usize {
+                let all = params.parameters().into_iter();
+                all.map(|parameter| {
+                    use moeut_torch::IntoTensor;
+                    parameter.tensor.into_tensor().numel()
+                })
+                .sum()
+            };
+            let _ = Block::new(&params, &layers);
+            assert_eq!(count(), n_layers, "layers of {name}");
+            let _ = Embedding::new(&params, 8000, layers.d_model, shell.config.d_embedding, 1.0);
+            let _ = LmHead::new(&params, 8000, layers.d_model, None, false, 0.0);
+            assert_eq!(count(), n_all, "{name}");
+        }
+    }
+}

@@ -1,0 +1,194 @@
+//! The feed-forward layer: experts with biases.
+//!
+//! Shape letters: `N` tokens, `D` `d_model`, `E` experts, `K` experts per token, `S` `d_expert`.
+
+use crate::experts::Experts;
+use crate::gate::{Gate, GateConfig};
+use crate::losses::Tally;
+use moeut_nn::{Activation, Context, Params};
+use moeut_plugin_api::PluginError;
+use tch::Tensor;
+
+/// Arguments.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(crate) struct FeedForwardConfig {
+    pub(crate) gate: GateConfig,
+    /// `S`.
+    pub(crate) d_expert: i64,
+    pub(crate) activation: Activation,
+    /// Dropout of the hidden units.
+    pub(crate) dropout: f64,
+}
+
+/// ```text
+/// y = Σ_j g_j · (W₂[e_j] · drop(act(W₁[e_j] x + b₁[e_j])) + b₂[e_j])        (e, g) of the gate
+/// ```
+///
+/// # Source
+/// Tan et al., arXiv:2310.07096; reference `sut/parallel_linear/moe.py`, `MoE.forward`.
+#[derive(Debug)]
+pub(crate) struct FeedForward {
+    config: FeedForwardConfig,
+    gate: Gate,
+    hidden: Experts,
+    out: Experts,
+}
+
+/// Weights in the compute type, cast once for all applications of a forward pass.
+pub(crate) struct FeedForwardPass {
+    hidden_eds: Tensor,
+    out_esd: Tensor,
+    pub(crate) tally: Tally,
+}
+
+impl FeedForward {
+    /// Adds `experts.{w,b}`, `output_experts.{w,b}` and the gate's.
+    pub(crate) fn new(params: &Params, d_model: i64, config: FeedForwardConfig) -> Self {
+        let n_experts = config.gate.n_experts;
+        let experts = |name, d_in, d_out| {
+            Experts::new(&params.sub(name), n_experts, d_in, d_out, true)
+        };
+        Self {
+            config,
+            hidden: experts("experts", d_model, config.d_expert),
+            out: experts("output_experts", config.d_expert, d_model),
+            gate: Gate::new(params, d_model, config.gate),
+        }
+    }
+
+    pub(crate) fn begin(&self, tally: Tally, ctx: &Context) -> FeedForwardPass {
+        FeedForwardPass {
+            hidden_eds: self.hidden.weight.to_kind(ctx.compute),
+            out_esd: self.out.weight.to_kind(ctx.compute),
+            tally,
+        }
+    }
+
+    /// One application: `[B, T, D]` → `[B, T, D]`; tokens whose `alive_bt` is 0 get 0.
+    ///
+    /// # Errors
+    /// Whatever the kernel says.
+    pub(crate) fn forward(
+        &self,
+        x_btd: &Tensor,
+        alive_bt: Option<&Tensor>,
+        pass: &mut FeedForwardPass,
+        ctx: &Context,
+    ) -> Result<Tensor, PluginError> {
+        let x_nd = x_btd.flatten(0, 1);
+        let alive_n1 = alive_bt.map(|alive| alive.reshape([-1, 1]));
+        let route = self
+            .gate
+            .forward(&x_nd, alive_n1.as_ref(), &mut pass.tally, ctx)?;
+
+        let mut hidden_ms = ctx.grouped_matmul(&x_nd, &pass.hidden_eds, &route.routing, None)?;
+        if let Some(bias_es) = &self.hidden.bias {
+            let of_selection = bias_es.index_select(0, &route.ids_nk.reshape([-1]));
+            hidden_ms = hidden_ms + of_selection.to_kind(ctx.compute);
+        }
+        let hidden_ms = self.config.activation.forward(hidden_ms);
+        let hidden_ms = ctx.dropout(hidden_ms, self.config.dropout);
+        let mut y_nd = ctx.grouped_matmul(
+            &hidden_ms,
+            &pass.out_esd,
+            &route.routing,
+            Some(&route.gate_nk),
+        )?;
+        if let Some(bias_ed) = &self.out.bias {
+            // A token's biases, weighted by its gates, are a product with the dense gates.
+            y_nd = y_nd + route.gate_ne.matmul(bias_ed);
+        }
+        Ok(y_nd.view_as(x_btd))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing;
+    use tch::{Device, Kind};
+
+    const DOUBLE: (Kind, Device) = (Kind::Double, Device::Cpu);
+
+    fn layer(top_k: i64) -> FeedForward {
+        let config = FeedForwardConfig {
+            gate: GateConfig {
+                n_experts: 3,
+                top_k,
+                n_drawn: 0,
+                dropout: 0.0,
+            },
+            d_expert: 5,
+            activation: Activation::Gelu,
+            dropout: 0.0,
+        };
+        FeedForward::new(&Params::new(Kind::Double, Device::Cpu), 4, config)
+    }
+
+    fn run(layer: &FeedForward, x: &Tensor, alive: Option<&Tensor>) -> (Tensor, Tensor) {
+        let ctx = testing::context(true);
+        let mut pass = layer.begin(testing::tally(), &ctx);
+        let y = layer.forward(x, alive, &mut pass, &ctx).unwrap();
+        let terms = pass.tally.finish();
+        (y, terms.into_iter().map(|(_, term)| term).sum())
+    }
+
+    /// With all experts selected the layer is a dense mixture, computed here expert by expert.
+    #[test]
+    fn all_experts_selected_is_a_dense_mixture() {
+        let layer = layer(3);
+        let x = Tensor::randn([2, 3, 4], DOUBLE);
+        let ctx = testing::context(true);
+        let gate_ne = layer
+            .gate
+            .forward(&x.flatten(0, 1), None, &mut testing::tally(), &ctx)
+            .unwrap()
+            .gate_ne
+            .view([2, 3, 3]);
+        let mut expected = x.zeros_like();
+        for expert in 0..3 {
+            let bias = |experts: &Experts| experts.bias.as_ref().unwrap().get(expert);
+            let h = (x.matmul(&layer.hidden.weight.get(expert)) + bias(&layer.hidden)).gelu("none");
+            let y = h.matmul(&layer.out.weight.get(expert)) + bias(&layer.out);
+            expected += y * gate_ne.narrow(-1, expert, 1);
+        }
+        let (y, _) = run(&layer, &x, None);
+        assert!(y.allclose(&expected, 0.0, 1e-12, false));
+    }
+
+    #[test]
+    fn gradients_agree_with_differences() {
+        let layer = layer(2);
+        let x = Tensor::randn([2, 3, 4], DOUBLE).set_requires_grad(true);
+        let alive = Tensor::from_slice(&[1.0, 0.5, 0.3, 0.2, 1.0, 0.9])
+            .view([2, 3])
+            .set_requires_grad(true);
+        let cotangent = Tensor::randn([2, 3, 4], DOUBLE);
+        testing::check_gradients(
+            &[
+                ("x", &x),
+                ("alive", &alive),
+                ("w1", &layer.hidden.weight),
+                ("b1", layer.hidden.bias.as_ref().unwrap()),
+                ("w2", &layer.out.weight),
+                ("b2", layer.out.bias.as_ref().unwrap()),
+            ],
+            &|| {
+                let (y, losses) = run(&layer, &x, Some(&alive));
+                (y * &cotangent).sum(None) + losses
+            },
+        );
+    }
+
+    #[test]
+    fn a_halted_token_gets_nothing() {
+        let layer = layer(2);
+        let x = Tensor::randn([1, 2, 4], DOUBLE);
+        let alive = Tensor::from_slice(&[0.0, 1e-3]).view([1, 2]);
+        let (y, _) = run(&layer, &x, Some(&alive));
+        assert!(y.get(0).get(0).abs().max().double_value(&[]).abs() < f64::EPSILON);
+        // How much is left of a token does not matter to its experts.
+        let (all, _) = run(&layer, &x, None);
+        assert!(y.get(0).get(1).allclose(&all.get(0).get(1), 0.0, 1e-12, false));
+    }
+}

@@ -1,0 +1,414 @@
+//! The language model around a stack of blocks: embedding, shared layers, memory, logits.
+//!
+//! A model plugin brings a [`Block`] and its own arguments; everything else about a language model is here. What a
+//! block is made of, and which variants there are, this module does not know.
+
+pub mod args;
+mod memory;
+
+pub use args::{
+    SHELL_ARGS, Shell, ShellConfig, Variant, check_positive, check_probabilities, joined,
+};
+
+use crate::cost::{Cost, Sequence, element_bytes};
+use crate::params::InitStyle;
+use crate::{Context, Embedding, LayerNorm, LayerPast, LmHead, Params};
+use memory::{Batch, Memory};
+use moeut_plugin_api::abi::client::KernelClient;
+use moeut_plugin_api::{
+    DType, ForwardInput, ForwardOutput, Host, LayerSummary, ModelAbilities, ModelSetup,
+    ModelSummary, NamedTensor, Parameter, PluginError,
+};
+use moeut_torch::{IntoHandle, IntoTensor};
+use std::collections::BTreeMap;
+use std::rc::Rc;
+use tch::{Kind, Tensor};
+
+/// One distinct layer, which may run at several places of the stack.
+pub trait Block {
+    /// What one forward pass keeps of a distinct layer between its applications: router logits for the regularizer,
+    /// weights cast once.
+    type Pass;
+    /// What travels from layer to layer beside `x`; `()` for most.
+    type Carry: Default;
+    /// Whether it can attend to the states of earlier segments.
+    const HAS_MEMORY: bool = true;
+    /// Whether it can keep keys and values for generation.
+    const HAS_CACHE: bool = true;
+
+    /// Begins a forward pass.
+    fn begin(&self, ctx: &Context) -> Self::Pass;
+
+    /// One application: `[B, T, D]` → `[B, T, D]`.
+    ///
+    /// # Errors
+    /// Whatever the kernel says.
+    fn forward(
+        &self,
+        x_btd: &Tensor,
+        at: At<'_, Self>,
+        ctx: &Context,
+    ) -> Result<Tensor, PluginError>;
+
+    /// Ends a forward pass.
+    fn finish(&self, pass: Self::Pass) -> BlockReport;
+
+    /// What it is made of, in a few words.
+    fn describe(&self) -> String {
+        String::new()
+    }
+
+    /// What one application costs.
+    fn cost(&self, of: Sequence) -> Cost {
+        let _ = of;
+        Cost::default()
+    }
+}
+
+/// Where an application of a block happens, and what it shares with others.
+#[derive(Debug)]
+pub struct At<'a, B: Block + ?Sized> {
+    /// Index in the unrolled stack.
+    pub place: usize,
+    /// Of this distinct layer, in this forward pass.
+    pub pass: &'a mut B::Pass,
+    /// From the layer before.
+    pub carry: &'a mut B::Carry,
+    /// What this place sees of earlier tokens.
+    pub past: &'a mut LayerPast,
+}
+
+/// Names and values that a pass leaves.
+#[derive(Debug, Default)]
+pub struct BlockReport {
+    /// Weighted scalars for the loss; those of equal names are summed over distinct layers.
+    pub regularizers: Vec<(String, Tensor)>,
+    /// Scalars to log, below `unique_layers.<index>.`.
+    pub stats: Vec<(String, Tensor)>,
+}
+
+/// Which kernel a model with experts wants, and how its routers compute.
+#[derive(Debug, Clone, Copy)]
+pub struct ExpertNeeds<'a> {
+    /// Name of the kernel, or `auto`.
+    pub kernel: &'a str,
+    /// Whether routers compute in autocast's type.
+    pub is_router_rounded: bool,
+}
+
+/// Parameters, the order in which they run, and the kernels.
+pub struct LanguageModel<B: Block> {
+    params: Params,
+    embedding: Embedding,
+    input_norm: Option<LayerNorm>,
+    blocks: Vec<B>,
+    /// For each place of the stack its block.
+    order: Vec<usize>,
+    head: LmHead,
+    training: Precision,
+    evaluation: Precision,
+    is_router_rounded: bool,
+    memory: Memory,
+    shell: Shell,
+}
+
+/// Training may be in mixed precision; evaluation always is in the parameters' own type, as in the reference.
+#[derive(Clone)]
+struct Precision {
+    kernel: Option<Rc<KernelClient>>,
+    compute: Kind,
+    is_mixed: bool,
+}
+
+impl<B: Block> LanguageModel<B> {
+    /// Builds the model; `block` makes one distinct layer below the given names. A model without experts needs
+    /// nothing.
+    ///
+    /// # Errors
+    /// If a kernel is missing or arguments contradict each other.
+    pub fn build(
+        shell: Shell,
+        experts: Option<ExpertNeeds<'_>>,
+        setup: &ModelSetup,
+        host: &Host,
+        mut block: impl FnMut(&Params) -> Result<B, PluginError>,
+    ) -> Result<Self, PluginError> {
+        let vocab_size = i64::try_from(setup.vocab_size).map_err(|error| {
+            PluginError::new("the vocabulary is too large").why(error.to_string())
+        })?;
+        if shell.config.memory.is_on() && !B::HAS_MEMORY {
+            return Err(
+                PluginError::new("the model cannot attend to earlier segments")
+                    .why(format!(
+                        "`lm.trafo.context_blocks` is {}, `transformer.variant` is `{}`",
+                        shell.config.memory.n_segments, shell.variant.name
+                    ))
+                    .fix("set `-lm.trafo.context_blocks 0`"),
+            );
+        }
+        let order = shell.order()?;
+        let n_blocks = order.iter().max().map_or(0, |last| last + 1);
+
+        let named_kernel = experts.map(|experts| experts.kernel);
+        let precision = |dtype: DType| {
+            let kernel = named_kernel
+                .filter(|_| !setup.is_shape_only)
+                .map(|name| host.kernel(name, setup.device, dtype).map(Rc::new))
+                .transpose()?;
+            Ok::<_, PluginError>(Precision {
+                kernel,
+                compute: moeut_torch::kind(dtype),
+                is_mixed: dtype != setup.dtype,
+            })
+        };
+        let evaluation = precision(setup.dtype)?;
+        let training = if setup.compute_dtype == setup.dtype {
+            evaluation.clone()
+        } else {
+            precision(setup.compute_dtype)?
+        };
+
+        let style = match (setup.is_shape_only, shell.config.has_xl_init) {
+            (true, _) => InitStyle::ShapeOnly,
+            (false, true) => InitStyle::TransformerXl,
+            (false, false) => InitStyle::Own,
+        };
+        let device = moeut_torch::device(setup.device);
+        let params = Params::new(moeut_torch::kind(setup.dtype), device).with_style(style);
+        let ShellConfig {
+            d_model,
+            d_embedding,
+            dropout,
+            ..
+        } = shell.config;
+        let scale = shell.embedding_scale();
+        let embedding = Embedding::new(&params, vocab_size, d_model, d_embedding, scale);
+        let unique_layers = params.sub("unique_layers");
+        let blocks = (0..n_blocks)
+            .map(|index| block(&unique_layers.sub(&index.to_string())))
+            .collect::<Result<_, _>>()?;
+        let has_norm = shell.has_out_norm();
+        Ok(Self {
+            embedding,
+            input_norm: shell.config.norms_input.then(|| LayerNorm::plain(d_model)),
+            blocks,
+            head: LmHead::new(&params, vocab_size, d_model, d_embedding, has_norm, dropout),
+            training,
+            evaluation,
+            is_router_rounded: experts.is_some_and(|experts| experts.is_router_rounded),
+            memory: Memory::new(shell.config.memory, order.len()),
+            order,
+            params,
+            shell,
+        })
+    }
+
+    /// See [`moeut_plugin_api::Model::forward`].
+    ///
+    /// # Errors
+    /// Whatever the kernel says, or if the past is one that the blocks cannot see.
+    pub fn forward(&mut self, input: ForwardInput) -> Result<ForwardOutput, PluginError> {
+        let ctx = self.context(&input);
+        let tokens_bt = input.tokens_tb.into_tensor().transpose(0, 1).contiguous();
+        let batch = Batch {
+            size: tokens_bt.size()[0],
+            seq_len: tokens_bt.size()[1],
+            device: tokens_bt.device(),
+        };
+        let mut past = self.memory.open(input.past, ctx.is_training, batch)?;
+        if past.is_cache() && !B::HAS_CACHE {
+            return Err(PluginError::new("the model cannot continue from a cache")
+                .why(format!(
+                    "`transformer.variant` is `{}`",
+                    self.shell.variant.name
+                ))
+                .fix("give it the whole text each time"));
+        }
+
+        let mut x = ctx.dropout(
+            self.embedding.forward(&tokens_bt),
+            self.shell.config.dropout,
+        );
+        x = self.embedding.adapted(x);
+        if let Some(norm) = &self.input_norm {
+            x = norm.forward(&x);
+        }
+
+        let mut stats = Vec::new();
+        let mut carry = B::Carry::default();
+        let mut passes: Vec<_> = self.blocks.iter().map(|block| block.begin(&ctx)).collect();
+        for (place, &index) in self.order.iter().enumerate() {
+            let mut layer_past = past.enter(place, &x);
+            let at = At {
+                place,
+                pass: &mut passes[index],
+                carry: &mut carry,
+                past: &mut layer_past,
+            };
+            let y = self.blocks[index].forward(&x, at, &ctx)?;
+            past.leave(place, layer_past);
+            let y = self.drop_layer(&x, y, &ctx);
+            if ctx.wants_stats {
+                stats.extend(update_stats(place, &x, &y));
+            }
+            x = y;
+        }
+        self.memory.close(past, &x);
+        let logits_tbv = self.head.forward(&x, &ctx);
+
+        let (regularizers, of_blocks) = self.reports(passes);
+        stats.extend(of_blocks);
+        Ok(ForwardOutput {
+            logits_tbv: logits_tbv.into_handle(),
+            regularizers: regularizers.into_iter().map(named).collect(),
+            stats: stats.into_iter().map(named).collect(),
+        })
+    }
+
+    /// See [`moeut_plugin_api::Model::parameters`].
+    pub fn parameters(&self) -> Vec<Parameter> {
+        self.params.parameters()
+    }
+
+    /// See [`moeut_plugin_api::Model::memory`].
+    pub fn memory(&self) -> Vec<NamedTensor> {
+        self.memory.named()
+    }
+
+    /// See [`moeut_plugin_api::Model::set_memory`].
+    ///
+    /// # Errors
+    /// If a name or shape is not one of this model's.
+    pub fn set_memory(&mut self, memory: Vec<NamedTensor>) -> Result<(), PluginError> {
+        let (_, device) = self.params.options();
+        self.memory
+            .restore(memory, self.shell.config.d_model, device)
+    }
+
+    /// See [`moeut_plugin_api::Model::abilities`].
+    pub fn abilities(&self) -> ModelAbilities {
+        ModelAbilities {
+            has_memory: B::HAS_MEMORY && self.shell.config.memory.is_on(),
+            has_cache: B::HAS_CACHE,
+        }
+    }
+
+    /// See [`moeut_plugin_api::Model::graph_safe`]. Routing has fixed shapes and waits for nothing, so only the kernel
+    /// decides; a memory that fills up changes shapes.
+    pub fn graph_safe(&self) -> bool {
+        let kernel = self.training.kernel.as_ref();
+        let is_kernel_safe = kernel.is_none_or(|kernel| {
+            let capabilities = kernel.capabilities();
+            capabilities.is_ok_and(|capabilities| capabilities.is_graph_safe)
+        });
+        is_kernel_safe && !self.shell.config.memory.is_on()
+    }
+
+    /// See [`moeut_plugin_api::Model::summary`]. Bytes are those of training.
+    pub fn summary(&self, seq_len: u64) -> ModelSummary {
+        let (kind, _) = self.params.options();
+        let of = Sequence {
+            n_tokens: seq_len,
+            n_segments: self.shell.config.memory.n_kept(true) as u64,
+            stream_bytes: element_bytes(kind),
+            product_bytes: element_bytes(self.training.compute),
+        };
+        let per_block: Vec<Cost> = self.blocks.iter().map(|block| block.cost(of)).collect();
+        let what: Vec<String> = self.blocks.iter().map(Block::describe).collect();
+        let cost = self
+            .order
+            .iter()
+            .fold(Cost::default(), |sum, &index| sum.plus(&per_block[index]));
+        let layer = |&index: &usize| LayerSummary {
+            unique_index: index as u64,
+            what: what[index].clone(),
+        };
+        let owned = |parts: Vec<(&str, u64)>| {
+            let owned = parts.into_iter().map(|(part, n)| (part.to_owned(), n));
+            owned.collect()
+        };
+        ModelSummary {
+            layers: self.order.iter().map(layer).collect(),
+            macs: owned(cost.macs),
+            activation_bytes: owned(cost.kept_bytes),
+        }
+    }
+
+    /// For each place of the stack the index of its distinct layer.
+    pub fn order(&self) -> &[usize] {
+        &self.order
+    }
+
+    fn context(&self, input: &ForwardInput) -> Context {
+        let precision = if input.is_training {
+            &self.training
+        } else {
+            &self.evaluation
+        };
+        Context {
+            kernel: precision.kernel.clone(),
+            compute: precision.compute,
+            is_mixed: precision.is_mixed,
+            is_router_rounded: self.is_router_rounded,
+            is_training: input.is_training,
+            wants_stats: input.wants_stats,
+        }
+    }
+
+    /// While training, each token keeps its input with probability `layer_drop`.
+    fn drop_layer(&self, x_btd: &Tensor, y_btd: Tensor, ctx: &Context) -> Tensor {
+        let p = self.shell.config.layer_drop;
+        if p <= 0.0 || !ctx.is_training {
+            return y_btd;
+        }
+        let skips_bt1 = y_btd.narrow(2, 0, 1).rand_like().lt(p);
+        x_btd.where_self(&skips_bt1, &y_btd)
+    }
+
+    /// Regularizers, summed over distinct layers, and statistics.
+    fn reports(&self, passes: Vec<B::Pass>) -> (BTreeMap<String, Tensor>, Vec<(String, Tensor)>) {
+        let mut regularizers: BTreeMap<String, Tensor> = BTreeMap::new();
+        let mut stats = Vec::new();
+        for (index, (block, pass)) in self.blocks.iter().zip(passes).enumerate() {
+            let report = block.finish(pass);
+            for (name, term) in report.regularizers {
+                let sum = match regularizers.remove(&name) {
+                    Some(sum) => sum + term,
+                    None => term,
+                };
+                regularizers.insert(name, sum);
+            }
+            let below = |(name, value)| (format!("unique_layers.{index}.{name}"), value);
+            stats.extend(report.stats.into_iter().map(below));
+        }
+        (regularizers, stats)
+    }
+}
+
+/// How much a layer changes the residual stream: mean norms of update and input, their ratio, and the mean absolute
+/// cosine of input and output at the same position.
+///
+/// The reference takes the cosine over all pairs of positions, a T×T product per layer for one number.
+fn update_stats(place: usize, x_btd: &Tensor, y_btd: &Tensor) -> [(String, Tensor); 4] {
+    tch::no_grad(|| {
+        let norm = |x: &Tensor| x.norm_scalaropt_dim(2, -1, false).mean(Kind::Float);
+        let (update, input) = (norm(&(y_btd - x_btd)), norm(x_btd));
+        let cosine = Tensor::cosine_similarity(x_btd, y_btd, -1, 1e-8)
+            .abs()
+            .mean(Kind::Float);
+        let name = |what: &str| format!("activation_norm/{what}_{place}");
+        [
+            (name("rel_update_layer"), &update / &input),
+            (name("abs_update_layer"), update),
+            (name("in_layer"), input),
+            (name("io_cossim"), cosine),
+        ]
+    })
+}
+
+fn named((name, tensor): (String, Tensor)) -> NamedTensor {
+    NamedTensor {
+        name,
+        tensor: tensor.into_handle(),
+    }
+}

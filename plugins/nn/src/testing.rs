@@ -1,0 +1,249 @@
+//! What tests of models and layers need: a kernel that is obviously right, a host that has only that kernel, and checks
+//! of what a model makes of earlier tokens.
+
+use moeut_plugin_api::abi::client::{HostServices, KernelClient, host_in_process};
+use moeut_plugin_api::{
+    ArgDef, Capabilities, DType, Device, ForwardInput, GroupedMatmul, Host, HostInfo, Kernel,
+    LogLevel, Model, ModelSetup, Past, PluginError, TensorHandle, args,
+};
+use moeut_torch::{IntoHandle, IntoTensor};
+use serde::Deserialize;
+use std::sync::Arc;
+use tch::{Kind, Tensor};
+
+/// Copies each selection's weight and multiplies.
+struct Copies;
+
+impl Kernel for Copies {
+    const NAME: &'static str = "copies";
+    const SUMMARY: &'static str = "For tests";
+
+    fn new(_host: &Host) -> Result<Self, PluginError> {
+        Ok(Self)
+    }
+
+    fn capabilities() -> Capabilities {
+        Capabilities {
+            cpu: vec![DType::F64],
+            is_deterministic: true,
+            ..Capabilities::default()
+        }
+    }
+
+    fn grouped_matmul(&self, call: GroupedMatmul) -> Result<TensorHandle, PluginError> {
+        let (x, weight) = (call.x.into_tensor(), call.weight.into_tensor());
+        let ends = call.selection.ends.into_tensor();
+        let inverse = call.selection.inverse.into_tensor();
+        let n_selections = inverse.size()[0];
+        let positions = Tensor::arange(n_selections, (Kind::Int, x.device()));
+        let sorted = positions.searchsorted(&ends, false, true, "right", None::<Tensor>);
+        let experts = sorted.index_select(0, &inverse);
+        let x = x.repeat_interleave_self_int(n_selections / x.size()[0], 0, None);
+        let of_selection = weight.index_select(0, &experts);
+        let y = x.unsqueeze(1).bmm(&of_selection).squeeze_dim(1);
+        let Some(gate) = call.gate.map(IntoTensor::into_tensor) else {
+            return Ok(y.into_handle());
+        };
+        let n = gate.size()[1];
+        let y = y.view([-1, n, y.size()[1]]) * gate.unsqueeze(-1);
+        Ok(y.sum_dim_intlist(1i64, false, None).into_handle())
+    }
+}
+
+/// Has one kernel, whatever a model asks for.
+struct TestHost;
+
+impl HostServices for TestHost {
+    fn info(&self) -> HostInfo {
+        HostInfo {
+            cache_dir: std::env::temp_dir(),
+            n_threads: 1,
+            compat: false,
+        }
+    }
+
+    fn log(&self, _: LogLevel, _: &str) {}
+
+    fn progress(&self, _: &str, _: u64, _: u64) {}
+
+    fn is_cancelled(&self) -> bool {
+        false
+    }
+
+    fn kernel(&self, _: &str, _: Device, _: DType) -> Result<KernelClient, PluginError> {
+        KernelClient::in_process(Copies)
+    }
+}
+
+/// Number of distinct tokens of [`build`]'s models.
+pub const VOCAB: i64 = 50;
+
+/// A double-precision model on the CPU, from flags as a user types them; the rest are defaults.
+///
+/// # Errors
+/// Whatever the model says.
+///
+/// # Panics
+/// If a flag is unknown or its value malformed.
+pub fn build<M: Model>(flags: &[(&str, &str)]) -> Result<M, PluginError> {
+    build_with(flags, |_| ())
+}
+
+/// The same with another setup.
+///
+/// # Errors
+/// Whatever the model says.
+///
+/// # Panics
+/// If a flag is unknown or its value malformed.
+pub fn build_with<M: Model>(
+    flags: &[(&str, &str)],
+    change: impl FnOnce(&mut ModelSetup),
+) -> Result<M, PluginError> {
+    let defs: Vec<ArgDef> = M::ARGS.iter().map(ArgDef::from).collect();
+    let parse = |&(flag, raw): &(&str, &str)| {
+        let def = defs.iter().find(|def| def.name == flag);
+        match def.map(|def| def.parse(raw)) {
+            Some(Ok(value)) => (flag.to_owned(), value),
+            other => panic!("`{flag}` {raw}: {other:?}"),
+        }
+    };
+    let config = args::configuration(&defs, &flags.iter().map(parse).collect());
+    let config = config.unwrap_or_else(|error| panic!("{error}"));
+    let config = M::Config::deserialize(config).unwrap_or_else(|error| panic!("{error}"));
+    let mut setup = ModelSetup {
+        vocab_size: VOCAB.unsigned_abs(),
+        device: Device::Cpu,
+        dtype: DType::F64,
+        compute_dtype: DType::F64,
+        compat: false,
+        is_shape_only: false,
+    };
+    change(&mut setup);
+    let services: Arc<dyn HostServices> = Arc::new(TestHost);
+    M::build(config, &setup, &host_in_process(&services)?)
+}
+
+/// Random tokens `[T, B]`.
+pub fn tokens(seq_len: i64, batch: i64) -> Tensor {
+    Tensor::randint(VOCAB, [seq_len, batch], (Kind::Int64, tch::Device::Cpu))
+}
+
+/// Logits `[T, B, V]` in evaluation mode.
+///
+/// # Errors
+/// Whatever the model says.
+pub fn logits(
+    model: &mut impl Model,
+    tokens_tb: &Tensor,
+    past: Past,
+) -> Result<Tensor, PluginError> {
+    let input = ForwardInput {
+        tokens_tb: tokens_tb.share(),
+        is_training: false,
+        wants_stats: false,
+        past,
+    };
+    let output = tch::no_grad(|| model.forward(input))?;
+    Ok(output.logits_tbv.into_tensor())
+}
+
+/// Checks that a text given piece by piece to a cache has the logits of the whole, that slots are independent, and that
+/// a reset forgets.
+///
+/// # Panics
+/// With what is off.
+pub fn check_cache(model: &mut impl Model) {
+    let (a, b) = (tokens(11, 2), tokens(11, 1));
+    let whole_a = expect(logits(model, &a, Past::None));
+    let whole_b = expect(logits(model, &b, Past::None));
+    for round in 0..2 {
+        let mut at = 0;
+        for n in [4, 1, 1, 3, 2] {
+            for (slot, text, whole) in [(0, &a, &whole_a), (7, &b, &whole_b)] {
+                let past = Past::Cache {
+                    slot,
+                    is_reset: at == 0,
+                };
+                let piece = expect(logits(model, &text.narrow(0, at, n), past));
+                assert_close(
+                    &piece,
+                    &whole.narrow(0, at, n),
+                    &format!("{round} {slot} {at}"),
+                );
+            }
+            at += n;
+        }
+    }
+    let past = Past::Cache {
+        slot: 0,
+        is_reset: false,
+    };
+    let error = logits(model, &b, past).err();
+    assert!(error.is_some_and(|error| error.what.contains("another batch size")));
+}
+
+/// Checks that a model with at least two segments of memory sees all of a text that is given in three pieces, forgets
+/// what is older, and goes on from what [`Model::memory`] gave.
+///
+/// # Panics
+/// With what is off.
+pub fn check_segments(model: &mut impl Model) {
+    let text = tokens(12, 2);
+    let whole = expect(logits(model, &text, Past::None));
+    let piece = |model: &mut _, slot, index: i64, is_reset| {
+        let past = Past::Segments { slot, is_reset };
+        expect(logits(model, &text.narrow(0, 4 * index, 4), past))
+    };
+    for index in 0..3 {
+        let given = piece(model, 3, index, index == 0);
+        assert_close(
+            &given,
+            &whole.narrow(0, 4 * index, 4),
+            &format!("segment {index}"),
+        );
+    }
+
+    let _ = (piece(model, 1, 0, true), piece(model, 1, 1, false));
+    let kept = model.memory();
+    assert!(
+        kept.iter()
+            .any(|state| state.name.starts_with("memory.slot_1.layer_0.segment_"))
+    );
+    // The states of slot 1 change; what was taken out puts them back.
+    let _ = piece(model, 1, 0, true);
+    let other = piece(model, 1, 2, false);
+    if let Err(error) = model.set_memory(kept) {
+        panic!("{error}");
+    }
+    let same = piece(model, 1, 2, false);
+    assert_close(&same, &whole.narrow(0, 8, 4), "restored");
+    assert!(!other.allclose(&same, 1e-6, 1e-6, false));
+}
+
+/// Parameters, and multiply-accumulates of one sequence of 1024 tokens, of a model of the paper with its vocabulary; no
+/// weights are made.
+///
+/// # Errors
+/// Whatever the model says.
+pub fn size<M: Model>(flags: &[(&str, &str)]) -> Result<(u64, u64), PluginError> {
+    let model: M = build_with(flags, |setup| {
+        setup.vocab_size = 8000;
+        setup.is_shape_only = true;
+    })?;
+    let parameters = model.parameters().into_iter();
+    let numel = |tensor: TensorHandle| tensor.into_tensor().numel() as u64;
+    let trainable = parameters.filter(|parameter| parameter.is_trainable);
+    let n_params = trainable.map(|parameter| numel(parameter.tensor)).sum();
+    let macs = model.summary(1024).macs.into_iter();
+    Ok((n_params, macs.map(|(_, n)| n).sum()))
+}
+
+fn assert_close(a: &Tensor, b: &Tensor, what: &str) {
+    let error = (a - b).abs().max().double_value(&[]);
+    assert!(error < 1e-10, "{what}: off by {error:e}");
+}
+
+fn expect(result: Result<Tensor, PluginError>) -> Tensor {
+    result.unwrap_or_else(|error| panic!("{error}"))
+}
