@@ -22,7 +22,10 @@ pub use dataset::{Split, StreamInfo, StreamRequest, TokenDataset};
 pub use error::PluginError;
 pub use host::{Host, HostInfo, LogLevel};
 pub use kernel::{Capabilities, GroupedMatmul, Kernel, Selection};
-pub use model::{ForwardInput, ForwardOutput, Model, ModelSetup, NamedTensor, Parameter};
+pub use model::{
+    ForwardInput, ForwardOutput, LayerSummary, Model, ModelAbilities, ModelSetup, ModelSummary,
+    NamedTensor, Parameter, Past,
+};
 pub use task::{RunFacts, Task, TaskPlan};
 pub use tensor::{DType, Device, TensorHandle};
 

@@ -34,6 +34,36 @@ pub trait Model: Sized + 'static {
     fn graph_safe(&self) -> bool {
         false
     }
+
+    /// What [`ForwardInput::past`] may ask for.
+    fn abilities(&self) -> ModelAbilities {
+        ModelAbilities::default()
+    }
+
+    /// Tensors that carry over from one batch to the next, in a fixed order under names of their own; saved with a
+    /// checkpoint.
+    fn memory(&self) -> Vec<NamedTensor> {
+        Vec::new()
+    }
+
+    /// Puts back what [`Model::memory`] gave; whatever is there is forgotten.
+    ///
+    /// # Errors
+    /// If a name or shape is not one of this model's.
+    fn set_memory(&mut self, memory: Vec<NamedTensor>) -> Result<(), PluginError> {
+        match memory.first() {
+            None => Ok(()),
+            Some(first) => Err(PluginError::new("the model keeps nothing between batches")
+                .why(format!("it was given `{}` to put back", first.name))
+                .fix("restore a checkpoint of this model")),
+        }
+    }
+
+    /// What the model is made of, and what one sequence of `seq_len` tokens costs.
+    fn summary(&self, seq_len: u64) -> ModelSummary {
+        let _ = seq_len;
+        ModelSummary::default()
+    }
 }
 
 /// What the host tells a model when it builds it.
@@ -49,6 +79,9 @@ pub struct ModelSetup {
     pub compute_dtype: DType,
     /// Whether to behave like the reference where the reference is wrong.
     pub compat: bool,
+    /// Parameters have shapes but no storage of their own, for counting: `forward` is not called.
+    #[serde(default)]
+    pub is_shape_only: bool,
 }
 
 /// One tensor of a model.
@@ -71,6 +104,59 @@ pub struct ForwardInput {
     pub is_training: bool,
     /// Whether the statistics of this pass will be logged; they cost time.
     pub wants_stats: bool,
+    /// What the tokens see of earlier ones.
+    pub past: Past,
+}
+
+/// What a pass sees of earlier tokens. Slots are independent of each other; a slot that was never used is empty.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Past {
+    /// Nothing: the tokens stand alone.
+    None,
+    /// Segment memory: the states that this slot's earlier calls left, as many as the model's arguments say. One slot
+    /// per microbatch; evaluation uses slots of its own.
+    Segments {
+        /// Which memory.
+        slot: u32,
+        /// Empties it first.
+        is_reset: bool,
+    },
+    /// Generation: the keys and values of all of this slot's earlier calls; positions continue.
+    Cache {
+        /// Which cache.
+        slot: u32,
+        /// Empties it first.
+        is_reset: bool,
+    },
+}
+
+/// What a model can do with [`Past`].
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ModelAbilities {
+    /// [`Past::Segments`] has an effect.
+    pub has_memory: bool,
+    /// [`Past::Cache`] is supported.
+    pub has_cache: bool,
+}
+
+/// What a model is made of.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ModelSummary {
+    /// The unrolled stack, first layer first.
+    pub layers: Vec<LayerSummary>,
+    /// Multiply-accumulates of one forward pass over one sequence, by part.
+    pub macs: Vec<(String, u64)>,
+    /// Bytes of activations that one sequence keeps for the backward pass, by part; an estimate.
+    pub activation_bytes: Vec<(String, u64)>,
+}
+
+/// One place of the stack.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LayerSummary {
+    /// Index of the distinct layer that runs here, as in parameter names.
+    pub unique_index: u64,
+    /// `SwitchHead (v, o: 2 of 4) + σ-MoE (8 of 128, width 128), peri-layernorm`.
+    pub what: String,
 }
 
 /// What a forward pass gives.

@@ -34,9 +34,11 @@ Usage: cargo xtask <command>
                                          args go to `cargo build`
   run [--] [args]                        build, then run `moeut-host` with args
   test [args]                            build, then `cargo test --release --workspace` with args
+  fixtures <folder> [--kernel <name>]    run every recorded run of the reference in a folder (`<name>.json` and
+                                         `<name>.safetensors`) with every kernel, in fp64 and fp32; one line each
   lint [args]                            check formatting, then clippy on everything; warnings are errors
 
-`build`, `run`, `test` and `lint` do `setup` first if something is missing.
+`build`, `run`, `test`, `fixtures` and `lint` do `setup` first if something is missing.
 ";
 
 fn main() -> ExitCode {
@@ -81,6 +83,7 @@ fn dispatch(repo: &Path, args: &[String]) -> Result<(), Failure> {
             Err(Failure::start(&host.to_string_lossy(), &error))
         }
         "test" => cargo::test(repo, args),
+        "fixtures" => cargo::fixtures(repo, args),
         "lint" => cargo::lint(repo, args),
         "help" | "-h" | "--help" => {
             print!("{USAGE}");
@@ -88,7 +91,7 @@ fn dispatch(repo: &Path, args: &[String]) -> Result<(), Failure> {
         }
         other => Err(Failure::new(
             format!("unknown command `{other}`"),
-            "the commands are `setup`, `build`, `run`, `test` and `lint`",
+            "the commands are `setup`, `build`, `run`, `test`, `fixtures` and `lint`",
             "`cargo xtask help`",
         )),
     }

@@ -13,7 +13,7 @@ pub mod state;
 
 use crate::checkpoint::CheckpointError;
 use moeut_plugin_api::abi::client::ModelClient;
-use moeut_plugin_api::{ForwardInput, NamedTensor, PluginError};
+use moeut_plugin_api::{ForwardInput, NamedTensor, Past, PluginError};
 use moeut_torch::autocast::Autocast;
 use moeut_torch::error::OrPluginError;
 use moeut_torch::handle::{IntoHandle, IntoTensor};
@@ -133,6 +133,7 @@ pub fn forward(
         tokens_tb: tokens_tb.share(),
         is_training,
         wants_stats,
+        past: Past::None,
     })?;
     Ok(Output {
         logits: output.logits_tbv.into_tensor(),

@@ -8,7 +8,10 @@ use super::{
 };
 use crate::host::{HostInfo, LogLevel};
 use crate::kernel::{Capabilities, GroupedMatmul};
-use crate::model::{ForwardInput, ForwardOutput, ModelSetup, NamedTensor, Parameter};
+use crate::model::{
+    ForwardInput, ForwardOutput, ModelAbilities, ModelSetup, ModelSummary, NamedTensor, Parameter,
+    Past,
+};
 use crate::{
     ComponentInfo, DType, Device, PluginError, RunFacts, StreamInfo, StreamRequest, TaskPlan,
     TensorHandle,
@@ -289,11 +292,18 @@ impl ModelClient {
     /// # Errors
     /// Whatever the plugin says.
     pub fn forward(&mut self, input: ForwardInput) -> Result<ForwardOutput, PluginError> {
-        let raw = result(self.object.forward(RawForwardInput {
+        let raw = RawForwardInput {
             tokens_tb: input.tokens_tb,
             is_training: input.is_training,
             wants_stats: input.wants_stats,
-        }))?;
+        };
+        let raw = result(match input.past {
+            Past::None => self.object.forward(raw),
+            past => {
+                let past = encode(&past)?;
+                self.object.forward_with_past(raw, past.as_str().into())
+            }
+        })?;
         Ok(ForwardOutput {
             logits_tbv: raw.logits_tbv,
             regularizers: raw.regularizers.into_iter().map(named).collect(),
@@ -307,6 +317,46 @@ impl ModelClient {
     /// If the plugin panics.
     pub fn graph_safe(&self) -> Result<bool, PluginError> {
         result(self.object.graph_safe())
+    }
+
+    /// See [`crate::Model::abilities`]; none for a plugin of ABI 1.0.
+    ///
+    /// # Errors
+    /// If the plugin panics.
+    pub fn abilities(&self) -> Result<ModelAbilities, PluginError> {
+        decode_or_default(&result(self.object.abilities())?)
+    }
+
+    /// See [`crate::Model::memory`].
+    ///
+    /// # Errors
+    /// If the plugin panics.
+    pub fn memory(&self) -> Result<Vec<NamedTensor>, PluginError> {
+        Ok(result(self.object.memory())?
+            .into_iter()
+            .map(named)
+            .collect())
+    }
+
+    /// See [`crate::Model::set_memory`].
+    ///
+    /// # Errors
+    /// Whatever the plugin says.
+    pub fn set_memory(&mut self, memory: Vec<NamedTensor>) -> Result<(), PluginError> {
+        let memory = memory.into_iter().map(|value| RawNamed {
+            name: value.name.into(),
+            tensor: value.tensor,
+            is_trainable: false,
+        });
+        result(self.object.set_memory(memory.collect()))
+    }
+
+    /// See [`crate::Model::summary`]; empty for a plugin of ABI 1.0.
+    ///
+    /// # Errors
+    /// If the plugin panics.
+    pub fn summary(&self, seq_len: u64) -> Result<ModelSummary, PluginError> {
+        decode_or_default(&result(self.object.summary(seq_len))?)
     }
 }
 
@@ -377,6 +427,15 @@ fn decode<T: DeserializeOwned>(json: &str) -> Result<T, PluginError> {
             .why(error.to_string())
             .fix("rebuild the plugin against this host's version of moeut-plugin-api")
     })
+}
+
+/// The answers of calls that an older plugin lacks are empty.
+fn decode_or_default<T: DeserializeOwned + Default>(json: &str) -> Result<T, PluginError> {
+    if json.is_empty() {
+        Ok(T::default())
+    } else {
+        decode(json)
+    }
 }
 
 fn open_error(error: LibraryError) -> OpenError {

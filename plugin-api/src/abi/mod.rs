@@ -34,7 +34,7 @@ use std::ffi::c_void;
 /// Major version of the ABI: another one is refused.
 pub const ABI_MAJOR: u32 = 1;
 /// Minor version of the ABI: raised when something is appended.
-pub const ABI_MINOR: u32 = 0;
+pub const ABI_MINOR: u32 = 1;
 
 /// One `at::Tensor` of the process's libtorch, owned; opaque outside `moeut-torch`.
 #[repr(C)]
@@ -174,13 +174,45 @@ pub trait RawTokenDataset: Send + Sync {
     fn decode(&self, ids: RSlice<'_, i32>) -> RawResult<RString>;
 }
 
-/// A model inside a plugin.
+/// A model inside a plugin. What follows `graph_safe` came with ABI 1.1; the bodies are what older plugins do.
 #[sabi_trait]
 pub trait RawModel {
     fn parameters(&self) -> RawResult<RVec<RawNamed>>;
     fn forward(&mut self, input: RawForwardInput) -> RawResult<RawForwardOutput>;
     #[sabi(last_prefix_field)]
     fn graph_safe(&self) -> RawResult<bool>;
+    /// `past_json` is a [`crate::Past`] other than `None`.
+    fn forward_with_past(
+        &mut self,
+        _input: RawForwardInput,
+        _past_json: RStr<'_>,
+    ) -> RawResult<RawForwardOutput> {
+        RResult::RErr(older_than_1_1("see earlier tokens"))
+    }
+    /// JSON of [`crate::ModelAbilities`]; empty: the default.
+    fn abilities(&self) -> RawResult<RString> {
+        RResult::ROk(RString::new())
+    }
+    fn memory(&self) -> RawResult<RVec<RawNamed>> {
+        RResult::ROk(RVec::new())
+    }
+    fn set_memory(&mut self, memory: RVec<RawNamed>) -> RawResult<()> {
+        if memory.is_empty() {
+            return RResult::ROk(());
+        }
+        RResult::RErr(older_than_1_1("keep anything between batches"))
+    }
+    /// JSON of [`crate::ModelSummary`]; empty: the default.
+    fn summary(&self, _seq_len: u64) -> RawResult<RString> {
+        RResult::ROk(RString::new())
+    }
+}
+
+fn older_than_1_1(what: &str) -> RawError {
+    PluginError::new(format!("the model cannot {what}"))
+        .why("its plugin was built against version 1.0 of the plugin interface")
+        .fix("build the plugin anew against this version")
+        .into()
 }
 
 /// A kernel inside a plugin.
@@ -245,7 +277,7 @@ mod tests {
         assert!(macro_text.contains(abi_stable::library::ROOT_MODULE_LOADER_NAME));
     }
 
-    /// The frozen layout of ABI 1.0: a failure here means that published plugins would be refused.
+    /// The frozen layout of ABI 1.0 and what 1.1 appended: a failure here means that published plugins would be refused.
     #[test]
     fn layout_of_the_current_version_is_pinned() {
         let fields = |layout: &abi_stable::type_layout::TypeLayout| -> Vec<String> {
@@ -265,6 +297,22 @@ mod tests {
                 "new_token_dataset",
                 "new_model",
                 "new_kernel"
+            ]
+        );
+        assert_eq!(
+            fields(<RawModel_trait::VTable_Prefix<(), RBox<()>> as PrefixStableAbi>::LAYOUT),
+            [
+                "_sabi_tys",
+                "_sabi_vtable",
+                "parameters",
+                "forward",
+                "graph_safe",
+                // ABI 1.1.
+                "forward_with_past",
+                "abilities",
+                "memory",
+                "set_memory",
+                "summary",
             ]
         );
         assert_eq!(

@@ -6,7 +6,7 @@ use super::{
     RawTask_TO, RawTokenDataset, RawTokenDataset_TO, TaskObject, TensorHandle, TokenDatasetObject,
 };
 use crate::kernel::{GroupedMatmul, Kernel, Selection};
-use crate::model::{ForwardInput, Model, NamedTensor};
+use crate::model::{ForwardInput, ForwardOutput, Model, NamedTensor, Past};
 use crate::{ComponentInfo, ComponentKind, Host, PluginError, Task, TokenDataset};
 use abi_stable::sabi_trait::TD_Opaque;
 use abi_stable::std_types::{RResult, RSlice, RSliceMut, RStr, RString, RVec};
@@ -331,21 +331,64 @@ impl<M: Model> RawModel for Shim<M> {
 
     fn forward(&mut self, input: RawForwardInput) -> RawResult<RawForwardOutput> {
         guard(self.origin, "forward", || {
-            let output = self.inner.forward(ForwardInput {
-                tokens_tb: input.tokens_tb,
-                is_training: input.is_training,
-                wants_stats: input.wants_stats,
-            })?;
-            Ok(RawForwardOutput {
-                logits_tbv: output.logits_tbv,
-                regularizers: output.regularizers.into_iter().map(named).collect(),
-                stats: output.stats.into_iter().map(named).collect(),
-            })
+            Ok(raw_output(self.inner.forward(full_input(input, Past::None))?))
         })
     }
 
     fn graph_safe(&self) -> RawResult<bool> {
         guard(self.origin, "graph_safe", || Ok(self.inner.graph_safe()))
+    }
+
+    fn forward_with_past(
+        &mut self,
+        input: RawForwardInput,
+        past_json: RStr<'_>,
+    ) -> RawResult<RawForwardOutput> {
+        guard(self.origin, "forward", || {
+            let past = decode(past_json.as_str(), "past")?;
+            Ok(raw_output(self.inner.forward(full_input(input, past))?))
+        })
+    }
+
+    fn abilities(&self) -> RawResult<RString> {
+        guard(self.origin, "abilities", || encode(&self.inner.abilities()))
+    }
+
+    fn memory(&self) -> RawResult<RVec<RawNamed>> {
+        guard(self.origin, "memory", || {
+            Ok(self.inner.memory().into_iter().map(named).collect())
+        })
+    }
+
+    fn set_memory(&mut self, memory: RVec<RawNamed>) -> RawResult<()> {
+        guard(self.origin, "set_memory", || {
+            let memory = memory.into_iter().map(|raw| NamedTensor {
+                name: raw.name.into(),
+                tensor: raw.tensor,
+            });
+            self.inner.set_memory(memory.collect())
+        })
+    }
+
+    fn summary(&self, seq_len: u64) -> RawResult<RString> {
+        guard(self.origin, "summary", || encode(&self.inner.summary(seq_len)))
+    }
+}
+
+fn full_input(raw: RawForwardInput, past: Past) -> ForwardInput {
+    ForwardInput {
+        tokens_tb: raw.tokens_tb,
+        is_training: raw.is_training,
+        wants_stats: raw.wants_stats,
+        past,
+    }
+}
+
+fn raw_output(output: ForwardOutput) -> RawForwardOutput {
+    RawForwardOutput {
+        logits_tbv: output.logits_tbv,
+        regularizers: output.regularizers.into_iter().map(named).collect(),
+        stats: output.stats.into_iter().map(named).collect(),
     }
 }
 

@@ -13,11 +13,11 @@ fn plugins_list_follows_the_folder() {
     exit: 0
     --- stdout
     KIND     NAME                       VERSION  ABI  LIBTORCH  FILE
-    dataset  c4                         0.1.0    1.0  -         [sandbox]/bin/plugins/libmoeut_dataset_c4.so
-    kernel   grouped                    0.1.0    1.0  2.11.0    [sandbox]/bin/plugins/libmoeut_kernel_grouped.so
-    kernel   reference                  0.1.0    1.0  2.11.0    [sandbox]/bin/plugins/libmoeut_kernel_reference.so
-    model    moeut                      0.1.0    1.0  2.11.0    [sandbox]/bin/plugins/libmoeut_model_moeut.so
-    task     moeut_c4 (c4_transformer)  0.1.0    1.0  -         [sandbox]/bin/plugins/libmoeut_task_moeut_c4.so
+    dataset  c4                         0.1.0    1.1  -         [sandbox]/bin/plugins/libmoeut_dataset_c4.so
+    kernel   grouped                    0.1.0    1.1  2.11.0    [sandbox]/bin/plugins/libmoeut_kernel_grouped.so
+    kernel   reference                  0.1.0    1.1  2.11.0    [sandbox]/bin/plugins/libmoeut_kernel_reference.so
+    model    moeut                      0.1.0    1.1  2.11.0    [sandbox]/bin/plugins/libmoeut_model_moeut.so
+    task     moeut_c4 (c4_transformer)  0.1.0    1.1  -         [sandbox]/bin/plugins/libmoeut_task_moeut_c4.so
     --- stderr
     ");
     let file = sandbox.installed().join(TASK);
@@ -27,10 +27,10 @@ fn plugins_list_follows_the_folder() {
     exit: 0
     --- stdout
     KIND     NAME       VERSION  ABI  LIBTORCH  FILE
-    dataset  c4         0.1.0    1.0  -         [sandbox]/bin/plugins/libmoeut_dataset_c4.so
-    kernel   grouped    0.1.0    1.0  2.11.0    [sandbox]/bin/plugins/libmoeut_kernel_grouped.so
-    kernel   reference  0.1.0    1.0  2.11.0    [sandbox]/bin/plugins/libmoeut_kernel_reference.so
-    model    moeut      0.1.0    1.0  2.11.0    [sandbox]/bin/plugins/libmoeut_model_moeut.so
+    dataset  c4         0.1.0    1.1  -         [sandbox]/bin/plugins/libmoeut_dataset_c4.so
+    kernel   grouped    0.1.0    1.1  2.11.0    [sandbox]/bin/plugins/libmoeut_kernel_grouped.so
+    kernel   reference  0.1.0    1.1  2.11.0    [sandbox]/bin/plugins/libmoeut_kernel_reference.so
+    model    moeut      0.1.0    1.1  2.11.0    [sandbox]/bin/plugins/libmoeut_model_moeut.so
     --- stderr
     ");
     fs::write(&file, bytes).unwrap();
@@ -55,6 +55,7 @@ fn nothing_typed_shows_how_to_use_it() {
     usage: moeut-host -task <task> -name <name> [-<argument> <value> …]   train
            moeut-host plugins list                                        what is found, and where
            moeut-host config show -task <task> [-<argument> <value> …]    every argument and where its value is from
+           moeut-host model show -task <task> [-<argument> <value> …]     size, cost and layers of the model; --json
            moeut-host doctor                                              what is wrong with this machine, and the fix
            moeut-host --help [-task <task>]                               every argument
     --- stderr
@@ -69,6 +70,7 @@ fn help_without_plugins_has_the_hosts_arguments() {
     usage: moeut-host -task <task> -name <name> [-<argument> <value> …]   train
            moeut-host plugins list                                        what is found, and where
            moeut-host config show -task <task> [-<argument> <value> …]    every argument and where its value is from
+           moeut-host model show -task <task> [-<argument> <value> …]     size, cost and layers of the model; --json
            moeut-host doctor                                              what is wrong with this machine, and the fix
            moeut-host --help [-task <task>]                               every argument
 
@@ -289,8 +291,69 @@ fn an_unknown_command() {
     --- stdout
     --- stderr
     Error:   × unknown command `plugin list`
-      ╰─▶ commands are `plugins list`, `config show` and `doctor`; without one, moeut-host trains
+      ╰─▶ commands are `plugins list`, `config show`, `model show` and `doctor`; without one, moeut-host trains
       help: type `moeut-host --help`
+    ");
+}
+
+#[test]
+fn model_show_counts_without_data() {
+    let args = ["model", "show", "-task", "moeut_c4", "-profile", "demo"];
+    let sandbox = Sandbox::new();
+    let text = sandbox.run(&args).ok().stdout;
+    let first: Vec<&str> = text.lines().take(12).collect();
+    assert_snapshot!(first.join("\n"), @r"
+    model `moeut`, 128 tokens per sequence, vocabulary 8000
+
+    parameters (n_params)                            3445824
+      routers                                          12288
+      norms                                             1280
+      attention                                       327680
+      feed-forward                                   1048576
+      embedding                                      1024000
+      output                                         1032000
+    in distinct layers (n_model_weights)             1389568
+    in attention (n_attention_weights)                336384
+    with gradients and AdamW's averages              55.1 MB
+    ");
+    let json = sandbox.run(&[&args[..], &["--json"]].concat()).ok().stdout;
+    assert!(json.contains(r#""n_params":3445824"#), "{json}");
+    assert!(!sandbox.work().join("cache").exists());
+}
+
+#[test]
+fn a_misspelled_variant_names_all_variants() {
+    let show = |variant| {
+        let args = [
+            "config",
+            "show",
+            "-task",
+            "moeut_c4",
+            "-transformer.variant",
+            variant,
+        ];
+        Sandbox::new().run(&args)
+    };
+    assert_snapshot!(show("prelm_rope"), @r"
+    exit: 2
+    --- stdout
+    --- stderr
+    Error:   × unknown variant `prelm_rope`
+      ╰─▶ the variants are `moe`, `preln_moe`, `moe_universal`, `preln_moe_universal`,
+          `preln_moe_parallel`, `rope`, `preln_rope`, `preln_rope_parallel`, `rope_universal`,
+          `preln_rope_universal`, `sut_universal`, `preln_sut_universal`, `actsut_universal`,
+          `preln_actsut_universal`
+      help: set `-transformer.variant` to one of these, or to the name of a model plugin
+    ");
+    assert_snapshot!(show("gpt"), @r"
+    exit: 2
+    --- stdout
+    --- stderr
+    Error:   × unknown model `gpt`
+      ╰─▶ found `moeut`; `-transformer.variant` takes: The model: `[preln_]moe[_universal]`,
+          `[preln_]rope[_universal]`, `preln_{moe,rope}_parallel`, `[preln_][act]sut_universal`, or
+          the name of any other model plugin
+      help: `moeut-host plugins list` shows what there is, `moeut-host doctor` what is wrong
     ");
 }
 
