@@ -1,17 +1,18 @@
 //! Entry point: which job is asked for, and the way from `argv` to a run.
 
-use crate::args::{HostConfig, Owner, asks_for_help, help_text, parse, peek, render_resolved};
+use crate::args::{HostConfig, asks_for_help, help_text, parse, peek, render_resolved};
 use crate::checkpoint::{self, Loaded};
 use crate::checkpoint_cli;
 use crate::doctor;
 use crate::error::{EXIT_USER_ERROR, HostError};
 use crate::generate;
 use crate::log::{Level, Terminal, TerminalMode};
+use crate::model_show;
+use crate::plan::{Resolved, candidates, resolve};
 use crate::plugins::{Registry, search_path};
 use crate::train;
 use crate::train::build::{Blueprint, build};
-use moeut_plugin_api::ComponentKind;
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{IsTerminal, Write};
 use std::path::Path;
@@ -25,6 +26,7 @@ usage: moeut-host -task <task> -name <name> [-<argument> <value> …]   train
        moeut-host config show -task <task> [-<argument> <value> …]    every argument and where its value is from
        moeut-host checkpoint info|convert|export                      what one holds; from and to Python
        moeut-host generate -name <name> -prompt <text>                a trained model continues a text
+       moeut-host model show -task <task> [-<argument> <value> …]     size, cost and layers of the model; --json
        moeut-host doctor                                              what is wrong with this machine, and the fix
        moeut-host --help [-task <task>]                               every argument
 ";
@@ -67,8 +69,8 @@ fn dispatch(argv: &[String], start: Instant) -> Result<(), HostError> {
             Ok(())
         }
         ["config", "show"] => {
-            let owners = owners(rest, &open_registry(rest))?;
-            print(&render_resolved(&parse(rest, &owners, None)?, &owners));
+            let resolved = resolve(rest, None, &Arc::new(open_registry(rest)), &terminal())?;
+            print(&render_resolved(&resolved.arguments, &resolved.owners));
             Ok(())
         }
         ["checkpoint", ..] => {
@@ -76,13 +78,14 @@ fn dispatch(argv: &[String], start: Instant) -> Result<(), HostError> {
             Ok(())
         }
         ["generate"] => generate::command(rest),
+        ["model", "show"] => model_show(rest),
         ["doctor"] => {
             print(&doctor::report(&open_registry(rest), &cuda));
             Ok(())
         }
         _ => Err(HostError::new(
             format!("unknown command `{}`", words.join(" ")),
-            "commands are `plugins list`, `config show`, `checkpoint`, `generate` and `doctor`; without one it trains",
+            "commands are `plugins list`, `config show`, `model show`, `checkpoint`, `generate` and `doctor`; without one it trains",
             "type `moeut-host --help`",
         )),
     }
@@ -90,10 +93,38 @@ fn dispatch(argv: &[String], start: Instant) -> Result<(), HostError> {
 
 fn help(argv: &[String]) -> Result<(), HostError> {
     const WIDTH: usize = 110;
-    let owners = owners(argv, &open_registry(argv))?;
+    let registry = Arc::new(open_registry(argv));
+    let is_question = |word: &&String| matches!(word.trim_start_matches('-'), "h" | "help");
+    let rest: Vec<String> = argv
+        .iter()
+        .filter(|word| !is_question(word))
+        .cloned()
+        .collect();
+    // Help is wanted most when something is wrong: then it is about everything that may be meant.
+    let owners = match resolve(&rest, None, &registry, &terminal()) {
+        Ok(resolved) => resolved.owners,
+        Err(_) => candidates(&rest, &registry)?,
+    };
     print(USAGE);
     print("\n");
     print(&help_text(&owners, WIDTH));
+    Ok(())
+}
+
+/// Shows the model that would be trained.
+fn model_show(argv: &[String]) -> Result<(), HostError> {
+    let (json, rest): (Vec<String>, Vec<String>) = argv
+        .iter()
+        .cloned()
+        .partition(|word| word.trim_start_matches('-') == "json");
+    let registry = Arc::new(open_registry(&rest));
+    let overview = model_show::overview(&rest, &registry, &terminal())?;
+    let text = if json.is_empty() {
+        overview.to_string()
+    } else {
+        serde_json::json!(overview).to_string() + "\n"
+    };
+    print(&text);
     Ok(())
 }
 
@@ -101,10 +132,9 @@ fn help(argv: &[String]) -> Result<(), HostError> {
 fn train_command(argv: &[String], start: Instant) -> Result<(), HostError> {
     let registry = Arc::new(open_registry(argv));
     let plugins_time = start.elapsed();
-    let terminal = Arc::new(Terminal::new(TerminalMode::Auto));
+    let terminal = terminal();
     warn_about_plugins(&registry, &terminal);
-    let owners = owners(argv, &registry)?;
-    let blueprint = blueprint(argv, &owners)?;
+    let blueprint = blueprint(argv, &registry, &terminal)?;
     for warning in &blueprint.arguments.warnings {
         terminal.message(Level::Warning, warning);
     }
@@ -141,6 +171,10 @@ pub(crate) fn warn_about_plugins(registry: &Registry, terminal: &Terminal) {
     }
 }
 
+fn terminal() -> Arc<Terminal> {
+    Arc::new(Terminal::new(TerminalMode::Auto))
+}
+
 /// The plugins of the search path that `argv` gives.
 pub(crate) fn open_registry(argv: &[String]) -> Registry {
     let dirs: Vec<String> = peek(argv, "plugin_dir")
@@ -151,40 +185,14 @@ pub(crate) fn open_registry(argv: &[String]) -> Registry {
     Registry::open(search_path(&dirs))
 }
 
-/// Who accepts arguments: the host, the task that `argv` names, and every component that is no task.
-///
-/// Another task's defaults and profiles are none of this run's business. If no task is named (a run that goes on has
-/// it in its stored arguments), all of them count.
-///
-/// # Errors
-/// If there is no such task.
-pub(crate) fn owners(argv: &[String], registry: &Registry) -> Result<Vec<Owner>, HostError> {
-    let named = peek(argv, "task");
-    let task = match named.last() {
-        Some(name) => Some(registry.find(ComponentKind::Task, name)?.info),
-        None => None,
-    };
-    let mut seen = BTreeSet::new();
-    let mut owners = vec![Owner::host()];
-    for component in registry.components() {
-        let info = component.info;
-        let is_wanted = match (info.kind, task) {
-            (ComponentKind::Task, Some(task)) => info.name == task.name,
-            _ => true,
-        };
-        if is_wanted && seen.insert((info.kind, &info.name)) {
-            let plugin = &component.library.manifest.plugin;
-            let plugin = format!("{} {}", plugin.name, plugin.version);
-            owners.push(Owner::component(info, &plugin));
-        }
-    }
-    Ok(owners)
-}
-
 /// Resolves the arguments: command line > stored ones of the run or checkpoint > profile > default.
-fn blueprint(argv: &[String], owners: &[Owner]) -> Result<Blueprint, HostError> {
+fn blueprint(
+    argv: &[String],
+    registry: &Arc<Registry>,
+    terminal: &Arc<Terminal>,
+) -> Result<Blueprint, HostError> {
     // A first reading says which run or checkpoint there is to go on from; then its arguments join in.
-    let config = HostConfig::new(&parse(argv, owners, None)?)?;
+    let config = HostConfig::new(&parse(argv, &candidates(argv, registry)?, None)?)?;
     let named = |config: &HostConfig| match &config.name {
         Some(name) => Ok(config.save_dir.join(name)),
         None => Err(HostError::new(
@@ -203,7 +211,7 @@ fn blueprint(argv: &[String], owners: &[Owner]) -> Result<Blueprint, HostError> 
         None if config.reset => None,
         None => read_args(&named(&config)?)?,
     };
-    let mut arguments = parse(argv, owners, stored.as_ref())?;
+    let Resolved { mut arguments, .. } = resolve(argv, stored.as_ref(), registry, terminal)?;
     let config = HostConfig::new(&arguments)?;
     let folder = named(&config)?;
     arguments.warnings.extend(

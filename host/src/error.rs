@@ -70,6 +70,12 @@ impl From<ArgsError> for HostError {
     }
 }
 
+impl From<ArgsError> for PluginError {
+    fn from(error: ArgsError) -> Self {
+        Self::new(error.what()).why(error.why()).fix(error.fix())
+    }
+}
+
 impl From<CheckpointError> for HostError {
     fn from(error: CheckpointError) -> Self {
         PluginError::from(error).into()

@@ -1,6 +1,6 @@
 //! moeut-host: trains language models whose tasks, datasets, models and kernels are plugins.
 //!
-//! Reading order is the data flow: [`cli`] → [`args`] → [`plugins`] → [`train`] → [`log`], [`checkpoint`].
+//! Reading order is the data flow: [`cli`] → [`args`] → [`plugins`] → [`plan`] → [`train`] → [`log`], [`checkpoint`].
 
 pub mod args;
 pub mod checkpoint;
@@ -10,6 +10,8 @@ pub mod doctor;
 pub mod error;
 pub mod generate;
 pub mod log;
+pub mod model_show;
+pub mod plan;
 pub mod plugins;
 pub mod services;
 pub mod train;

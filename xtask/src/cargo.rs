@@ -21,6 +21,9 @@ use crate::{
 /// The package with the executable, and the executable.
 const HOST: &str = "moeut-host";
 
+/// The package with the harness for recorded runs, and its program.
+const NUMERICS: &str = "moeut-numerics";
+
 /// Kinds of plugin, each a folder below `plugins`. Packages directly in `plugins` are libraries.
 const KINDS: [&str; 4] = ["tasks", "datasets", "models", "kernels"];
 
@@ -97,6 +100,21 @@ pub(crate) fn test(repo: &Path, args: &[String]) -> Result<(), Failure> {
     run(cargo(repo, &workspace)?
         .args(["test", "--release", "--workspace"])
         .args(args))
+}
+
+/// Runs recorded runs of the reference: builds the harness of `tests/numerics`, which builds models and kernels itself.
+pub(crate) fn fixtures(repo: &Path, args: &[String]) -> Result<(), Failure> {
+    setup(repo, Set::Cpu)?;
+    let workspace = workspace(repo)?;
+    run(cargo(repo, &workspace)?.args(["build", "--quiet", "--release", "--package", NUMERICS]))?;
+    let program = workspace.target_directory.join("release").join(NUMERICS);
+    // In the user's folder, so that relative paths are theirs; with the same commit, or plugins would be built twice.
+    let mut command = Command::new(&program);
+    command.args(args).env("MOEUT_GIT_HASH", git_hash(repo));
+    let status = command
+        .status()
+        .map_err(|error| Failure::start(&program.to_string_lossy(), &error))?;
+    passed(status)
 }
 
 /// Formatting, then clippy as `cargo lint` runs it (the alias in `.cargo/config.toml`).

@@ -35,11 +35,13 @@ Usage: cargo xtask <command>
                                          args go to `cargo build`
   run [--] [args]                        build, then run `moeut-host` with args
   test [args]                            build, then `cargo test --release --workspace` with args
+  fixtures <folder> [--kernel <name>]    run every recorded run of the reference in a folder (`<name>.json` and
+                                         `<name>.safetensors`) with every kernel, in fp64 and fp32; one line each
   faults [--short] [--seed <number>]     build, then kill, starve and damage runs, and count what is lost; about
                                          5 minutes, a short one 1 minute
   lint [args]                            check formatting, then clippy on everything; warnings are errors
 
-`build`, `run`, `test`, `faults` and `lint` do `setup` first if something is missing.
+`build`, `run`, `test`, `fixtures`, `faults` and `lint` do `setup` first if something is missing.
 ";
 
 fn main() -> ExitCode {
@@ -85,6 +87,7 @@ fn dispatch(repo: &Path, args: &[String]) -> Result<(), Failure> {
         }
         "test" => cargo::test(repo, args),
         "faults" => faults::faults(repo, args),
+        "fixtures" => cargo::fixtures(repo, args),
         "lint" => cargo::lint(repo, args),
         "help" | "-h" | "--help" => {
             print!("{USAGE}");
@@ -92,7 +95,7 @@ fn dispatch(repo: &Path, args: &[String]) -> Result<(), Failure> {
         }
         other => Err(Failure::new(
             format!("unknown command `{other}`"),
-            "the commands are `setup`, `build`, `run`, `test`, `faults` and `lint`",
+            "the commands are `setup`, `build`, `run`, `test`, `fixtures`, `faults` and `lint`",
             "`cargo xtask help`",
         )),
     }

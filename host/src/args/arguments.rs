@@ -1,6 +1,7 @@
 //! The outcome of a parse: every argument's text, value and origin.
 
 use super::error::ArgsError;
+use super::table::typed;
 use moeut_plugin_api::args::{ArgDef, configuration};
 use serde_json::Value;
 use std::collections::BTreeMap;
@@ -30,7 +31,10 @@ impl fmt::Display for Source {
     }
 }
 
-/// All live arguments of a run; retired ones leave nothing but a warning.
+/// All arguments that mean something in a run; the others leave nothing but a warning.
+///
+/// An argument that nobody gave is here with its default if its owners agree about one. Whoever needs the value that
+/// holds for one component asks [`Arguments::config_for`].
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Arguments {
     /// Text as typed, and where it came from, by flag.
@@ -53,20 +57,35 @@ impl Arguments {
             .collect()
     }
 
-    /// The configuration of the component that has these arguments, nested by the dots of its field names.
+    /// The configuration of the component that has these arguments, nested by the dots of its field names. What nobody
+    /// gave has the component's own default.
     ///
     /// # Errors
-    /// If `defs` were not among the owners of the parse and one of their defaults does not parse.
+    /// If a value is none of the component's choices, or a default does not parse.
     pub fn config_for(&self, defs: &[ArgDef]) -> Result<Value, ArgsError> {
-        configuration(defs, &self.values).map_err(|error| ArgsError::Value {
-            name: defs
-                .iter()
-                .find(|def| def.default == error.raw)
-                .map_or_else(String::new, |def| def.name.clone()),
-            from: Source::Default,
-            raw: error.raw,
-            expected: error.expected,
-        })
+        let mut values = BTreeMap::new();
+        for def in defs.iter().filter(|def| def.retired.is_empty()) {
+            values.insert(def.name.clone(), self.value_for(def)?);
+        }
+        // Every live argument has a value now, so that no default is left to go wrong.
+        Ok(configuration(defs, &values).unwrap_or_default())
+    }
+
+    /// The value that holds for one owner of an argument.
+    ///
+    /// # Errors
+    /// If it is none of the owner's choices, or the owner's default does not parse.
+    pub fn value_for(&self, def: &ArgDef) -> Result<Value, ArgsError> {
+        let (raw, from) = self.applies(def);
+        typed(def, raw, &from)
+    }
+
+    /// The text that holds for one owner of an argument, and its origin: what was given, or the owner's own default.
+    pub(super) fn applies<'a>(&'a self, def: &'a ArgDef) -> (&'a str, Source) {
+        match self.raw.get(&def.name) {
+            Some((raw, from)) if *from != Source::Default => (raw, from.clone()),
+            _ => (&def.default, Source::Default),
+        }
     }
 
     /// The text and origin of a flag; empty and default if there is no such flag.

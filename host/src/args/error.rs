@@ -85,14 +85,14 @@ pub enum ArgsError {
         /// From the earlier start.
         stored: String,
     },
-    /// Two components define one argument differently.
+    /// Two components disagree about the type of one argument.
     #[error("two definitions of `-{name}`")]
     Conflict {
         /// The flag.
         name: String,
-        /// Who defined it first.
+        /// Who defined it first, and what it takes.
         first: String,
-        /// Who defines it differently.
+        /// Who defines it differently, and how.
         second: String,
     },
     /// One argument's name is the group of another's.
@@ -150,7 +150,7 @@ impl ArgsError {
             Self::ProfileArgument { owner, .. } => format!("the profile is of {owner}"),
             Self::ProfileDiffers { stored, .. } => format!("it was started with `{stored}`"),
             Self::Conflict { first, second, .. } => {
-                format!("{first} and {second} define it differently")
+                format!("{first}, {second}")
             }
             Self::LeafAndNode {
                 leaf_owner,

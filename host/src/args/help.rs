@@ -1,24 +1,32 @@
 //! The help text of arguments, by owner. Plain text without colors, so the same on every terminal.
 
-use super::owner::Owner;
+use super::owner::{Owner, Role};
 use moeut_plugin_api::args::{ArgDef, ArgKind};
 use std::collections::BTreeSet;
 
 /// Where the descriptions begin.
 const COLUMN: usize = 38;
 
-/// One paragraph per owner, one line per argument, wrapped at `width` columns.
+/// One paragraph per owner that may take part in the run, one line per argument, wrapped at `width` columns.
 ///
-/// An argument that several owners share is shown with the first of them.
+/// An argument that several owners define alike is shown with the first of them.
 pub fn help_text(owners: &[Owner], width: usize) -> String {
     let mut shown = BTreeSet::new();
     let mut text = String::new();
-    for owner in owners {
-        let defs: Vec<&ArgDef> = owner
-            .defs
-            .iter()
-            .filter(|def| shown.insert(&def.name))
-            .collect();
+    let (idle, used): (Vec<&Owner>, Vec<&Owner>) =
+        owners.iter().partition(|owner| owner.role == Role::Idle);
+    for owner in used {
+        let is_new = |def: &&ArgDef| {
+            let field = String::new(); // the only part that help does not show
+            shown.insert(format!(
+                "{:?}",
+                ArgDef {
+                    field,
+                    ..(*def).clone()
+                }
+            ))
+        };
+        let defs: Vec<&ArgDef> = owner.defs.iter().filter(is_new).collect();
         let (live, retired): (Vec<&ArgDef>, Vec<&ArgDef>) =
             defs.iter().partition(|def| def.retired.is_empty());
         if defs.is_empty() && owner.profiles.is_empty() {
@@ -45,6 +53,12 @@ pub fn help_text(owners: &[Owner], width: usize) -> String {
                 width,
             ));
         }
+    }
+    let idle = idle.iter().filter(|owner| !owner.defs.is_empty());
+    let idle: Vec<String> = idle.map(|owner| format!("  {}\n", owner.heading)).collect();
+    if !idle.is_empty() {
+        text.push_str("\nnot used by this run, which accepts their arguments without effect:\n");
+        text.push_str(&idle.concat());
     }
     text
 }
@@ -112,6 +126,8 @@ mod tests {
     fn owners() -> [Owner; 2] {
         let owner = |heading: &str, specs: &[ArgSpec], profiles| Owner {
             heading: heading.into(),
+            component: None,
+            role: Role::Active,
             defs: specs.iter().map(ArgDef::from).collect(),
             profiles,
         };
@@ -161,6 +177,39 @@ task `toy` (moeut-task-toy 0.1.0):
                                       Order of layers [default abab]
   -profile demo                       Minutes on a laptop
   accepted without effect             -moe.layer_encoding
+"
+        );
+    }
+
+    #[test]
+    fn each_owner_shows_its_own_default_and_idle_ones_only_their_names() {
+        let [_, mut task] = owners();
+        task.defs = [
+            ArgSpec::int("k", "2").help("Experts"),
+            ArgSpec::int("n", "1"),
+        ]
+        .iter()
+        .map(ArgDef::from)
+        .collect();
+        let mut model = task.clone();
+        model.heading = "model `m`".into();
+        model.defs[0].default = "4".into();
+        let mut idle = model.clone();
+        (idle.heading, idle.role) = ("model `other`".into(), Role::Idle);
+        assert_eq!(
+            help_text(&[task, model, idle], 80),
+            "\
+task `toy` (moeut-task-toy 0.1.0):
+  -k <int>                            Experts [default 2]
+  -n <int>                            [default 1]
+  -profile demo                       Minutes on a laptop
+
+model `m`:
+  -k <int>                            Experts [default 4]
+  -profile demo                       Minutes on a laptop
+
+not used by this run, which accepts their arguments without effect:
+  model `other`
 "
         );
     }

@@ -27,7 +27,7 @@ pub use host::{
     ScheduleConfig, ScheduleKind,
 };
 pub use host_table::host_args;
-pub use owner::Owner;
+pub use owner::{Owner, Role};
 pub use parse::parse;
 pub use peek::{asks_for_help, peek};
 pub use show::render_resolved;

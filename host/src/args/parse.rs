@@ -3,18 +3,18 @@
 use super::arguments::{Arguments, Source};
 use super::error::ArgsError;
 use super::host_table::NOT_SAVED;
-use super::owner::Owner;
+use super::owner::{Owner, Role};
 use super::profiles::{self, Bundle};
-use super::table::Table;
+use super::table::{Idleness, Row, Table};
 use super::token::{Token, tokens};
-use moeut_plugin_api::args::ArgDef;
-use serde_json::Value;
+use moeut_plugin_api::ComponentKind;
 use std::collections::BTreeMap;
 
 /// Reads the command line (without the program's name) and fills up what it does not say.
 ///
 /// For each argument the first of these that has it counts: the command line, `stored` (an earlier start's
-/// [`Arguments::raw_map`]), the profiles, the default.
+/// [`Arguments::raw_map`]), the profiles, the default. The [`Role`]s of the owners decide who has a say about values, and
+/// whose arguments have no effect.
 ///
 /// # Errors
 /// For any mistake in one of these sources, and for owners whose tables contradict each other.
@@ -38,26 +38,58 @@ pub fn parse(
         not_saved: NOT_SAVED,
         ..Arguments::default()
     };
-    for def in table.defs() {
-        let (raw, from) = sources.find(def);
-        if def.retired.is_empty() {
-            let value = typed(def, raw, &from)?;
-            arguments.values.insert(def.name.clone(), value);
-            arguments
-                .raw
-                .insert(def.name.clone(), (raw.to_owned(), from));
-        } else if from != Source::Default {
-            arguments
+    let mut idle: BTreeMap<ComponentKind, Vec<&str>> = BTreeMap::new();
+    for row in table.rows() {
+        let name = row.name();
+        let Some((raw, from)) = sources.find(row) else {
+            continue;
+        };
+        let value = row.parse(raw, &from)?;
+        match row.idleness() {
+            None => {
+                arguments.values.insert(name.to_owned(), value);
+                arguments
+                    .raw
+                    .insert(name.to_owned(), (raw.to_owned(), from));
+            }
+            Some(_) if from == Source::Stored => {}
+            Some(Idleness::Retired(reason)) => arguments
                 .warnings
-                .push(format!("`-{}` has no effect: {}", def.name, def.retired));
+                .push(format!("`-{name}` has no effect: {reason}")),
+            Some(Idleness::Of(owner)) => {
+                if let Some((kind, _)) = owner.component {
+                    idle.entry(kind).or_default().push(name);
+                }
+            }
         }
     }
+    let notices = idle
+        .iter()
+        .map(|(&kind, names)| notice(kind, names, owners));
+    arguments.warnings.extend(notices);
     for name in stored.keys().filter(|name| table.get(name).is_none()) {
         arguments.warnings.push(format!(
             "the stored argument `{name}` is unknown and was left out"
         ));
     }
     Ok(arguments)
+}
+
+/// Says which arguments have no effect because the run uses other components of their owners' kind.
+fn notice(kind: ComponentKind, names: &[&str], owners: &[Owner]) -> String {
+    let flags: Vec<String> = names.iter().map(|name| format!("`-{name}`")).collect();
+    let used = owners.iter().filter(|owner| owner.role == Role::Active);
+    let used: Vec<String> = used
+        .filter_map(|owner| owner.component.as_ref())
+        .filter(|(used, _)| *used == kind)
+        .map(|(_, name)| format!("`{name}`"))
+        .collect();
+    let verb = if names.len() == 1 { "has" } else { "have" };
+    format!(
+        "{} {verb} no effect with {kind} {}",
+        flags.join(", "),
+        used.join(", ")
+    )
 }
 
 /// What the user typed, by full name; the last one wins.
@@ -73,15 +105,14 @@ fn command_line(argv: &[String], table: &Table<'_>) -> Result<BTreeMap<String, S
                 });
             }
             Token::Flag { name, value } => {
-                let def = table.resolve(name)?;
+                let row = table.resolve(name)?;
+                let name = row.name().to_owned();
                 let Some(value) = value else {
-                    return Err(ArgsError::MissingValue {
-                        name: def.name.clone(),
-                        expected: def.expectation(),
-                    });
+                    let expected = row.expectation();
+                    return Err(ArgsError::MissingValue { name, expected });
                 };
-                given.insert(def.name.clone(), python_none(value).to_owned());
-                after = Some(def.name.clone());
+                given.insert(name.clone(), python_none(value).to_owned());
+                after = Some(name);
             }
         }
     }
@@ -122,33 +153,26 @@ struct Sources<'a> {
 }
 
 impl<'a> Sources<'a> {
-    fn find(&self, def: &'a ArgDef) -> (&'a str, Source) {
-        let name = def.name.as_str();
+    /// Nothing if nobody gave a value and the owners do not agree about a default.
+    fn find(&self, row: &Row<'a>) -> Option<(&'a str, Source)> {
+        let name = row.name();
         if let Some(raw) = self.given.get(name) {
-            (raw, Source::CommandLine)
+            Some((raw, Source::CommandLine))
         } else if let Some(raw) = self.stored.get(name).filter(|_| !NOT_SAVED.contains(&name)) {
-            (raw, Source::Stored)
+            Some((raw, Source::Stored))
         } else if let Some((raw, profile)) = self.profiles.get(name) {
-            (raw, Source::Profile(profile.clone()))
+            Some((raw, Source::Profile(profile.clone())))
         } else {
-            (&def.default, Source::Default)
+            Some((row.default()?, Source::Default))
         }
     }
 }
 
-fn typed(def: &ArgDef, raw: &str, from: &Source) -> Result<Value, ArgsError> {
-    def.parse(raw).map_err(|error| ArgsError::Value {
-        name: def.name.clone(),
-        from: from.clone(),
-        raw: error.raw,
-        expected: error.expected,
-    })
-}
-
 #[cfg(test)]
 mod tests {
+    use super::Role::{Active, Idle, Possible};
     use super::*;
-    use moeut_plugin_api::args::ProfileDef;
+    use moeut_plugin_api::args::{ArgDef, ProfileDef};
     use moeut_plugin_api::{ArgKind, ArgSpec};
     use serde_json::json;
 
@@ -167,6 +191,8 @@ mod tests {
     fn owners() -> Vec<Owner> {
         let task = Owner {
             heading: "task `toy` (moeut-task-toy 0.1.0)".into(),
+            component: Some((ComponentKind::Task, "toy".into())),
+            role: Role::Active,
             defs: [
                 ArgSpec::int("state_size", "128").field("d_model"),
                 ArgSpec::flag("lm.eval.enabled", "1"),
@@ -285,6 +311,101 @@ mod tests {
             ]
         );
         assert!(!arguments.raw_map().contains_key("moe.layer_encoding"));
+    }
+
+    /// A dense model beside one with experts; which of them is in the run is for the test to say.
+    fn models(roles: [Role; 2]) -> Vec<Owner> {
+        let tables: [&[ArgSpec]; 2] = [
+            &[
+                ArgSpec::text("act", "relu").choices("relu|gelu"),
+                ArgSpec::float("ff_multiplier", "2"),
+            ],
+            &[
+                ArgSpec::text("act", "gelu").choices("gelu|topk"),
+                ArgSpec::retired(ArgKind::Float, "ff_multiplier", "experts have widths"),
+                ArgSpec::int("n_experts", "8"),
+                ArgSpec::int("top_k", "2"),
+            ],
+        ];
+        let mut owners = vec![Owner::host()];
+        for ((name, specs), role) in ["dense", "moe"].into_iter().zip(tables).zip(roles) {
+            owners.push(Owner {
+                heading: format!("model `{name}`"),
+                component: Some((ComponentKind::Model, name.into())),
+                role,
+                defs: specs.iter().map(ArgDef::from).collect(),
+                profiles: Vec::new(),
+            });
+        }
+        owners
+    }
+
+    fn run_models(line: &str, roles: [Role; 2]) -> Result<Arguments, ArgsError> {
+        let argv: Vec<String> = line.split_whitespace().map(String::from).collect();
+        parse(&argv, &models(roles), None)
+    }
+
+    #[test]
+    fn each_component_keeps_its_own_default() {
+        for (roles, shared) in [
+            ([Possible, Possible], None),
+            ([Active, Idle], Some("relu")),
+            ([Idle, Active], Some("gelu")),
+        ] {
+            let arguments = run_models("", roles).unwrap();
+            let raw = arguments.raw_map().get("act").cloned();
+            assert_eq!(raw.as_deref(), shared, "{roles:?}");
+            let act = |defs: &[ArgDef]| arguments.config_for(defs).unwrap()["act"].clone();
+            let owners = models(roles);
+            assert_eq!(
+                [act(&owners[1].defs), act(&owners[2].defs)],
+                ["relu", "gelu"]
+            );
+        }
+    }
+
+    #[test]
+    fn choices_are_those_of_the_runs_owners() {
+        for (raw, roles, is_fine) in [
+            ("topk", [Possible, Possible], true),
+            ("topk", [Idle, Active], true),
+            ("topk", [Active, Idle], false),
+            ("tanh", [Possible, Possible], false),
+        ] {
+            let arguments = run_models(&format!("-act {raw}"), roles);
+            assert_eq!(arguments.is_ok(), is_fine, "{raw} {roles:?}");
+        }
+        let arguments = run_models("-act topk", [Possible, Possible]).unwrap();
+        let error = arguments.config_for(&models([Possible; 2])[1].defs);
+        assert_eq!(
+            error.unwrap_err().why(),
+            "`topk` is not one of relu, gelu (from: command line)"
+        );
+    }
+
+    #[test]
+    fn arguments_of_other_components_are_accepted_with_a_notice() {
+        let line = "-n_experts 4 -top_k 3 -ff_multiplier 4";
+        for (roles, warnings) in [
+            ([Possible, Possible], &[][..]),
+            (
+                [Active, Idle],
+                &["`-n_experts`, `-top_k` have no effect with model `dense`"],
+            ),
+            (
+                [Idle, Active],
+                &["`-ff_multiplier` has no effect: experts have widths"],
+            ),
+        ] {
+            let arguments = run_models(line, roles).unwrap();
+            assert_eq!(arguments.warnings, warnings, "{roles:?}");
+            let has = |name| arguments.raw_map().contains_key(name);
+            let expected = [roles[1] != Idle, roles[0] != Idle];
+            assert_eq!([has("n_experts"), has("ff_multiplier")], expected);
+        }
+        assert!(run_models("-n_expert 4", [Active, Idle]).is_ok());
+        assert!(run_models("-n_expertz 4", [Active, Idle]).is_err());
+        assert!(run_models("-n_experts many", [Active, Idle]).is_err());
     }
 
     #[test]

@@ -1,24 +1,21 @@
 //! The resolved arguments as text: what `config show` prints.
 
 use super::arguments::Arguments;
-use super::owner::Owner;
-use std::collections::BTreeSet;
+use super::owner::{Owner, Role};
 
-/// One line `name = value  # source` per live argument, below a comment line for each owner.
+/// One line `name = value  # source` per live argument, below a comment line for each owner that takes part in the run.
 ///
-/// Values are shown as typed; the empty text is `""`.
+/// An argument of several owners is there for each, with the value that holds for it. Values are shown as typed; the
+/// empty text is `""`.
 pub fn render_resolved(arguments: &Arguments, owners: &[Owner]) -> String {
-    let mut shown = BTreeSet::new();
     let mut paragraphs = Vec::new();
-    for owner in owners {
-        let lines: Vec<String> = owner
-            .defs
-            .iter()
-            .filter(|def| shown.insert(&def.name))
-            .filter_map(|def| arguments.raw.get_key_value(&def.name))
-            .map(|(name, (raw, source))| {
+    for owner in owners.iter().filter(|owner| owner.role != Role::Idle) {
+        let live = owner.defs.iter().filter(|def| def.retired.is_empty());
+        let lines: Vec<String> = live
+            .map(|def| {
+                let (raw, source) = arguments.applies(def);
                 let value = if raw.is_empty() { "\"\"" } else { raw };
-                format!("{name} = {value}  # {source}\n")
+                format!("{} = {value}  # {source}\n", def.name)
             })
             .collect();
         if !lines.is_empty() {
@@ -36,21 +33,31 @@ mod tests {
     use moeut_plugin_api::args::ArgDef;
 
     #[test]
-    fn values_come_with_their_source() {
+    fn each_owner_has_its_values_with_their_source() {
         let owner = |heading: &str, specs: &[ArgSpec]| Owner {
             heading: heading.into(),
+            component: None,
+            role: Role::Active,
             defs: specs.iter().map(ArgDef::from).collect(),
             profiles: Vec::new(),
         };
         let lr = ArgSpec::float("lr", "1e-3");
         let owners = [
             owner("host", &[lr, ArgSpec::text("restore", "")]),
-            owner("task `toy`", &[lr, ArgSpec::int("k", "1")]),
+            owner(
+                "task `toy`",
+                &[ArgSpec::float("lr", "1e-4"), ArgSpec::int("k", "1")],
+            ),
+            Owner {
+                role: Role::Idle,
+                ..owner("task `other`", &[lr])
+            },
         ];
         let arguments = parse(&["-k=2".into()], &owners, None).unwrap();
         assert_eq!(
             render_resolved(&arguments, &owners),
-            "# host\nlr = 1e-3  # default\nrestore = \"\"  # default\n\n# task `toy`\nk = 2  # command line\n"
+            "# host\nlr = 1e-3  # default\nrestore = \"\"  # default\n\n\
+             # task `toy`\nlr = 1e-4  # default\nk = 2  # command line\n"
         );
     }
 }

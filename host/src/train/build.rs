@@ -15,11 +15,12 @@ use super::state::TrainState;
 use crate::args::{Arguments, HostConfig, LogSink, SampleConfig};
 use crate::checkpoint::{Checkpoints, Loaded};
 use crate::log::{Jsonl, Sink, Sinks, TensorBoard, Terminal};
+use crate::plan;
 use crate::plugins::{Component, Registry};
 use crate::services::Services;
 use moeut_plugin_api::abi::client::{HostServices, ModelClient, TokenDatasetClient};
 use moeut_plugin_api::{
-    ComponentKind, ModelSetup, PluginError, RunFacts, StreamInfo, StreamRequest, TaskPlan,
+    ComponentKind, ModelSetup, PluginError, StreamInfo, StreamRequest, TaskPlan,
 };
 use moeut_torch::{IntoTensor, OrPluginError, rng};
 use std::collections::{BTreeMap, BTreeSet};
@@ -69,7 +70,7 @@ pub fn build(
         registry,
         services: &services,
     };
-    let plan = site.plan(n_steps)?;
+    let plan = site.plan()?;
     let data = site.data(&plan)?;
     let data_time = clock.elapsed();
 
@@ -156,19 +157,11 @@ struct Subject {
 
 impl Site<'_> {
     /// Asks the task what to build.
-    pub(crate) fn plan(&self, n_steps: Option<u64>) -> Result<TaskPlan, PluginError> {
+    pub(crate) fn plan(&self) -> Result<TaskPlan, PluginError> {
         let config = &self.blueprint.config;
         let name = config.task.as_deref().ok_or_else(no_task)?;
         let task = self.registry.find(ComponentKind::Task, name)?;
-        let arguments = self.arguments_of(task)?;
-        let facts = RunFacts {
-            batch_size: config.batch_size as u64,
-            n_steps,
-        };
-        let client = task.client();
-        client
-            .new_task(&task.info.name, &arguments, self.services)?
-            .plan(&facts)
+        plan::ask(task, &self.blueprint.arguments, config, self.services)
     }
 
     fn data(&self, plan: &TaskPlan) -> Result<Data, PluginError> {
@@ -264,11 +257,7 @@ impl Site<'_> {
     /// The arguments of a component, as its configuration.
     fn arguments_of(&self, component: Component<'_>) -> Result<serde_json::Value, PluginError> {
         let arguments = &self.blueprint.arguments;
-        arguments.config_for(&component.info.args).map_err(|error| {
-            PluginError::new(error.what())
-                .why(error.why())
-                .fix(error.fix())
-        })
+        Ok(arguments.config_for(&component.info.args)?)
     }
 }
 

@@ -55,7 +55,7 @@ fn nothing_typed_shows_how_to_use_it() {
     usage: moeut-host -task <task> -name <name> [-<argument> <value> …]   train
            moeut-host plugins list                                        what is found, and where
            moeut-host config show -task <task> [-<argument> <value> …]    every argument and where its value is from
-           moeut-host checkpoint info|convert|export                      what one holds; from and to Python
+           moeut-host model show -task <task> [-<argument> <value> …]     size, cost and layers of the model; --json
            moeut-host doctor                                              what is wrong with this machine, and the fix
            moeut-host --help [-task <task>]                               every argument
     --- stderr
@@ -70,7 +70,7 @@ fn help_without_plugins_has_the_hosts_arguments() {
     usage: moeut-host -task <task> -name <name> [-<argument> <value> …]   train
            moeut-host plugins list                                        what is found, and where
            moeut-host config show -task <task> [-<argument> <value> …]    every argument and where its value is from
-           moeut-host checkpoint info|convert|export                      what one holds; from and to Python
+           moeut-host model show -task <task> [-<argument> <value> …]     size, cost and layers of the model; --json
            moeut-host doctor                                              what is wrong with this machine, and the fix
            moeut-host --help [-task <task>]                               every argument
 
@@ -291,8 +291,69 @@ fn an_unknown_command() {
     --- stdout
     --- stderr
     Error:   × unknown command `plugin list`
-      ╰─▶ commands are `plugins list`, `config show`, `checkpoint` and `doctor`; without one it trains
+      ╰─▶ commands are `plugins list`, `config show`, `model show` and `doctor`; without one, moeut-host trains
       help: type `moeut-host --help`
+    ");
+}
+
+#[test]
+fn model_show_counts_without_data() {
+    let args = ["model", "show", "-task", "moeut_c4", "-profile", "demo"];
+    let sandbox = Sandbox::new();
+    let text = sandbox.run(&args).ok().stdout;
+    let first: Vec<&str> = text.lines().take(12).collect();
+    assert_snapshot!(first.join("\n"), @r"
+    model `moeut`, 128 tokens per sequence, vocabulary 8000
+
+    parameters (n_params)                            3445824
+      routers                                          12288
+      norms                                             1280
+      attention                                       327680
+      feed-forward                                   1048576
+      embedding                                      1024000
+      output                                         1032000
+    in distinct layers (n_model_weights)             1389568
+    in attention (n_attention_weights)                336384
+    with gradients and AdamW's averages              55.1 MB
+    ");
+    let json = sandbox.run(&[&args[..], &["--json"]].concat()).ok().stdout;
+    assert!(json.contains(r#""n_params":3445824"#), "{json}");
+    assert!(!sandbox.work().join("cache").exists());
+}
+
+#[test]
+fn a_misspelled_variant_names_all_variants() {
+    let show = |variant| {
+        let args = [
+            "config",
+            "show",
+            "-task",
+            "moeut_c4",
+            "-transformer.variant",
+            variant,
+        ];
+        Sandbox::new().run(&args)
+    };
+    assert_snapshot!(show("prelm_rope"), @r"
+    exit: 2
+    --- stdout
+    --- stderr
+    Error:   × unknown variant `prelm_rope`
+      ╰─▶ the variants are `moe`, `preln_moe`, `moe_universal`, `preln_moe_universal`,
+          `preln_moe_parallel`, `rope`, `preln_rope`, `preln_rope_parallel`, `rope_universal`,
+          `preln_rope_universal`, `sut_universal`, `preln_sut_universal`, `actsut_universal`,
+          `preln_actsut_universal`
+      help: set `-transformer.variant` to one of these, or to the name of a model plugin
+    ");
+    assert_snapshot!(show("gpt"), @r"
+    exit: 2
+    --- stdout
+    --- stderr
+    Error:   × unknown model `gpt`
+      ╰─▶ found `moeut`; `-transformer.variant` takes: The model: `[preln_]moe[_universal]`,
+          `[preln_]rope[_universal]`, `preln_{moe,rope}_parallel`, `[preln_][act]sut_universal`, or
+          the name of any other model plugin
+      help: `moeut-host plugins list` shows what there is, `moeut-host doctor` what is wrong
     ");
 }
 

@@ -1,6 +1,7 @@
 //! A recorded run: arguments, initial parameters, three batches, and what the reference made of them.
 
 use crate::Result;
+use moeut_plugin_api::PluginError;
 use serde::Deserialize;
 use serde_json::Value;
 use std::collections::BTreeMap;
@@ -23,12 +24,12 @@ pub struct Fixture {
 pub struct Meta {
     /// Number of distinct tokens.
     pub vocab: u64,
+    /// Whether each step sees what the one before it left in the model's memory.
+    pub state_carry: bool,
     /// Flags and values.
     pub args_effective: BTreeMap<String, Value>,
     /// Flags whose defaults mattered.
     pub defaults_used: BTreeMap<String, Value>,
-    /// Whether each step sees the states that the one before left.
-    pub state_carry: bool,
     /// What happened in double precision.
     pub fp64: Recorded,
 }
@@ -90,40 +91,62 @@ impl Fixture {
         Ok(self.tensors.get(name).ok_or_else(missing)?)
     }
 
-    /// A number among the arguments, given or default.
+    /// A value among the arguments, given or default.
+    fn argument(&self, flag: &str) -> Option<&Value> {
+        let given = self.meta.args_effective.get(flag);
+        given.or_else(|| self.meta.defaults_used.get(flag))
+    }
+
+    /// A number among the arguments; nothing for `none`.
     ///
     /// # Errors
-    /// If it is not there.
-    pub fn number(&self, flag: &str) -> Result<f64> {
-        let value = self
-            .meta
-            .args_effective
-            .get(flag)
-            .or_else(|| self.meta.defaults_used.get(flag));
-        let missing = || format!("{} has no number {flag}", self.name);
-        Ok(value.and_then(Value::as_f64).ok_or_else(missing)?)
+    /// If it is not there, or something else.
+    pub fn number(&self, flag: &str) -> Result<Option<f64>> {
+        let value = self.argument(flag);
+        let value = value.ok_or_else(|| format!("{} has no argument {flag}", self.name))?;
+        if value
+            .as_str()
+            .is_some_and(|text| text.eq_ignore_ascii_case("none"))
+            || value.is_null()
+        {
+            return Ok(None);
+        }
+        let number = value.as_f64();
+        Ok(Some(number.ok_or_else(|| {
+            format!("{flag} of {} is {value}, no number", self.name)
+        })?))
+    }
+
+    /// Adam's two decays.
+    ///
+    /// # Errors
+    /// If they are not there.
+    pub fn betas(&self) -> Result<[f64; 2]> {
+        let betas = self.argument("adam.betas").and_then(Value::as_array);
+        let betas: Vec<f64> = betas
+            .into_iter()
+            .flatten()
+            .filter_map(Value::as_f64)
+            .collect();
+        let betas = betas.try_into();
+        betas.map_err(|_| format!("{} has no adam.betas", self.name).into())
     }
 }
 
-/// The fixtures in the folder `fixtures` of the shared data, sorted by name; nothing if there is no such folder.
-///
-/// The shared data is at `$MOEUT_SHARED`, or beside the repository.
+/// The JSON files of a folder, sorted by name.
 ///
 /// # Errors
-/// If there is none, but `CI` is `true`: a test that sees nothing must not pass there.
-pub fn all() -> Result<Vec<PathBuf>> {
-    let beside = || Path::new(env!("CARGO_MANIFEST_DIR")).join("../../../shared");
-    let shared = std::env::var_os("MOEUT_SHARED").map_or_else(beside, PathBuf::from);
-    let folder = shared.join("fixtures");
-    if !folder.is_dir() {
-        return if std::env::var_os("CI").is_some_and(|ci| ci == "true") {
-            Err(format!("no fixtures at {}; set MOEUT_SHARED", folder.display()).into())
-        } else {
-            Ok(Vec::new())
-        };
-    }
+/// If the folder cannot be read or has none: who sees nothing must not conclude that all is well.
+pub fn in_folder(folder: &Path) -> Result<Vec<PathBuf>> {
+    let shown = folder.display();
+    let fix = "name a folder with pairs of `<name>.json` and `<name>.safetensors`";
+    let entries = std::fs::read_dir(folder).map_err(|error| {
+        PluginError::new(format!("the recorded runs in `{shown}` cannot be read"))
+            .why(error.to_string())
+            .fix(fix)
+    })?;
     let mut found = Vec::new();
-    for entry in std::fs::read_dir(folder)? {
+    for entry in entries {
         let path = entry?.path();
         if path
             .extension()
@@ -132,6 +155,39 @@ pub fn all() -> Result<Vec<PathBuf>> {
             found.push(path);
         }
     }
+    if found.is_empty() {
+        let error = PluginError::new(format!("there are no recorded runs in `{shown}`"));
+        return Err(error.why("it has no `*.json`").fix(fix).into());
+    }
     found.sort();
     Ok(found)
+}
+
+/// A file or folder of the shared data, which is at `$MOEUT_SHARED`, or beside the repository; nothing if it is not there.
+///
+/// # Errors
+/// If it is not there, but `CI` is `true`: a test that sees nothing must not pass there.
+pub fn shared(name: &str) -> Result<Option<PathBuf>> {
+    let beside = || Path::new(env!("CARGO_MANIFEST_DIR")).join("../../../shared");
+    let path = std::env::var_os("MOEUT_SHARED")
+        .map_or_else(beside, PathBuf::from)
+        .join(name);
+    if path.exists() {
+        Ok(Some(path))
+    } else if std::env::var_os("CI").is_some_and(|ci| ci == "true") {
+        Err(format!("{} is missing; set MOEUT_SHARED", path.display()).into())
+    } else {
+        Ok(None)
+    }
+}
+
+/// The recorded runs in the folder `fixtures` of the shared data; nothing if there is no such folder.
+///
+/// # Errors
+/// As [`shared`] and [`in_folder`].
+pub fn all() -> Result<Vec<PathBuf>> {
+    match shared("fixtures")? {
+        Some(folder) => in_folder(&folder),
+        None => Ok(Vec::new()),
+    }
 }

@@ -3,25 +3,37 @@
 use crate::Result;
 use moeut_plugin_api::abi::client::{HostServices, KernelClient, PluginClient};
 use moeut_plugin_api::{
-    Capabilities, ComponentKind, DType, Device, HostInfo, LogLevel, PluginError,
+    Capabilities, ComponentInfo, ComponentKind, DType, Device, HostInfo, LogLevel, PluginError,
 };
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::process::Command;
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, PoisonError};
 
-/// The packages of the models under test.
-const MODELS: [&str; 3] = ["moeut-model-moeut", "moeut-model-sut", "moeut-model-dense"];
 /// The packages of the kernels.
 const KERNELS: [&str; 2] = ["moeut-kernel-reference", "moeut-kernel-grouped"];
+/// The packages of the models, each with what the names of its variants contain; the first that fits counts.
+const MODELS: [(&str, &str); 3] = [
+    ("sut", "moeut-model-sut"),
+    ("rope", "moeut-model-dense"),
+    ("moe", "moeut-model-moeut"),
+];
 
-/// The package of the model that a variant belongs to.
-pub fn model_of(variant: &str) -> &'static str {
-    let [moeut, sut, dense] = MODELS;
-    match variant {
-        _ if variant.contains("sut") => sut,
-        _ if variant.contains("rope") => dense,
-        _ => moeut,
-    }
+/// The package of the model that has a variant.
+///
+/// # Errors
+/// If there is none.
+pub fn model_package(variant: &str) -> Result<&'static str> {
+    let model = MODELS.iter().find(|(part, _)| variant.contains(part));
+    let (_, package) = model.ok_or_else(|| format!("no model has the variant `{variant}`"))?;
+    Ok(package)
+}
+
+/// The models of all packages that build, with their arguments.
+pub fn model_components() -> Vec<ComponentInfo> {
+    let opened = MODELS.iter().filter_map(|(_, package)| open(package).ok());
+    let components = opened.filter_map(|plugin| plugin.components().ok());
+    components.flatten().collect()
 }
 
 /// Opens the library of a package, after `cargo build` has made sure that it is not older than its source.
@@ -29,35 +41,41 @@ pub fn model_of(variant: &str) -> &'static str {
 /// # Errors
 /// If it does not build or open.
 pub fn open(package: &str) -> Result<PluginClient> {
-    static BUILT: OnceLock<std::result::Result<PathBuf, String>> = OnceLock::new();
-    let folder = BUILT
-        .get_or_init(|| build().map_err(|error| error.to_string()))
-        .clone()?;
-    let library = folder.join(format!("lib{}.so", package.replace('-', "_")));
-    Ok(PluginClient::open(&library).map_err(|error| format!("{}: {error}", library.display()))?)
+    static OPENED: Mutex<BTreeMap<String, std::result::Result<PluginClient, String>>> =
+        Mutex::new(BTreeMap::new());
+    let mut opened = OPENED.lock().unwrap_or_else(PoisonError::into_inner);
+    let plugin = opened.entry(package.to_owned()).or_insert_with(|| {
+        let library = build(package).map_err(|error| error.to_string())?;
+        PluginClient::open(&library).map_err(|error| format!("{}: {error}", library.display()))
+    });
+    Ok(plugin.clone()?)
 }
 
-/// Builds all packages with the profile of this program; gives the folder of the libraries.
-fn build() -> Result<PathBuf> {
+/// Builds a package with the profile of this program; gives its library.
+fn build(package: &str) -> Result<PathBuf> {
     let program = std::env::current_exe()?;
-    let folder = program
-        .ancestors()
-        .nth(2)
-        .ok_or("the program is in no target folder")?;
+    let folders = program.ancestors().skip(1);
+    // Tests are one folder deeper than programs.
+    let folder = folders.into_iter().find(|folder| !folder.ends_with("deps"));
+    let folder = folder.ok_or("the program is in no target folder")?;
     let mut cargo = Command::new(env!("CARGO"));
-    cargo.args(["build", "--quiet", "--manifest-path"]);
-    cargo.arg(concat!(env!("CARGO_MANIFEST_DIR"), "/../../Cargo.toml"));
-    if folder.file_name().is_some_and(|name| name == "release") {
+    cargo
+        .current_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/../.."))
+        .args(["build", "--quiet", "--package", package]);
+    if folder.ends_with("release") {
         cargo.arg("--release");
     }
-    for package in MODELS.iter().chain(&KERNELS) {
-        cargo.args(["--package", package]);
+    let output = cargo.output()?;
+    if !output.status.success() {
+        let errors = String::from_utf8_lossy(&output.stderr);
+        let first = errors.lines().find(|line| line.starts_with("error"));
+        let reason = first.unwrap_or("cargo says nothing");
+        return Err(format!(
+            "plugin `{package}` does not build: {reason}; `cargo build --release --package {package}` says more"
+        )
+        .into());
     }
-    let status = cargo.status()?;
-    if !status.success() {
-        return Err(format!("{cargo:?}: {status}").into());
-    }
-    Ok(folder.to_owned())
+    Ok(folder.join(format!("lib{}.so", package.replace('-', "_"))))
 }
 
 /// A kernel under test.

@@ -3,8 +3,8 @@
 #![expect(clippy::unwrap_used, reason = "helpers of tests, where it is allowed")]
 
 use moeut_numerics::plugins::{self, KernelPlugin};
-use moeut_numerics::replay::{Subject, on_cpu};
-use moeut_plugin_api::DType;
+use moeut_numerics::subject::{Subject, on_cpu};
+use moeut_plugin_api::{DType, Past};
 use moeut_torch::Autocast;
 use std::collections::BTreeMap;
 use tch::{Device, Kind, Tensor};
@@ -54,7 +54,7 @@ fn tokens() -> Tensor {
 }
 
 fn logits(subject: &mut Subject, tokens_tb: &Tensor) -> Tensor {
-    subject.forward(tokens_tb).unwrap().0
+    subject.forward(tokens_tb, Past::None).unwrap().0
 }
 
 fn assert_close(a: &Tensor, b: &Tensor, tolerance: f64) {

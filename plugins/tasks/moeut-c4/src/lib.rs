@@ -14,10 +14,45 @@ const VALIDATION_TOKENS: u64 = 206_453_965;
 /// Steps of data to have in stock beyond the last one, as the reference.
 const SPARE_STEPS: u64 = 100;
 
-/// Language modelling on the dataset `c4` with the model `moeut`.
+/// The variants of the paper's code, by the model that has them.
+const VARIANTS: &[(&str, &[&str])] = &[
+    (
+        "moeut",
+        &[
+            "moe",
+            "preln_moe",
+            "moe_universal",
+            "preln_moe_universal",
+            "preln_moe_parallel",
+        ],
+    ),
+    (
+        "dense",
+        &[
+            "rope",
+            "preln_rope",
+            "preln_rope_parallel",
+            "rope_universal",
+            "preln_rope_universal",
+        ],
+    ),
+    (
+        "sut",
+        &[
+            "sut_universal",
+            "preln_sut_universal",
+            "actsut_universal",
+            "preln_actsut_universal",
+        ],
+    ),
+];
+
+/// Language modelling on the dataset `c4`, with the model that has the variant.
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct MoeutC4 {
+    /// A variant of the paper's code, or the name of a model.
+    variant: String,
     /// Tokens that the model sees per sequence.
     seq_len: u64,
     /// Share of the canonical validation set to evaluate, 0 to 1.
@@ -29,6 +64,12 @@ impl Task for MoeutC4 {
     const ALIASES: &'static [&'static str] = &["c4_transformer"];
     const SUMMARY: &'static str = "Language modelling with MoEUT on C4";
     const ARGS: &'static [ArgSpec] = &[
+        ArgSpec::text("transformer.variant", "preln_moe_universal")
+            .field("variant")
+            .help(
+                "The model: `[preln_]moe[_universal]`, `[preln_]rope[_universal]`, `preln_{moe,rope}_parallel`, \
+                 `[preln_][act]sut_universal`, or the name of any other model plugin",
+            ),
         ArgSpec::int("lm.unroll", "100")
             .field("seq_len")
             .unit("tokens")
@@ -58,6 +99,7 @@ impl Task for MoeutC4 {
                     .fix("set `-lmds.valid_ratio` between 0 and 1; the paper uses 0.005"),
             );
         }
+        config.model()?;
         Ok(config)
     }
 
@@ -73,7 +115,7 @@ impl Task for MoeutC4 {
             .n_steps
             .map(|n_steps| self.seq_len * facts.batch_size * (n_steps + SPARE_STEPS));
         Ok(TaskPlan {
-            model: "moeut".into(),
+            model: self.model()?.into(),
             train: stream("train", Split::Train, train_limit),
             validation: vec![stream(
                 "val",
@@ -86,6 +128,36 @@ impl Task for MoeutC4 {
 }
 
 impl MoeutC4 {
+    /// The model of the variant.
+    ///
+    /// A name that has nothing of the paper's variants is that of a model, so that a new one needs no edit here. One
+    /// that does have something of them is a misspelled variant, unless it says `name@plugin`.
+    fn model(&self) -> Result<&str, PluginError> {
+        let variant = self.variant.as_str();
+        let of_paper = VARIANTS
+            .iter()
+            .find(|(_, variants)| variants.contains(&variant));
+        let resembles = |part: &&str| variant.contains(part) && !variant.contains('@');
+        match (
+            of_paper,
+            ["sut", "rope", "moe"].iter().find(|part| resembles(part)),
+        ) {
+            (Some((model, _)), _) => Ok(model),
+            (None, None) => Ok(variant),
+            (None, Some(_)) => {
+                let known: Vec<String> = VARIANTS
+                    .iter()
+                    .flat_map(|(_, variants)| *variants)
+                    .map(|known| format!("`{known}`"))
+                    .collect();
+                let error = PluginError::new(format!("unknown variant `{variant}`"))
+                    .why(format!("the variants are {}", known.join(", ")))
+                    .fix("set `-transformer.variant` to one of these, or to the name of a model plugin");
+                Err(error)
+            }
+        }
+    }
+
     /// Whole windows in the wished share of the validation set, in tokens.
     #[expect(
         clippy::cast_possible_truncation,
@@ -142,6 +214,7 @@ mod tests {
 
     fn task(seq_len: u64, valid_ratio: f64) -> MoeutC4 {
         MoeutC4 {
+            variant: "preln_moe_universal".into(),
             seq_len,
             valid_ratio,
         }
@@ -162,5 +235,38 @@ mod tests {
         let plan = task(1024, 0.005).plan(&facts).unwrap();
         assert_eq!(plan.train.token_limit, Some(6_560_153_600));
         assert_eq!(plan.validation[0].token_limit, Some(1_032_192));
+    }
+
+    #[test]
+    fn variants_lead_to_models() {
+        let model = |variant: &str| {
+            let variant = variant.to_owned();
+            let task = MoeutC4 {
+                variant,
+                ..task(1024, 1.0)
+            };
+            task.model().map(str::to_owned)
+        };
+        for (variant, expected) in [
+            ("preln_moe_universal", "moeut"),
+            ("moe", "moeut"),
+            ("preln_rope", "dense"),
+            ("rope_universal", "dense"),
+            ("actsut_universal", "sut"),
+            ("gpt", "gpt"),
+            ("dense", "dense"),
+            ("moe_plus@somebodys-model", "moe_plus@somebodys-model"),
+        ] {
+            assert_eq!(model(variant), Ok(expected.into()));
+        }
+        let error = model("prelm_rope").unwrap_err();
+        assert_eq!(error.what, "unknown variant `prelm_rope`");
+        for (_, variants) in VARIANTS {
+            assert!(
+                variants
+                    .iter()
+                    .all(|one| error.why.contains(&format!("`{one}`")))
+            );
+        }
     }
 }
