@@ -6,16 +6,19 @@ use crate::checkpoint_cli;
 use crate::doctor;
 use crate::error::{EXIT_USER_ERROR, HostError};
 use crate::generate;
+use crate::job::Job;
 use crate::log::{Level, Terminal, TerminalMode};
 use crate::model_show;
 use crate::plan::{Resolved, candidates, resolve};
 use crate::plugins::{Registry, search_path};
+use crate::run_folder::{RunFolder, read_args};
+use crate::signals::{Ending, Signals};
+use crate::startup_log;
 use crate::train;
 use crate::train::build::{Blueprint, build};
-use std::collections::BTreeMap;
-use std::fs::File;
+use moeut_plugin_api::PluginError;
 use std::io::{IsTerminal, Write};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Instant;
@@ -36,7 +39,7 @@ pub fn main() -> ExitCode {
     let start = Instant::now();
     let argv: Vec<String> = std::env::args().skip(1).collect();
     match dispatch(&argv, start) {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(code) => ExitCode::from(code),
         Err(error) => {
             let in_color =
                 std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none();
@@ -46,10 +49,12 @@ pub fn main() -> ExitCode {
     }
 }
 
-fn dispatch(argv: &[String], start: Instant) -> Result<(), HostError> {
+/// Does what is asked for; returns the exit code.
+fn dispatch(argv: &[String], start: Instant) -> Result<u8, HostError> {
     // Without it training is slower, and that is all: another C library need not know the options.
     let _ = moeut_torch::memory::keep_freed_blocks();
     // Before any other call of libtorch: a question about CUDA caches the answer "none" for good.
+    moeut_torch::determinism::order_devices_by_bus();
     let cuda = moeut_torch::cuda::load();
     let words: Vec<&str> = argv
         .iter()
@@ -58,37 +63,27 @@ fn dispatch(argv: &[String], start: Instant) -> Result<(), HostError> {
         .collect();
     let rest = &argv[words.len()..];
     match words[..] {
-        [] if argv.is_empty() => {
-            print(USAGE);
-            Ok(())
-        }
-        [] if asks_for_help(argv) => help(argv),
-        [] => train_command(argv, start),
-        ["plugins", "list"] => {
-            print(&doctor::plugin_table(&open_registry(rest)));
-            Ok(())
-        }
+        [] if argv.is_empty() => print(USAGE),
+        [] if asks_for_help(argv) => help(argv)?,
+        [] => return train_command(argv, &cuda, start),
+        ["plugins", "list"] => print(&doctor::plugin_table(&open_registry(rest))),
         ["config", "show"] => {
             let resolved = resolve(rest, None, &Arc::new(open_registry(rest)), &terminal())?;
             print(&render_resolved(&resolved.arguments, &resolved.owners));
-            Ok(())
         }
-        ["checkpoint", ..] => {
-            print(&checkpoint_cli::run(&argv[1..])?);
-            Ok(())
+        ["checkpoint", ..] => print(&checkpoint_cli::run(&argv[1..])?),
+        ["generate"] => generate::command(rest)?,
+        ["model", "show"] => model_show(rest)?,
+        ["doctor"] => print(&doctor::report(&open_registry(rest), &cuda)),
+        _ => {
+            return Err(HostError::new(
+                format!("unknown command `{}`", words.join(" ")),
+                "commands are `plugins list`, `config show`, `model show`, `checkpoint`, `generate` and `doctor`; without one it trains",
+                "type `moeut-host --help`",
+            ));
         }
-        ["generate"] => generate::command(rest),
-        ["model", "show"] => model_show(rest),
-        ["doctor"] => {
-            print(&doctor::report(&open_registry(rest), &cuda));
-            Ok(())
-        }
-        _ => Err(HostError::new(
-            format!("unknown command `{}`", words.join(" ")),
-            "commands are `plugins list`, `config show`, `model show`, `checkpoint`, `generate` and `doctor`; without one it trains",
-            "type `moeut-host --help`",
-        )),
     }
+    Ok(0)
 }
 
 fn help(argv: &[String]) -> Result<(), HostError> {
@@ -128,34 +123,73 @@ fn model_show(argv: &[String]) -> Result<(), HostError> {
     Ok(())
 }
 
-/// Trains.
-fn train_command(argv: &[String], start: Instant) -> Result<(), HostError> {
+/// Trains; or validates once, or tries one step out. Returns the exit code.
+fn train_command(
+    argv: &[String],
+    cuda: &Result<bool, PluginError>,
+    start: Instant,
+) -> Result<u8, HostError> {
+    let job = Job::find(|name| std::env::var(name).ok());
+    let signals = Arc::new(Signals::listen(job.is_some())?);
     let registry = Arc::new(open_registry(argv));
     let plugins_time = start.elapsed();
     let terminal = terminal();
     warn_about_plugins(&registry, &terminal);
-    let blueprint = blueprint(argv, &registry, &terminal)?;
+    let (blueprint, folder) = blueprint(argv, &registry, &terminal, job, &signals)?;
     for warning in &blueprint.arguments.warnings {
         terminal.message(Level::Warning, warning);
     }
-    // Stored once everything is built: arguments that cannot be built are none to come back to.
-    let folder = blueprint.folder.clone();
-    let raw_arguments = blueprint.arguments.raw_map();
-    let _lock = lock_run(&folder)?;
-    // Not before: another process may be training this run.
-    if blueprint.config.reset && blueprint.config.restore.is_none() {
-        reset(&folder)?;
+    if let Some(folder) = &folder {
+        folder.log_start(&startup_log::describe(
+            argv,
+            &registry,
+            &doctor::machine(cuda),
+        ))?;
     }
-    write_startup_log(&folder, argv)?;
     terminal.message(
         Level::Info,
         &format!("plugins {:.2} s", plugins_time.as_secs_f64()),
     );
-    let mut run = build(blueprint, &registry, &terminal)?;
-    write_args(&folder, &raw_arguments)?;
-    let outcome = train::train(&mut run);
+    let (is_dry, is_test) = (blueprint.config.dry_run, blueprint.config.test_only);
+    let keeps_alive = blueprint.config.keep_alive;
+    let is_training = blueprint.is_training();
+    let raw_arguments = blueprint.arguments.raw_map();
+    let mut run = match build(blueprint, &registry, &terminal) {
+        Ok(run) => run,
+        // Whoever prepared data has stopped because of the signal, and says so in words of its own.
+        Err(_) if signals.is_ending() => return Ok(stopped_early(&terminal, &signals)),
+        Err(error) => return Err(error.into()),
+    };
+    // Stored once everything is built: arguments that cannot be built are none to come back to.
+    if let Some(folder) = folder.as_ref().filter(|_| is_training) {
+        folder.write_args(&raw_arguments)?;
+    }
+    let outcome = match (is_dry, is_test) {
+        (true, _) => train::plan::dry_run(&mut run).map(Some),
+        (false, true) => train::validation::test_only(&mut run),
+        (false, false) => train::train(&mut run).map(|()| None),
+    };
     run.monitor.finish();
-    Ok(outcome?)
+    print(&outcome?.unwrap_or_default());
+    let exit_code = signals.ending().map_or(0, Ending::exit_code);
+    if keeps_alive && !signals.is_ending() {
+        terminal.message(Level::Info, "done; kept alive until SIGINT or SIGTERM");
+        signals.wait_for_ending();
+    }
+    Ok(exit_code)
+}
+
+/// A signal came before there was anything to save.
+fn stopped_early(terminal: &Terminal, signals: &Signals) -> u8 {
+    let Some(ending) = signals.ending() else {
+        return 0;
+    };
+    let text = format!(
+        "stopped by {} before the first step; type the same command again to go on",
+        ending.signal()
+    );
+    terminal.message(Level::Info, &text);
+    ending.exit_code()
 }
 
 /// Says which plugins cannot be used.
@@ -185,137 +219,99 @@ pub(crate) fn open_registry(argv: &[String]) -> Registry {
     Registry::open(search_path(&dirs))
 }
 
-/// Resolves the arguments: command line > stored ones of the run or checkpoint > profile > default.
+/// Resolves the arguments: command line > stored ones of the run or checkpoint > profile > default. Locks the run's
+/// folder before anything in it is read or changed; a dry run changes nothing and needs no lock.
 fn blueprint(
     argv: &[String],
     registry: &Arc<Registry>,
     terminal: &Arc<Terminal>,
-) -> Result<Blueprint, HostError> {
+    job: Option<Job>,
+    signals: &Arc<Signals>,
+) -> Result<(Blueprint, Option<RunFolder>), HostError> {
     // A first reading says which run or checkpoint there is to go on from; then its arguments join in.
-    let config = HostConfig::new(&parse(argv, &candidates(argv, registry)?, None)?)?;
-    let named = |config: &HostConfig| match &config.name {
-        Some(name) => Ok(config.save_dir.join(name)),
-        None => Err(HostError::new(
-            "the run has no name",
-            "its checkpoints and logs go to `save/<name>`, and `-name` is missing",
-            "add `-name`, for instance `-name first`",
-        )),
+    let first = HostConfig::new(&parse(argv, &candidates(argv, registry)?, None)?)?;
+    let earlier = job.as_ref().map_or(Ok(None), Job::earlier_checkpoints)?;
+    // What a job did before it was stopped is not to be removed by the command that it repeats.
+    let resets = first.reset && earlier.is_none();
+    let wanted = earlier.or_else(|| first.restore.clone());
+    let mut folder = match (&first.name, &wanted) {
+        (None, None) => return Err(no_name()),
+        (None, Some(_)) => None, // The checkpoint knows the name.
+        (Some(_), _) => lock(&first)?,
     };
-    let restored = match (&config.restore, config.reset) {
-        (Some(path), _) => Some(checkpoint::load(path)?),
-        (None, true) => None,
-        (None, false) => checkpoint::load_latest(&named(&config)?.join("checkpoint"))?,
+    let restored = match &wanted {
+        Some(path) => Some(checkpoint::load(path)?),
+        None if resets => None,
+        None => checkpoint::load_latest(&run_path(&first)?.join("checkpoint"))?,
     };
     let stored = match &restored {
         Some(loaded) => Some(loaded.snapshot.args.clone()),
-        None if config.reset => None,
-        None => read_args(&named(&config)?)?,
+        None if resets => None,
+        None => read_args(&run_path(&first)?)?,
     };
     let Resolved { mut arguments, .. } = resolve(argv, stored.as_ref(), registry, terminal)?;
     let config = HostConfig::new(&arguments)?;
-    let folder = named(&config)?;
-    arguments.warnings.extend(
-        restored
-            .iter()
-            .flat_map(|loaded: &Loaded| loaded.warnings.clone()),
-    );
-    Ok(Blueprint {
+    let path = run_path(&config)?;
+    if folder.as_ref().is_none_or(|folder| folder.path() != path) {
+        folder = lock(&config)?;
+    }
+    if let Some(folder) = folder.as_ref().filter(|_| resets && !config.test_only) {
+        check_reset(restored.as_ref(), &path)?;
+        folder.reset()?;
+    }
+    let warnings = restored.iter().flat_map(|loaded| loaded.warnings.clone());
+    arguments.warnings.extend(warnings);
+    let blueprint = Blueprint {
         arguments,
         config,
-        folder,
+        folder: path,
         restored,
-    })
-}
-
-/// The arguments that a run of this name was started with.
-fn read_args(folder: &Path) -> Result<Option<BTreeMap<String, String>>, HostError> {
-    let path = folder.join("args.json");
-    let text = match std::fs::read_to_string(&path) {
-        Ok(text) => text,
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
-        Err(error) => return Err(io_error(&path, &error)),
+        job,
+        signals: Arc::clone(signals),
     };
-    serde_json::from_str(&text).map(Some).map_err(|error| {
-        HostError::new(
-            format!("`{}` cannot be read", path.display()),
-            error.to_string(),
-            "delete it, or start with `-reset 1`",
-        )
-    })
+    Ok((blueprint, folder))
 }
 
-/// Stores the raw arguments, beside the old ones until they are complete.
-fn write_args(folder: &Path, arguments: &BTreeMap<String, String>) -> Result<(), HostError> {
-    let path = folder.join("args.json");
-    let fail = |error: std::io::Error| io_error(&path, &error);
-    let mut file = tempfile::NamedTempFile::new_in(folder).map_err(fail)?;
-    let mut writer = serde_json::Serializer::with_formatter(
-        &mut file,
-        serde_json::ser::PrettyFormatter::with_indent(b"    "),
-    );
-    serde::Serialize::serialize(arguments, &mut writer).map_err(|error| fail(error.into()))?;
-    file.as_file().sync_all().map_err(fail)?;
-    file.persist(&path).map_err(|error| fail(error.error))?;
-    Ok(())
+fn run_path(config: &HostConfig) -> Result<PathBuf, HostError> {
+    let name = config.name.as_ref().ok_or_else(no_name)?;
+    Ok(config.save_dir.join(name))
 }
 
-/// Removes what an earlier run of this name left, but nothing else in its folder.
-fn reset(folder: &Path) -> Result<(), HostError> {
-    for name in [
-        "checkpoint",
-        "tensorboard",
-        "export",
-        "model_weights",
-        "tmp",
-    ] {
-        let path = folder.join(name);
-        match std::fs::remove_dir_all(&path) {
-            Ok(()) => {}
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
-            Err(error) => return Err(io_error(&path, &error)),
-        }
+fn lock(config: &HostConfig) -> Result<Option<RunFolder>, HostError> {
+    if config.dry_run {
+        return Ok(None);
     }
-    Ok(())
+    RunFolder::lock(&run_path(config)?).map(Some)
 }
 
-/// Keeps two processes from training one run.
-fn lock_run(folder: &Path) -> Result<File, HostError> {
-    std::fs::create_dir_all(folder).map_err(|error| io_error(folder, &error))?;
-    let path = folder.join("lock");
-    let file = File::create(&path).map_err(|error| io_error(&path, &error))?;
-    match file.try_lock() {
-        Ok(()) => Ok(file),
-        Err(std::fs::TryLockError::WouldBlock) => Err(HostError::new(
-            format!("the run `{}` is being trained", folder.display()),
-            "another process holds its lock",
-            "wait for it, or choose another `-name`",
-        )),
-        Err(std::fs::TryLockError::Error(error)) => Err(io_error(&path, &error)),
-    }
-}
-
-fn write_startup_log(folder: &Path, argv: &[String]) -> Result<(), HostError> {
-    let path = folder.join("startup_log.txt");
-    let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
-    let seconds = std::time::SystemTime::now()
-        .duration_since(std::time::UNIX_EPOCH)
-        .map_or(0, |since| since.as_secs());
-    let line = format!("{seconds} {} moeut-host {}\n", host.trim(), argv.join(" "));
-    let mut file = File::options()
-        .append(true)
-        .create(true)
-        .open(&path)
-        .map_err(|error| io_error(&path, &error))?;
-    file.write_all(line.as_bytes())
-        .map_err(|error| io_error(&path, &error))
-}
-
-fn io_error(path: &Path, error: &std::io::Error) -> HostError {
+fn no_name() -> HostError {
     HostError::new(
-        format!("`{}` cannot be used", path.display()),
-        error.to_string(),
-        "check its permissions and the free space",
+        "the run has no name",
+        "its checkpoints and logs go to `save/<name>`, and `-name` is missing",
+        "add `-name`, for instance `-name first`",
     )
+}
+
+/// Refuses to remove the checkpoint that the run starts from.
+fn check_reset(restored: Option<&Loaded>, folder: &Path) -> Result<(), HostError> {
+    let (Some(loaded), Ok(folder)) = (restored, folder.canonicalize()) else {
+        return Ok(());
+    };
+    if loaded
+        .path
+        .canonicalize()
+        .is_ok_and(|path| path.starts_with(&folder))
+    {
+        return Err(HostError::new(
+            "`-reset 1` and `-restore` contradict each other",
+            format!(
+                "`{}` would be removed, and the run starts from it",
+                loaded.path.display()
+            ),
+            "leave out `-reset`, or choose another `-name`",
+        ));
+    }
+    Ok(())
 }
 
 /// A closed pipe on the other side is no error: `moeut-host --help | head`.

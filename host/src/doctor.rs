@@ -86,12 +86,40 @@ fn problems(registry: &Registry) -> String {
 /// Everything about this machine that a run depends on.
 pub fn report(registry: &Registry, cuda: &Result<bool, PluginError>) -> String {
     let mut text = String::new();
-    let libtorch = moeut_torch::version::runtime_version();
     let _ = writeln!(
         text,
         "moeut-host   {} (plugin ABI {ABI_MAJOR}.{ABI_MINOR})",
         env!("CARGO_PKG_VERSION")
     );
+    text.push_str(&machine(cuda));
+    let _ = writeln!(text, "plugin folders, first wins:");
+    for folder in registry.folders() {
+        let n_files = folders::libraries(&folder.path).map(|files| files.len());
+        let state = match n_files {
+            Ok(0) if !folder.path.exists() => "not there".to_owned(),
+            Ok(n) => format!("{n} libraries"),
+            Err(error) => format!("cannot be read: {error}"),
+        };
+        let _ = writeln!(
+            text,
+            "    {} ({}): {state}",
+            folder.path.display(),
+            folder.origin
+        );
+    }
+    let _ = writeln!(
+        text,
+        "{} components are usable, {} files are not",
+        registry.components().count(),
+        registry.problems().len()
+    );
+    text + &problems(registry)
+}
+
+/// libtorch, CUDA and CPU, a line each.
+pub fn machine(cuda: &Result<bool, PluginError>) -> String {
+    let mut text = String::new();
+    let libtorch = moeut_torch::version::runtime_version();
     let _ = writeln!(
         text,
         "libtorch     {} (needed: {})",
@@ -125,31 +153,22 @@ pub fn report(registry: &Registry, cuda: &Result<bool, PluginError>) -> String {
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     let _ = writeln!(
         text,
-        "CPU          {cores} cores, {} threads for tensors",
+        "CPU          {}{cores} cores, {} threads for tensors",
+        cpu_model(),
         tch::get_num_threads()
     );
-    let _ = writeln!(text, "plugin folders, first wins:");
-    for folder in registry.folders() {
-        let n_files = folders::libraries(&folder.path).map(|files| files.len());
-        let state = match n_files {
-            Ok(0) if !folder.path.exists() => "not there".to_owned(),
-            Ok(n) => format!("{n} libraries"),
-            Err(error) => format!("cannot be read: {error}"),
-        };
-        let _ = writeln!(
-            text,
-            "    {} ({}): {state}",
-            folder.path.display(),
-            folder.origin
-        );
-    }
-    let _ = writeln!(
-        text,
-        "{} components are usable, {} files are not",
-        registry.components().count(),
-        registry.problems().len()
-    );
-    text + &problems(registry)
+    text
+}
+
+/// Name of the processor and a comma; nothing if the system does not tell.
+fn cpu_model() -> String {
+    let info = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let model = info
+        .lines()
+        .find_map(|line| line.strip_prefix("model name"));
+    model.map_or_else(String::new, |model| {
+        format!("{}, ", model.trim_start_matches([' ', '\t', ':']))
+    })
 }
 
 /// Version of NVIDIA's kernel driver.

@@ -87,11 +87,7 @@ impl From<TrainError> for HostError {
         match error {
             TrainError::Component(error) => error.into(),
             TrainError::Checkpoint(error) => error.into(),
-            TrainError::NonFinite { step, loss } => Self::new(
-                format!("training stopped: the loss is {loss} at step {step}"),
-                "a number overflowed, or the learning rate is too high",
-                "the last checkpoint is intact: lower `-lr` or `-grad_clip` and start again",
-            ),
+            TrainError::NonFinite(report) => PluginError::from(*report).into(),
         }
     }
 }

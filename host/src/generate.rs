@@ -5,9 +5,10 @@
 
 use crate::args::{Arguments, HostConfig, Source, asks_for_help, parse};
 use crate::checkpoint::{self, Loaded};
-use crate::cli::{open_registry, owners, print, warn_about_plugins};
+use crate::cli::{open_registry, print, warn_about_plugins};
 use crate::error::HostError;
 use crate::log::{Level, Terminal, TerminalMode};
+use crate::plan::{Resolved, candidates, resolve};
 use crate::plugins::Registry;
 use crate::services::Services;
 use crate::train::build::{
@@ -49,7 +50,7 @@ pub fn command(argv: &[String]) -> Result<(), HostError> {
     let registry = Arc::new(open_registry(argv));
     let terminal = Arc::new(Terminal::new(TerminalMode::Auto));
     warn_about_plugins(&registry, &terminal);
-    let (blueprint, prompt) = blueprint(argv, &registry)?;
+    let (blueprint, prompt) = blueprint(argv, &registry, &terminal)?;
     for warning in &blueprint.arguments.warnings {
         terminal.message(Level::Warning, warning);
     }
@@ -65,10 +66,13 @@ pub fn command(argv: &[String]) -> Result<(), HostError> {
 }
 
 /// The arguments of the checkpoint, with those of the command line over them; and the prompt.
-fn blueprint(argv: &[String], registry: &Arc<Registry>) -> Result<(Blueprint, String), HostError> {
-    let owners = owners(argv, registry)?;
+fn blueprint(
+    argv: &[String],
+    registry: &Arc<Registry>,
+    terminal: &Arc<Terminal>,
+) -> Result<(Blueprint, String), HostError> {
     // A first reading says which checkpoint; then its arguments join in.
-    let first = HostConfig::new(&parse(argv, &owners, None)?)?;
+    let first = HostConfig::new(&parse(argv, &candidates(argv, registry)?, None)?)?;
     let folder = checkpoint_folder(&first)?;
     let prompt = first.prompt.ok_or_else(|| {
         HostError::new(
@@ -78,7 +82,8 @@ fn blueprint(argv: &[String], registry: &Arc<Registry>) -> Result<(Blueprint, St
         )
     })?;
     let loaded = checkpoint::load(&folder)?;
-    let mut arguments = parse(argv, &owners, Some(&loaded.snapshot.args))?;
+    let stored = Some(&loaded.snapshot.args);
+    let Resolved { mut arguments, .. } = resolve(argv, stored, registry, terminal)?;
     arguments.warnings.extend(loaded.warnings.clone());
     let mut config = HostConfig::new(&arguments)?;
     // As in validation, everything is computed in the type of the parameters.
@@ -88,6 +93,8 @@ fn blueprint(argv: &[String], registry: &Arc<Registry>) -> Result<(Blueprint, St
         config,
         folder,
         restored: Some(loaded),
+        job: None,
+        signals: Arc::default(),
     };
     Ok((blueprint, prompt))
 }
@@ -144,13 +151,13 @@ impl Speaker {
         if let Some(n_threads) = config.threads {
             tch::set_num_threads(i32::try_from(n_threads).unwrap_or(i32::MAX));
         }
-        let services: Arc<dyn HostServices> = Services::new(registry, terminal, config);
+        let services: Arc<dyn HostServices> = Services::new(registry, terminal, config, &Arc::default());
         let site = Site {
             blueprint,
             registry,
             services: &services,
         };
-        let plan = site.plan(config.n_steps.filter(|&n_steps| n_steps > 0))?;
+        let plan = site.plan()?;
         let component = registry.find(ComponentKind::Model, &plan.model)?;
         let tokenizer = site.stream(&least_data(&plan))?;
         let model = site.model(component, tokenizer.info()?.vocab_size, placement)?;

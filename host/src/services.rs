@@ -3,6 +3,7 @@
 use crate::args::HostConfig;
 use crate::log::{Level, Terminal};
 use crate::plugins::Registry;
+use crate::signals::Signals;
 use moeut_plugin_api::abi::client::{HostServices, KernelClient};
 use moeut_plugin_api::{DType, Device, HostInfo, LogLevel, PluginError};
 use std::sync::{Arc, Weak};
@@ -12,6 +13,7 @@ pub struct Services {
     registry: Weak<Registry>,
     terminal: Arc<Terminal>,
     info: HostInfo,
+    signals: Arc<Signals>,
     this: Weak<Self>,
 }
 
@@ -21,6 +23,7 @@ impl Services {
         registry: &Arc<Registry>,
         terminal: &Arc<Terminal>,
         config: &HostConfig,
+        signals: &Arc<Signals>,
     ) -> Arc<Self> {
         let n_threads = config
             .threads
@@ -34,6 +37,7 @@ impl Services {
                 n_threads,
                 compat: config.compat,
             },
+            signals: Arc::clone(signals),
             this: Weak::clone(this),
         })
     }
@@ -58,7 +62,7 @@ impl HostServices for Services {
     }
 
     fn is_cancelled(&self) -> bool {
-        false
+        self.signals.is_ending()
     }
 
     fn kernel(

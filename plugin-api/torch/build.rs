@@ -3,11 +3,13 @@
 use std::env;
 use std::path::PathBuf;
 
-const SOURCES: [&str; 4] = [
+const SOURCES: [&str; 6] = [
     "cpp/list.cpp",
     "cpp/function.cpp",
     "cpp/optim.cpp",
     "cpp/device.cpp",
+    "cpp/determinism.cpp",
+    "cpp/readback.cpp",
 ];
 
 fn main() -> Result<(), String> {

@@ -14,7 +14,7 @@ use std::path::PathBuf;
 #[serde(deny_unknown_fields)]
 #[expect(
     clippy::struct_excessive_bools,
-    reason = "four independent yes/no flags of the reference's command line"
+    reason = "independent yes/no flags of the reference's command line"
 )]
 pub struct HostConfig {
     /// The task to train.
@@ -29,12 +29,27 @@ pub struct HostConfig {
     pub restore: Option<PathBuf>,
     /// Whether to remove what an earlier run of this name left.
     pub reset: bool,
+    /// Weights to start from.
+    #[serde(deserialize_with = "empty_is_none")]
+    pub pretrained: Option<PathBuf>,
+    /// Whether to validate with these weights before training.
+    pub test_pretrained: bool,
+    /// Whether to validate and end.
+    pub test_only: bool,
+    /// Whether to make one step, report, and save nothing.
+    pub dry_run: bool,
+    /// Whether the process stays after the end until a signal.
+    pub keep_alive: bool,
+    /// Axis of a grid that repeats a run; names a folder below `pretrained`.
+    pub sweep_id: i64,
     /// Folder of all runs.
     pub save_dir: PathBuf,
     /// Folder of tokenizers and tokenized data.
     pub cache_dir: PathBuf,
     /// Fixes all random numbers.
     pub seed: Option<i64>,
+    /// Whether every operation must give the same bits each time.
+    pub deterministic: bool,
     /// Whether to repeat the reference's quirks.
     pub compat: bool,
     /// The device.
@@ -72,15 +87,70 @@ pub struct HostConfig {
     pub per_device_batch_size: Option<usize>,
     /// Sequences in a batch of the validation; derived from `batch_size` if absent.
     pub eval_batch_size: Option<usize>,
+    /// Length of the training data, batches; all of it if absent.
+    pub n_batches: Option<u64>,
     /// Learning rate over time.
     pub schedule: ScheduleConfig,
     /// How gradients become updates.
     pub optimizer: OptimizerConfig,
+    /// What happens when a step is not finite.
+    pub non_finite: NonFiniteConfig,
+    /// Whether to wait for the device around each step, for exact times.
+    pub speedtest: Speedtest,
+    /// Whether to log the norm of each parameter's gradient.
+    pub logs_grad_norms: bool,
+    /// What the device can do at most, 10¹² operations per second; known for some cards if absent.
+    pub peak_tflops: Option<f64>,
     /// Weight of all regularizers together.
     pub reg_weight: f64,
     /// Weights of single regularizers, by name; 1 for the others.
     #[serde(deserialize_with = "none_is_default")]
     pub reg_scales: BTreeMap<String, f64>,
+    /// Regularizers that fall linearly to 0 over the training.
+    #[serde(deserialize_with = "none_is_default")]
+    pub reg_lin_decay: Vec<String>,
+}
+
+/// What happens when the loss or the gradient of a step is not finite.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct NonFiniteConfig {
+    /// Whether training goes on.
+    pub policy: NanPolicy,
+    /// `skip`: steps that may be dropped in the whole run.
+    pub n_skips: u64,
+    /// Whether to look at every tensor of every step.
+    pub is_traced: bool,
+}
+
+impl NonFiniteConfig {
+    /// Steps that may be dropped in the whole run.
+    pub fn budget(&self) -> u64 {
+        match self.policy {
+            NanPolicy::Abort => 0,
+            NanPolicy::Skip => self.n_skips,
+        }
+    }
+}
+
+/// Whether training goes on behind a step that is not finite.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum NanPolicy {
+    /// It ends.
+    Abort,
+    /// The step's update is dropped.
+    Skip,
+}
+
+/// How exactly time is measured.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Speedtest {
+    /// As the host sees it, without waiting.
+    None,
+    /// Each step, waiting for the device before and behind it.
+    Iter,
 }
 
 /// How texts are continued, at the end of training and by `moeut-host generate`.
@@ -136,7 +206,7 @@ pub enum ScheduleKind {
 pub struct OptimizerConfig {
     /// The update rule.
     pub kind: OptimizerKind,
-    /// Decoupled decay of all parameters, per step and unit of learning rate.
+    /// Decay of all parameters; decoupled from the gradient for `adamw` only.
     pub weight_decay: f64,
     /// Largest norm of the gradient of all parameters together; not clipped if absent.
     pub max_grad_norm: Option<f64>,
@@ -151,6 +221,12 @@ pub enum OptimizerKind {
     /// Adam with decoupled weight decay.
     #[serde(rename = "adamw")]
     AdamW,
+    /// Adam with weight decay in the gradient.
+    Adam,
+    /// Gradient descent with a momentum of 0.9 and weight decay in the gradient.
+    Sgd,
+    /// Adagrad with weight decay in the gradient.
+    Adagrad,
 }
 
 /// Constants of Adam.
@@ -169,6 +245,10 @@ pub struct AdamConfig {
 pub enum LogSink {
     /// TensorBoard event files.
     Tb,
+    /// Weights & Biases, which is not there yet: TensorBoard stands in.
+    Wandb,
+    /// Both.
+    All,
     /// Nowhere.
     None,
 }

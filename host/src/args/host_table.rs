@@ -3,7 +3,15 @@
 use moeut_plugin_api::{ArgKind, ArgSpec};
 
 /// Flags that describe one start and not the run, so that the next start does not inherit them.
-pub(super) const NOT_SAVED: &[&str] = &["gpu", "prompt", "reset", "restore"];
+pub(super) const NOT_SAVED: &[&str] = &[
+    "dry_run",
+    "gpu",
+    "keep_alive",
+    "prompt",
+    "reset",
+    "restore",
+    "test_only",
+];
 
 /// Smallest values of numbers that cannot be just any.
 pub(super) const MINIMUM: &[(&str, f64)] = &[
@@ -16,6 +24,9 @@ pub(super) const MINIMUM: &[(&str, f64)] = &[
     ("min_lr_multiplier", 0.0),
     ("n_microbatch", 1.0),
     ("n_samples", 0.0),
+    ("nan_budget", 0.0),
+    ("overfit_batches", 1.0),
+    ("peak_tflops", 1e-6),
     ("per_device_batch_size", 1.0),
     ("sample_length", 1.0),
     ("sample_temperature", 0.0),
@@ -51,6 +62,19 @@ const HOST_ARGS: &[ArgSpec] = &[
         .optional()
         .help("Checkpoint to start from, or a folder with checkpoints"),
     ArgSpec::flag("reset", "0").help("Start anew: remove what an earlier run of this name left"),
+    ArgSpec::text("load_pretrained_model", "")
+        .optional()
+        .field("pretrained")
+        .help("Start from these weights: a checkpoint's folder, or a `.safetensors` file"),
+    ArgSpec::flag("test_pretrained", "1")
+        .help("Validate after `-load_pretrained_model`, before training"),
+    ArgSpec::flag("test_only", "0").help("Validate once, print the scores as JSON, and end"),
+    ArgSpec::flag("dry_run", "0")
+        .help("Build everything, make one step, print plan, memory and speed; save nothing"),
+    ArgSpec::flag("keep_alive", "0").help("Stay after the end, until SIGINT or SIGTERM"),
+    ArgSpec::int("sweep_id_for_grid_search", "0")
+        .field("sweep_id")
+        .help("No effect of its own, so that a grid can repeat a run; folder below `-load_pretrained_model`"),
     ArgSpec::text("save_dir", "save").help("Folder of all runs"),
     ArgSpec::text("data.cache_dir", "cache")
         .field("cache_dir")
@@ -58,11 +82,13 @@ const HOST_ARGS: &[ArgSpec] = &[
     ArgSpec::int("seed", "none")
         .optional()
         .help("Fixes all random numbers"),
+    ArgSpec::flag("deterministic", "0")
+        .help("Only operations that give the same bits each time; those that cannot are errors"),
     ArgSpec::flag("compat", "0")
         .help("Repeat the reference's quirks, to compare with it or with its checkpoints"),
     // The machine.
     ArgSpec::text("gpu", "auto")
-        .help("Index of the GPU; `auto` takes the first one, `none` the CPU"),
+        .help("Index of the GPU; `auto` takes a free one, `none` the CPU"),
     ArgSpec::int("threads", "none")
         .optional()
         .help("CPU threads of a tensor operation"),
@@ -74,8 +100,8 @@ const HOST_ARGS: &[ArgSpec] = &[
         .help("With `-amp`: bfloat16 rather than float16, where the GPU has it"),
     // Reports and checkpoints.
     ArgSpec::text("log", "tb")
-        .choices("tb|none")
-        .help("Where metrics go: TensorBoard files or nowhere"),
+        .choices("tb|wandb|all|none")
+        .help("Where metrics go besides `metrics.jsonl`; `wandb` and `all` are TensorBoard only, for now"),
     ArgSpec::int("log_interval", "20")
         .unit("steps")
         .help("Metrics are averaged over so many steps"),
@@ -135,6 +161,10 @@ const HOST_ARGS: &[ArgSpec] = &[
         .field("eval_batch_size")
         .unit("sequences")
         .help("Batch of the validation; `none` takes that of the training"),
+    ArgSpec::int("overfit_batches", "none")
+        .optional()
+        .field("n_batches")
+        .help("Train on the first so many batches only, again and again: can the model learn at all?"),
     // Learning rate.
     ArgSpec::float("lr", "1e-3")
         .field("schedule.lr")
@@ -160,11 +190,11 @@ const HOST_ARGS: &[ArgSpec] = &[
     // Optimizer.
     ArgSpec::text("optimizer", "adamw")
         .field("optimizer.kind")
-        .choices("adamw")
-        .help("Update rule"),
+        .choices("adam|adamw|sgd|adagrad")
+        .help("Update rule; the momentum of `sgd` is 0.9"),
     ArgSpec::float("wd", "0.0")
         .field("optimizer.weight_decay")
-        .help("Decoupled weight decay of all parameters"),
+        .help("Weight decay of all parameters; decoupled for `adamw`, else added to the gradient"),
     ArgSpec::float("grad_clip", "1.0")
         .optional()
         .field("optimizer.max_grad_norm")
@@ -181,4 +211,48 @@ const HOST_ARGS: &[ArgSpec] = &[
         .help("Weight of all regularizers together"),
     ArgSpec::new(ArgKind::FloatMap, "reg_scales", "")
         .help("Weights of single regularizers: `moe=0.5,act_loss=2`"),
+    ArgSpec::new(ArgKind::StrList, "reg_lin_decay", "")
+        .help("Regularizers that fall linearly to 0 over the training"),
+    // When a step goes wrong, and how fast it is.
+    ArgSpec::text("nan_policy", "abort")
+        .field("non_finite.policy")
+        .choices("abort|skip")
+        .help("When loss or gradient are not finite: end, or drop that step's update"),
+    ArgSpec::int("nan_budget", "10")
+        .field("non_finite.n_skips")
+        .unit("steps")
+        .help("With `-nan_policy skip`: drop at most so many in the whole run"),
+    ArgSpec::flag("nan_detect", "0")
+        .field("non_finite.is_traced")
+        .help("Look for what is not finite in every tensor of every step; slow"),
+    ArgSpec::text("speedtest", "none")
+        .choices("none|iter")
+        .help("`iter` waits for the device around each step and logs its exact time"),
+    ArgSpec::flag("log_grad_norms", "0")
+        .field("logs_grad_norms")
+        .help("Log the norm of each parameter's gradient, after clipping"),
+    ArgSpec::float("peak_tflops", "none")
+        .optional()
+        .unit("10^12/s")
+        .help("Peak of the device, for the logged share of it (MFU); known for common GPUs"),
+    // Accepted so that the reference's command lines and sweeps run.
+    ArgSpec::retired(ArgKind::Bool, "train_baseline", "the method that it calls is not in the reference"),
+    ArgSpec::retired(ArgKind::Int, "wandb_save_interval", "the reference never reads it; see `-save_interval`"),
+    ArgSpec::retired(ArgKind::Bool, "wandb_bug_workaround", NO_WANDB),
+    ArgSpec::retired(ArgKind::Bool, "wandb_sync_checkpoints", NO_WANDB),
+    ArgSpec::retired(ArgKind::Str, "fs_cache_pattern", "data is mapped from where it is: put `-data.cache_dir` on a local disk"),
+    ArgSpec::retired(ArgKind::Bool, "length_bucketed_sampling", ONE_LENGTH),
+    ArgSpec::retired(ArgKind::Int, "max_length_per_batch", ONE_LENGTH),
+    ArgSpec::retired(ArgKind::Int, "lm.unroll_eval", "only a task that the reference cannot start reads it"),
+    ArgSpec::retired(ArgKind::Int, "lm.example_context", "the reference never shows its examples; see `-n_samples`"),
+    ArgSpec::retired(ArgKind::Int, "lm.example_window", "the reference never shows its examples; see `-sample_length`"),
+    ArgSpec::retired(ArgKind::Bool, "val_log_details", "layers report nothing while the model is validated"),
+    ArgSpec::retired(ArgKind::Bool, "dump_logs", "no layer of the reference fills the files that it names"),
+    ArgSpec::retired(ArgKind::Str, "dump_validation_plots", "the reference never reaches the code that reads it"),
+    ArgSpec::retired(ArgKind::Int, "debug_plot_interval", NO_PLOTS),
+    ArgSpec::retired(ArgKind::Int, "details_log_interval", "layers report with every record; see `-log_interval`"),
 ];
+
+const NO_WANDB: &str = "Weights & Biases is not there yet";
+const NO_PLOTS: &str = "attention maps are not drawn";
+const ONE_LENGTH: &str = "all sequences of a token stream have one length";

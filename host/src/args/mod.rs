@@ -23,8 +23,8 @@ pub use arguments::{Arguments, Source};
 pub use error::ArgsError;
 pub use help::help_text;
 pub use host::{
-    AdamConfig, GpuChoice, HostConfig, LogSink, OptimizerConfig, OptimizerKind, SampleConfig,
-    ScheduleConfig, ScheduleKind,
+    AdamConfig, GpuChoice, HostConfig, LogSink, NanPolicy, NonFiniteConfig, OptimizerConfig,
+    OptimizerKind, SampleConfig, ScheduleConfig, ScheduleKind, Speedtest,
 };
 pub use host_table::host_args;
 pub use owner::{Owner, Role};

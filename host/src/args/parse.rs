@@ -437,7 +437,7 @@ mod tests {
                 &[],
                 [
                     "ambiguous argument `-test_`",
-                    "it may stand for `-test_batch_size`, `-test_interval`",
+                    "it may stand for `-test_batch_size`, `-test_interval`, `-test_only`, `-test_pretrained`",
                     "write more of the name",
                 ],
             ),

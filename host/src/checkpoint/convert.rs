@@ -131,7 +131,7 @@ fn train_state(
         best: progress
             .best_losses
             .iter()
-            .map(|(name, &(loss, step))| (name.clone(), Best { loss, step }))
+            .map(|(name, &(loss, step))| (name.clone(), Best { value: loss, step }))
             .collect(),
         ..TrainState::default()
     }

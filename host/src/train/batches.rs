@@ -3,7 +3,7 @@
 //! ```text
 //! n = ⌊n_windows / batch_size⌋ batches an epoch;  lane j of batch p reads window p + j·n
 //! ```
-//! so each lane walks through one contiguous part of the stream. What is stored in a checkpoint is the position of
+//! so each lane walks through one contiguous part of the stream; `-overfit_batches` ends each epoch earlier. What is stored in a checkpoint is the position of
 //! the last batch that was *consumed*, whatever the thread has read ahead.
 //!
 //! Source: reference `framework/loader/sampler.py`, `MultibatchSequentialSampler`.
@@ -14,7 +14,6 @@ use moeut_plugin_api::abi::client::TokenDatasetClient;
 use serde::{Deserialize, Serialize};
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, sync_channel};
-use std::time::{Duration, Instant};
 use tch::Tensor;
 
 /// Batches that wait in the queue; one more is in the thread's hands.
@@ -30,18 +29,23 @@ pub struct Position {
 }
 
 impl Position {
-    fn next(self, batches_per_epoch: u64) -> Self {
-        if self.batch + 1 < batches_per_epoch {
-            Self {
-                batch: self.batch + 1,
-                ..self
-            }
-        } else {
-            Self {
-                epoch: self.epoch + 1,
-                batch: 0,
-            }
+    /// The position itself, or the next epoch's start if this epoch has been made shorter since it was saved.
+    fn within(self, batches_per_epoch: u64) -> Self {
+        if self.batch < batches_per_epoch {
+            return self;
         }
+        Self {
+            epoch: self.epoch + 1,
+            batch: 0,
+        }
+    }
+
+    fn next(self, batches_per_epoch: u64) -> Self {
+        let next = Self {
+            batch: self.batch + 1,
+            ..self
+        };
+        next.within(batches_per_epoch)
     }
 }
 
@@ -54,6 +58,8 @@ pub struct BatchShape {
     pub n_microbatches: usize,
     /// Tokens that the model sees per sequence.
     pub seq_len: usize,
+    /// The first so many batches are all there is; every batch if absent.
+    pub n_batches: Option<u64>,
 }
 
 impl BatchShape {
@@ -77,6 +83,16 @@ pub struct Microbatch {
     pub weight: f64,
 }
 
+impl Microbatch {
+    /// The same tokens, not copied.
+    pub fn share(&self) -> Self {
+        Self {
+            tokens: self.tokens.shallow_clone(),
+            weight: self.weight,
+        }
+    }
+}
+
 struct Batch {
     microbatches: Vec<Microbatch>,
     after: Position,
@@ -85,8 +101,8 @@ struct Batch {
 /// The training stream.
 pub struct Batches {
     queue: Receiver<Result<Batch, PluginError>>,
+    shape: BatchShape,
     position: Position,
-    waited: Duration,
 }
 
 impl Batches {
@@ -112,15 +128,20 @@ impl Batches {
                     .into(),
             );
         }
+        let order = Order {
+            stride: batches_per_epoch,
+            n_batches: shape.n_batches.unwrap_or(u64::MAX).min(batches_per_epoch),
+        };
+        let position = position.within(order.n_batches);
         let (sender, queue) = sync_channel(READ_AHEAD);
         std::thread::Builder::new()
             .name("batches".into())
             .spawn(move || {
                 let mut position = position;
                 loop {
-                    let batch = read_batch(&dataset, shape, batches_per_epoch, position);
+                    let batch = read_batch(&dataset, shape, order, position);
                     let has_failed = batch.is_err();
-                    position = position.next(batches_per_epoch);
+                    position = position.next(order.n_batches);
                     // The receiver is gone when training ends.
                     if sender.send(batch).is_err() || has_failed {
                         return;
@@ -130,8 +151,8 @@ impl Batches {
             .map_err(|error| PluginError::new("no thread can be started").why(error.to_string()))?;
         Ok(Self {
             queue,
+            shape,
             position,
-            waited: Duration::ZERO,
         })
     }
 
@@ -140,34 +161,41 @@ impl Batches {
     /// # Errors
     /// If the data cannot be read.
     pub fn next_batch(&mut self) -> Result<Vec<Microbatch>, TrainError> {
-        let start = Instant::now();
         let batch = self.queue.recv().map_err(|_| {
             PluginError::new("the thread that reads the data has ended")
                 .why("it reported its reason a step before")
         })??;
-        self.waited += start.elapsed();
         self.position = batch.after;
         Ok(batch.microbatches)
+    }
+
+    /// How the stream becomes batches.
+    pub fn shape(&self) -> &BatchShape {
+        &self.shape
     }
 
     /// Position behind the last consumed batch.
     pub fn position(&self) -> Position {
         self.position
     }
+}
 
-    /// Time that training has waited for data since the last call.
-    pub fn take_waited(&mut self) -> Duration {
-        std::mem::take(&mut self.waited)
-    }
+/// Which windows make a batch, and how many batches an epoch has.
+#[derive(Debug, Clone, Copy)]
+struct Order {
+    /// Windows between the same batch's lanes: `n` of the equation above.
+    stride: u64,
+    /// Batches of an epoch, at most `stride`.
+    n_batches: u64,
 }
 
 fn read_batch(
     dataset: &TokenDatasetClient,
     shape: BatchShape,
-    batches_per_epoch: u64,
+    order: Order,
     position: Position,
 ) -> Result<Batch, PluginError> {
-    let window = |lane: usize| position.batch + lane as u64 * batches_per_epoch;
+    let window = |lane: usize| position.batch + lane as u64 * order.stride;
     let mut lane = 0;
     let mut microbatches = Vec::new();
     for size in shape.microbatch_sizes() {
@@ -180,7 +208,7 @@ fn read_batch(
     }
     Ok(Batch {
         microbatches,
-        after: position.next(batches_per_epoch),
+        after: position.next(order.n_batches),
     })
 }
 
@@ -218,6 +246,7 @@ mod tests {
                 batch_size,
                 n_microbatches,
                 seq_len: 1,
+                n_batches: None,
             };
             assert_eq!(shape.microbatch_sizes(), sizes);
         }
@@ -232,5 +261,12 @@ mod tests {
             position = position.next(3);
         }
         assert_eq!(seen, [(0, 0), (0, 1), (0, 2), (1, 0)]);
+    }
+
+    #[test]
+    fn a_position_behind_a_shortened_epoch_is_the_start_of_the_next_one() {
+        let saved = Position { epoch: 2, batch: 7 };
+        assert_eq!(saved.within(8), saved);
+        assert_eq!(saved.within(7), Position { epoch: 3, batch: 0 });
     }
 }

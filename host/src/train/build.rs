@@ -6,21 +6,29 @@ use super::batches::{BatchShape, Batches};
 use super::device::{Placement, place};
 use super::evaluate::EvalStream;
 use super::generate::Sampling;
-use super::monitor::Monitor;
+use super::monitor::{Monitor, Watch};
+use super::non_finite::{Guard, Inspector};
 use super::optimizer::Optimizer;
-use super::run::{Named, RNG_CPU, RNG_CUDA, Regularizers, Run, Samples};
+use super::pretrained;
+use super::regularizers::Regularizers;
+use super::run::{Named, RNG_CPU, RNG_CUDA, Run, Samples};
 use super::sampling::Choice;
+use super::scaler::Scaler;
 use super::schedule::Schedule;
 use super::state::TrainState;
-use crate::args::{Arguments, HostConfig, LogSink, SampleConfig};
+use super::throughput::Throughput;
+use crate::args::{Arguments, HostConfig, LogSink, SampleConfig, Speedtest};
 use crate::checkpoint::{Checkpoints, Loaded};
+use crate::gpu;
+use crate::job::Job;
 use crate::log::{Jsonl, Sink, Sinks, TensorBoard, Terminal};
 use crate::plan;
 use crate::plugins::{Component, Registry};
 use crate::services::Services;
+use crate::signals::Signals;
 use moeut_plugin_api::abi::client::{HostServices, ModelClient, TokenDatasetClient};
 use moeut_plugin_api::{
-    ComponentKind, ModelSetup, PluginError, StreamInfo, StreamRequest, TaskPlan,
+    ComponentKind, DType, ModelSetup, PluginError, StreamInfo, StreamRequest, TaskPlan,
 };
 use moeut_torch::{IntoTensor, OrPluginError, rng};
 use std::collections::{BTreeMap, BTreeSet};
@@ -42,6 +50,17 @@ pub struct Blueprint {
     pub folder: PathBuf,
     /// A checkpoint to go on from.
     pub restored: Option<Loaded>,
+    /// The SLURM job that this start is part of.
+    pub job: Option<Job>,
+    /// What signals ask for.
+    pub signals: Arc<Signals>,
+}
+
+impl Blueprint {
+    /// Whether the run trains, and so saves and logs.
+    pub fn is_training(&self) -> bool {
+        !self.config.dry_run && !self.config.test_only
+    }
 }
 
 /// Builds everything.
@@ -49,22 +68,22 @@ pub struct Blueprint {
 /// # Errors
 /// If a component is missing or refuses its arguments, or the checkpoint does not fit.
 pub fn build(
-    blueprint: Blueprint,
+    mut blueprint: Blueprint,
     registry: &Arc<Registry>,
     terminal: &Arc<Terminal>,
 ) -> Result<Run, TrainError> {
     let clock = Instant::now();
-    let placement = place(&blueprint.config, n_gpus())?;
-    if let Some(n_threads) = blueprint.config.threads {
-        tch::set_num_threads(i32::try_from(n_threads).unwrap_or(i32::MAX));
-    }
+    let placement = machine(&mut blueprint.config, terminal)?;
     let n_steps = blueprint.config.n_steps.filter(|&n_steps| n_steps > 0);
     let schedule = Schedule::new(
         &blueprint.config.schedule,
-        n_steps,
+        // Without steps no learning rate is asked for, so that a curve without an end is no mistake.
+        n_steps.or(blueprint.config.test_only.then_some(1)),
         d_model(&blueprint.arguments),
     )?;
-    let services: Arc<dyn HostServices> = Services::new(registry, terminal, &blueprint.config);
+    let regularizers = Regularizers::new(&blueprint.config, n_steps)?;
+    let services: Arc<dyn HostServices> =
+        Services::new(registry, terminal, &blueprint.config, &blueprint.signals);
     let site = Site {
         blueprint: &blueprint,
         registry,
@@ -85,8 +104,26 @@ pub fn build(
 
     let n_steps = n_steps.unwrap_or(u64::MAX);
     let sinks = Sinks::start(sinks(&blueprint, terminal));
-    let log_interval = blueprint.config.log_interval;
-    let mut monitor = Monitor::new(sinks, Arc::clone(terminal), log_interval, n_steps, &state);
+    let device = moeut_torch::device(placement.device);
+    let nan_budget = blueprint.config.non_finite.budget();
+    let n_skipped = state.n_skipped;
+    let is_16_bit = matches!(placement.compute_dtype, DType::Bf16 | DType::F16);
+    let peak_tflops = blueprint.config.peak_tflops;
+    let watch = Watch {
+        log_interval: blueprint.config.log_interval,
+        n_steps,
+        device,
+        throughput: Throughput::new(subject.n_trained, peak_tflops, device, is_16_bit),
+        nan_budget,
+        is_speedtest: blueprint.config.speedtest == Speedtest::Iter,
+        logs_grad_norms: blueprint.config.logs_grad_norms,
+    };
+    let mut monitor = Monitor::new(sinks, Arc::clone(terminal), watch, &state);
+    if blueprint.config.non_finite.is_traced {
+        moeut_torch::anomaly::detect(true).or_plugin_error("`-nan_detect 1` is refused")?;
+        monitor
+            .warn("`-nan_detect 1` looks at every tensor of every step: training is much slower");
+    }
     announce(&mut monitor, &state, &subject, placement, &data.info);
     monitor.message(&format!(
         "ready: data {:.2} s, model {:.2} s",
@@ -94,42 +131,70 @@ pub fn build(
         clock.elapsed().as_secs_f64()
     ));
 
+    let is_training = blueprint.is_training();
     let Blueprint {
         arguments,
         config,
         folder,
         restored,
+        job,
+        signals,
     } = blueprint;
-    let eval_batch_size = config
-        .eval_batch_size
-        .unwrap_or(config.batch_size / shape.n_microbatches)
-        .max(1);
-    let checkpoints =
-        Checkpoints::new(folder.join("checkpoint"), config.n_kept).keep_every(KEEP_EVERY);
+    let eval_batch_size = eval_batch_size(&config, shape.n_microbatches);
+    let checkpoint_dir = folder.join("checkpoint");
+    let checkpoints = is_training
+        .then(|| Checkpoints::new(&checkpoint_dir, config.n_kept).keep_every(KEEP_EVERY));
     Ok(Run {
         n_steps,
         state,
         model: subject.model,
-        device: moeut_torch::device(placement.device),
+        model_name: subject.name,
+        device,
         autocast: (placement.compute_dtype != placement.dtype)
             .then(|| moeut_torch::kind(placement.compute_dtype)),
         batches,
         validation: data.validation,
         eval_batch_size,
         optimizer: subject.optimizer,
+        scaler: subject.scaler,
+        guard: Guard::new(nan_budget, n_skipped, device),
+        inspector: Inspector::new(config.non_finite.is_traced),
         schedule,
-        regularizers: Regularizers {
-            scales: config.reg_scales.clone(),
-        },
+        regularizers,
         monitor,
+        signals,
+        job,
         checkpoints,
+        is_pretrained: config.pretrained.is_some() && restored.is_none(),
         parameters: subject.parameters,
         args: arguments.raw_map(),
         samples: samples(plan.prompts, data.train, &config, shape.seq_len),
         tokens_per_step: (shape.batch_size * shape.seq_len) as u64,
-        last_saved: restored.map(|loaded| loaded.snapshot.step),
+        last_saved: restored
+            .filter(|loaded| is_below(&loaded.path, &checkpoint_dir))
+            .map(|loaded| loaded.snapshot.step),
+        checkpoint_dir,
         config,
     })
+}
+
+/// Chooses device and precision, and sets what holds for the whole process.
+fn machine(config: &mut HostConfig, terminal: &Terminal) -> Result<Placement, PluginError> {
+    if config.deterministic {
+        moeut_torch::determinism::set(true).or_plugin_error("`-deterministic 1` is refused")?;
+    }
+    if let Some(n_threads) = config.threads {
+        tch::set_num_threads(i32::try_from(n_threads).unwrap_or(i32::MAX));
+    }
+    let n_gpus = n_gpus();
+    config.gpu = gpu::take(config.gpu, n_gpus, terminal);
+    place(config, n_gpus)
+}
+
+/// As the reference: a batch of the validation is a microbatch of the training, unless told otherwise.
+fn eval_batch_size(config: &HostConfig, n_microbatches: usize) -> usize {
+    let size = config.eval_batch_size;
+    size.unwrap_or(config.batch_size / n_microbatches).max(1)
 }
 
 /// What every part of the building needs.
@@ -153,6 +218,7 @@ struct Subject {
     parameters: Named,
     n_trained: usize,
     optimizer: Optimizer,
+    scaler: Scaler,
 }
 
 impl Site<'_> {
@@ -238,12 +304,25 @@ impl Site<'_> {
         let model = self.model(component, info.vocab_size, placement)?;
         let (parameters, trained) = parameters(&model)?;
         let optimizer = Optimizer::new(self.blueprint.config.optimizer.clone(), &trained);
+        let is_half = placement.compute_dtype == DType::F16;
+        let scaler = Scaler::new(is_half, moeut_torch::device(placement.device));
         if let Some(loaded) = &self.blueprint.restored {
             let stored = &loaded.snapshot;
             load_tensors("model", &parameters, &stored.model)?;
             check_nothing_left(&parameters, &stored.model)?;
             load_tensors("optimizer", &optimizer.tensors(), &stored.optimizer)?;
+            // A run in another precision had no scaler; this one starts afresh then.
+            if stored
+                .optimizer
+                .iter()
+                .any(|(name, _)| name.starts_with("scaler/"))
+            {
+                load_tensors("loss scaler", &scaler.tensors(), &stored.optimizer)?;
+            }
             restore_rng(&stored.optimizer, moeut_torch::device(placement.device))?;
+        } else if let Some(path) = &self.blueprint.config.pretrained {
+            let stored = pretrained::read(path, self.blueprint.config.sweep_id)?;
+            load_tensors("model", &parameters, &stored)?;
         }
         Ok(Subject {
             name: component.info.name.clone(),
@@ -251,6 +330,7 @@ impl Site<'_> {
             parameters,
             n_trained: trained.iter().map(|(_, tensor)| tensor.numel()).sum(),
             optimizer,
+            scaler,
         })
     }
 
@@ -347,7 +427,15 @@ fn batch_shape(config: &HostConfig, seq_len: u64) -> Result<BatchShape, PluginEr
         batch_size: config.batch_size,
         n_microbatches,
         seq_len: size(seq_len)?,
+        n_batches: config.n_batches,
     })
+}
+
+/// Whether a checkpoint is one of this run's own.
+fn is_below(checkpoint: &Path, folder: &Path) -> bool {
+    let parent = checkpoint.canonicalize().ok();
+    let parent = parent.as_deref().and_then(Path::parent);
+    parent.is_some() && parent == folder.canonicalize().ok().as_deref()
 }
 
 pub(crate) fn size(number: u64) -> Result<usize, PluginError> {
@@ -452,6 +540,9 @@ fn sinks(blueprint: &Blueprint, terminal: &Terminal) -> Vec<Box<dyn Sink>> {
         .map(|loaded| loaded.snapshot.step);
     let folder: &Path = &blueprint.folder;
     let mut sinks: Vec<Box<dyn Sink>> = Vec::new();
+    if blueprint.config.dry_run {
+        return sinks;
+    }
     let mut add = |sink: Result<Box<dyn Sink>, crate::log::SinkError>| match sink {
         Ok(sink) => sinks.push(sink),
         Err(error) => {
@@ -460,7 +551,12 @@ fn sinks(blueprint: &Blueprint, terminal: &Terminal) -> Vec<Box<dyn Sink>> {
         }
     };
     add(Jsonl::open(folder.join("metrics.jsonl"), resume_at).map(|sink| Box::new(sink) as _));
-    if blueprint.config.log == LogSink::Tb {
+    if matches!(blueprint.config.log, LogSink::Wandb | LogSink::All) {
+        let text =
+            "Weights & Biases is not there yet: metrics go to TensorBoard and `metrics.jsonl`";
+        terminal.message(crate::log::Level::Warning, text);
+    }
+    if blueprint.config.log != LogSink::None {
         let folder = folder.join("tensorboard");
         add(TensorBoard::open(&folder, resume_at).map(|sink| Box::new(sink) as _));
     }

@@ -19,6 +19,20 @@ pub struct Placement {
 /// # Errors
 /// If the wished device or precision is not there.
 pub fn place(config: &HostConfig, n_gpus: u32) -> Result<Placement, PluginError> {
+    place_on(config, n_gpus, |device| {
+        let card = moeut_torch::cuda::describe(moeut_torch::device(device));
+        card.is_ok_and(|card| card.capability >= BF16_CAPABILITY)
+    })
+}
+
+/// Compute capability from which on a card multiplies in bfloat16.
+const BF16_CAPABILITY: (i32, i32) = (8, 0);
+
+fn place_on(
+    config: &HostConfig,
+    n_gpus: u32,
+    has_bf16: impl Fn(Device) -> bool,
+) -> Result<Placement, PluginError> {
     let device = match config.gpu {
         GpuChoice::Cpu => Device::Cpu,
         GpuChoice::Auto if n_gpus == 0 => Device::Cpu,
@@ -32,11 +46,6 @@ pub fn place(config: &HostConfig, n_gpus: u32) -> Result<Placement, PluginError>
     };
     // As the reference: mixed precision is a matter of GPUs.
     let is_mixed = config.amp && matches!(device, Device::Cuda(_));
-    if is_mixed && !config.bfloat16 {
-        return Err(PluginError::new("`-amp 1 -bfloat16 0` is not available")
-            .why("float16 needs loss scaling, which this version does not have")
-            .fix("use `-bfloat16 1` (compute capability 8 or higher) or `-amp 0`"));
-    }
     if is_mixed && config.dtype == DType::F64 {
         return Err(
             PluginError::new("`-amp 1` and `-dtype f64` contradict each other")
@@ -47,7 +56,11 @@ pub fn place(config: &HostConfig, n_gpus: u32) -> Result<Placement, PluginError>
     Ok(Placement {
         device,
         dtype: config.dtype,
-        compute_dtype: if is_mixed { DType::Bf16 } else { config.dtype },
+        compute_dtype: match is_mixed {
+            false => config.dtype,
+            true if config.bfloat16 && has_bf16(device) => DType::Bf16,
+            true => DType::F16,
+        },
     })
 }
 
@@ -56,10 +69,12 @@ mod tests {
     use super::*;
     use crate::args::{Owner, parse};
 
+    /// The second GPU is an old one.
     fn placed(line: &str, n_gpus: u32) -> Result<Placement, PluginError> {
         let argv: Vec<String> = line.split_whitespace().map(String::from).collect();
         let arguments = parse(&argv, &[Owner::host()], None).unwrap();
-        place(&HostConfig::new(&arguments).unwrap(), n_gpus)
+        let config = HostConfig::new(&arguments).unwrap();
+        place_on(&config, n_gpus, |device| device == Device::Cuda(0))
     }
 
     #[test]
@@ -76,11 +91,10 @@ mod tests {
             compute("-gpu 1 -dtype f64", 2),
             (Device::Cuda(1), DType::F64)
         );
-        for line in [
-            "-gpu 2",
-            "-gpu 0 -amp 1 -bfloat16 0",
-            "-gpu 0 -amp 1 -dtype f64",
-        ] {
+        let half = (Device::Cuda(0), DType::F16);
+        assert_eq!(compute("-gpu 0 -amp 1 -bfloat16 0", 2), half);
+        assert_eq!(compute("-gpu 1 -amp 1", 2), (Device::Cuda(1), DType::F16));
+        for line in ["-gpu 2", "-gpu 0 -amp 1 -dtype f64"] {
             assert!(placed(line, 1).is_err(), "{line}");
         }
     }

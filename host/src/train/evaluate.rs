@@ -2,6 +2,7 @@
 
 use super::batches::read_windows;
 use super::{TrainError, forward, int, token_losses};
+use crate::signals::Signals;
 use moeut_plugin_api::abi::client::{ModelClient, TokenDatasetClient};
 use std::sync::Arc;
 use tch::{Device, Kind};
@@ -38,7 +39,7 @@ impl Scores {
     }
 }
 
-/// Scores a model on a stream.
+/// Scores a model on a stream; no scores if a signal ends it.
 ///
 /// # Errors
 /// If the data cannot be read or the model fails.
@@ -47,11 +48,15 @@ pub fn evaluate(
     stream: &EvalStream,
     batch_size: usize,
     device: Device,
-) -> Result<Scores, TrainError> {
+    signals: &Signals,
+) -> Result<Option<Scores>, TrainError> {
     let _no_grad = tch::no_grad_guard();
     let (mut loss, mut n_right, mut n_tokens) = (0.0, 0.0, 0.0);
     let windows: Vec<u64> = (0..stream.n_windows).collect();
     for batch in windows.chunks(batch_size) {
+        if signals.is_ending() {
+            return Ok(None);
+        }
         let tokens = read_windows(&stream.dataset, batch, stream.seq_len)?.to_device(device);
         let targets = tokens.narrow(0, 1, int(stream.seq_len));
         let output = forward(
@@ -60,7 +65,7 @@ pub fn evaluate(
             false,
             false,
         )?;
-        loss += token_losses(&output.logits, &targets)
+        loss += token_losses(&output.logits, &targets)?
             .sum(Kind::Double)
             .double_value(&[]);
         let right = output.logits.argmax(-1, false).eq_tensor(&targets);
@@ -68,11 +73,11 @@ pub fn evaluate(
         n_tokens += targets.numel() as f64;
     }
     let loss = loss / n_tokens;
-    Ok(Scores {
+    Ok(Some(Scores {
         loss,
         accuracy: n_right / n_tokens,
         bits_per_byte: stream
             .utf8_bytes_per_token
             .map(|bytes| loss / std::f64::consts::LN_2 / bytes),
-    })
+    }))
 }

@@ -1,204 +1,254 @@
 //! Turns the tensors of finished steps into log records, a step late so that no step waits for the device.
 
-use super::evaluate::Scores;
+use super::non_finite::NonFinite;
 use super::state::TrainState;
-use super::{StepStats, TrainError};
+use super::throughput::Throughput;
+use super::timing::{Phase, Timing};
+use super::{StepStats, TrainError, memory};
 use crate::log::{Record, Sinks, StepLine, Terminal};
+use moeut_torch::OrPluginError;
+use moeut_torch::readback::Readback;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
+use tch::{Cuda, Device, Tensor};
 
 /// Learning rates are logged this often, as in the reference.
 const LR_INTERVAL: u64 = 100;
+
+/// What a monitor is told once.
+#[derive(Debug, Clone, Copy)]
+pub struct Watch {
+    /// Steps over which metrics are averaged.
+    pub log_interval: u64,
+    /// Last step.
+    pub n_steps: u64,
+    /// Where the model lives.
+    pub device: Device,
+    /// How much arithmetic a token costs, and what the device can do.
+    pub throughput: Throughput,
+    /// Steps that are not finite and may be dropped.
+    pub nan_budget: u64,
+    /// Whether to wait for the device around each step, for exact times.
+    pub is_speedtest: bool,
+    /// Whether to log the norm of each parameter's gradient.
+    pub logs_grad_norms: bool,
+}
 
 /// Observes a run and tells sinks and terminal.
 pub struct Monitor {
     sinks: Sinks,
     terminal: Arc<Terminal>,
-    log_interval: u64,
-    n_steps: u64,
+    watch: Watch,
     pending: Option<Pending>,
+    timing: Timing,
     clock: Clock,
+    step_began: Instant,
     /// Set until the first step is done.
     built_at: Option<Instant>,
 }
 
-/// A step whose tensors have not been read yet.
+/// A step whose numbers are on their way.
 struct Pending {
     step: u64,
     lr: f64,
-    stats: StepStats,
+    readback: Readback,
+    names: Vec<Metric>,
 }
 
-/// Time since the last log line.
+/// What a number of a step is.
+enum Metric {
+    /// Averaged over the steps between two records.
+    Averaged(String),
+    /// Of the very step that is logged.
+    Single(String),
+    GradNorm,
+    IsBad,
+}
+
+/// Since the last record.
 struct Clock {
-    start: Instant,
     n_steps: u64,
     tokens_at_start: u64,
-    waited: Duration,
+    /// Time of steps that the device was waited for.
+    exact: Duration,
 }
 
 impl Clock {
     fn new(tokens_at_start: u64) -> Self {
         Self {
-            start: Instant::now(),
             n_steps: 0,
             tokens_at_start,
-            waited: Duration::ZERO,
+            exact: Duration::ZERO,
         }
     }
 }
 
 impl Monitor {
     /// Observes from the state a run starts in.
-    pub fn new(
-        sinks: Sinks,
-        terminal: Arc<Terminal>,
-        log_interval: u64,
-        n_steps: u64,
-        state: &TrainState,
-    ) -> Self {
+    pub fn new(sinks: Sinks, terminal: Arc<Terminal>, watch: Watch, state: &TrainState) -> Self {
         Self {
             sinks,
             terminal,
-            log_interval,
-            n_steps,
+            watch,
             pending: None,
+            timing: Timing::default(),
             clock: Clock::new(state.n_tokens),
+            step_began: Instant::now(),
             built_at: Some(Instant::now()),
         }
     }
 
     /// Whether the coming step's statistics will be logged.
     pub fn wants_stats(&self, state: &TrainState) -> bool {
-        (state.step + 1).is_multiple_of(self.log_interval)
+        (state.step + 1).is_multiple_of(self.watch.log_interval)
+    }
+
+    /// Whether the norms of the coming step's gradients will be logged, one by one.
+    pub fn wants_grad_norms(&self, state: &TrainState) -> bool {
+        self.watch.logs_grad_norms && self.wants_stats(state)
+    }
+
+    /// Says what the host does from now on, for the time split.
+    pub fn enter(&mut self, phase: Phase) {
+        self.timing.enter(phase);
+    }
+
+    /// What the host does.
+    pub fn phase(&self) -> Phase {
+        self.timing.phase()
+    }
+
+    /// Begins a step.
+    pub fn begin_step(&mut self) {
+        self.synchronize();
+        self.step_began = Instant::now();
+        self.enter(Phase::Load);
+    }
+
+    /// For exact times only.
+    fn synchronize(&self) {
+        if let (true, Device::Cuda(index)) = (self.watch.is_speedtest, self.watch.device) {
+            Cuda::synchronize(i64::try_from(index).unwrap_or(-1));
+        }
     }
 
     /// Takes a step's results and reads those of the step before.
     ///
     /// # Errors
-    /// If the loss of the step before is not finite.
+    /// If the step before is not finite.
     pub fn observe(
         &mut self,
         state: &mut TrainState,
         lr: f64,
-        step: StepStats,
-        waited: Duration,
+        stats: StepStats,
     ) -> Result<(), TrainError> {
+        self.synchronize();
+        self.clock.exact += self.step_began.elapsed();
+        self.enter(Phase::Log);
+        let current = Pending::start(state.step, lr, stats)?;
         self.settle(state)?;
         if let Some(built_at) = self.built_at.take() {
             let seconds = built_at.elapsed().as_secs_f64();
             self.message(&format!("first step {seconds:.2} s"));
         }
         self.clock.n_steps += 1;
-        self.clock.waited += waited;
-        self.pending = Some(Pending {
-            step: state.step,
-            lr,
-            stats: step,
-        });
+        self.pending = Some(current);
         Ok(())
     }
 
     /// Reads what is pending, so that `state` holds every step up to now.
     ///
     /// # Errors
-    /// If the loss is not finite.
+    /// If a step is not finite, and more were not than may be dropped.
     pub fn settle(&mut self, state: &mut TrainState) -> Result<(), TrainError> {
-        let Some(Pending { step, lr, stats }) = self.pending.take() else {
+        let Some(pending) = self.pending.take() else {
             return Ok(());
         };
-        let metrics: Vec<(String, f64)> = stats
-            .scalars
-            .iter()
-            .map(|(name, value)| (name.clone(), value.double_value(&[])))
-            .collect();
-        let grad_norm = stats.grad_norm.map_or(0.0, |norm| norm.double_value(&[]));
-        let loss = metrics
-            .iter()
-            .find(|(name, _)| name == "train/loss")
-            .map_or(f64::NAN, |m| m.1);
-        if !loss.is_finite() {
-            return Err(TrainError::NonFinite { step, loss });
+        let (step, lr) = (pending.step, pending.lr);
+        let (mut averaged, mut single) = (Vec::new(), Vec::new());
+        let (mut grad_norm, mut is_bad) = (0.0, false);
+        for (metric, value) in pending.read()? {
+            match metric {
+                Metric::Averaged(name) => averaged.push((name, value)),
+                Metric::Single(name) => single.push((name, value)),
+                Metric::GradNorm => grad_norm = value,
+                Metric::IsBad => is_bad = value > 0.0,
+            }
         }
-        state.window.add(&metrics, grad_norm);
-        if step.is_multiple_of(self.log_interval) || step == self.n_steps {
-            self.log(state, step, lr);
+        if is_bad {
+            self.note_bad(state, step, loss_of(&averaged), grad_norm)?;
+        } else {
+            // Under a loss scaler, a step whose gradients overflow is dropped, and that is all.
+            let grad_norm = if grad_norm.is_finite() { grad_norm } else { 0.0 };
+            state.window.add(&averaged, grad_norm);
+        }
+        if step.is_multiple_of(self.watch.log_interval) || step == self.watch.n_steps {
+            self.log(state, step, lr, single);
         }
         Ok(())
     }
 
-    fn log(&mut self, state: &mut TrainState, step: u64, lr: f64) {
+    /// A step was not finite, and its update was dropped.
+    fn note_bad(
+        &self,
+        state: &mut TrainState,
+        step: u64,
+        loss: f64,
+        grad_norm: f64,
+    ) -> Result<(), TrainError> {
+        let why = format!("loss {loss}, norm of the gradient {grad_norm}");
+        if state.n_skipped < self.watch.nan_budget {
+            state.n_skipped += 1;
+            let (n_skipped, budget) = (state.n_skipped, self.watch.nan_budget);
+            self.warn(&format!(
+                "step {step} is not finite ({why}); its update is dropped, {n_skipped} of at most {budget}"
+            ));
+            return Ok(());
+        }
+        Err(TrainError::NonFinite(Box::new(NonFinite {
+            step,
+            why,
+            ..NonFinite::default()
+        })))
+    }
+
+    fn log(&mut self, state: &mut TrainState, step: u64, lr: f64, single: Vec<(String, f64)>) {
         let mut scalars = state.window.take();
-        let seconds = self.clock.start.elapsed().as_secs_f64();
+        scalars.extend(single);
+        let spent = self.timing.take();
+        let seconds = spent.training();
         let tokens_per_s = (state.n_tokens - self.clock.tokens_at_start) as f64 / seconds;
-        let wait_fraction = self.clock.waited.as_secs_f64() / seconds;
         let per_step = 1e3 / self.clock.n_steps.max(1) as f64;
-        scalars.extend([
-            ("timing/ms_per_iter".into(), seconds * per_step),
-            (
-                "timing/ms_per_load".into(),
-                self.clock.waited.as_secs_f64() * per_step,
-            ),
-            ("timing/tokens_per_s".into(), tokens_per_s),
-        ]);
+        scalars.push(("timing/ms_per_iter".into(), seconds * per_step));
+        scalars.extend(Phase::ALL.map(|phase| {
+            let name = format!("timing/ms_per_{}", phase.name());
+            (name, spent.of(phase) * per_step)
+        }));
+        scalars.push(("timing/tokens_per_s".into(), tokens_per_s));
+        let mfu = self.watch.throughput.mfu(tokens_per_s);
+        scalars.extend(mfu.map(|mfu| ("timing/mfu".into(), mfu)));
+        if self.watch.is_speedtest {
+            let exact = self.clock.exact.as_secs_f64() * per_step;
+            scalars.push(("timing/exact_ms_per_iter".into(), exact));
+        }
+        let peak = memory::peak(self.watch.device);
+        scalars.extend(peak.map(|bytes| ("memory/peak_bytes".into(), bytes as f64)));
         if step.is_multiple_of(LR_INTERVAL) {
             scalars.push(("lr".into(), lr));
         }
-        let loss = scalars
-            .iter()
-            .find(|(name, _)| name == "train/loss")
-            .map_or(f64::NAN, |m| m.1);
         self.terminal.train(&StepLine {
             step,
-            n_steps: self.n_steps,
-            loss,
+            n_steps: self.watch.n_steps,
+            loss: loss_of(&scalars),
             lr,
             tokens_per_s,
-            wait_fraction,
+            wait_fraction: spent.of(Phase::Load) / seconds,
         });
         self.sinks.record(Record {
             step,
             scalars,
             texts: Vec::new(),
         });
-        self.clock = Clock::new(state.n_tokens);
-    }
-
-    /// Logs a validation.
-    pub fn validated(&mut self, state: &mut TrainState, stream: &str, scores: &Scores) {
-        let since_best = state.note_loss(stream, scores.loss);
-        let name = |metric: &str| format!("validation/{stream}/{metric}");
-        let mut scalars = vec![
-            (name("loss"), scores.loss),
-            (name("accuracy"), scores.accuracy),
-            (name("perplexity"), scores.perplexity()),
-            (name("time_since_best_loss"), since_best as f64),
-        ];
-        scalars.extend(
-            scores
-                .bits_per_byte
-                .map(|bits| (name("bits_per_byte"), bits)),
-        );
-        let bits = scores
-            .bits_per_byte
-            .map(|bits| format!(", {bits:.3} bits per UTF-8 byte"));
-        self.message(&format!(
-            "step {}: {stream} loss {:.4} nats per token, perplexity {:.2}, accuracy {:.1} %{}",
-            state.step,
-            scores.loss,
-            scores.perplexity(),
-            scores.accuracy * 100.0,
-            bits.unwrap_or_default()
-        ));
-        self.sinks.record(Record {
-            step: state.step,
-            scalars,
-            texts: Vec::new(),
-        });
-    }
-
-    /// Begins to measure anew: what was done meanwhile is not training.
-    pub fn restart_clock(&mut self, state: &TrainState) {
         self.clock = Clock::new(state.n_tokens);
     }
 
@@ -212,7 +262,7 @@ impl Monitor {
         });
     }
 
-    /// Logs numbers that are known once.
+    /// Logs numbers that are not averaged: of a validation, or known once.
     pub fn once(&mut self, step: u64, scalars: Vec<(String, f64)>) {
         self.sinks.record(Record {
             step,
@@ -241,4 +291,45 @@ impl Monitor {
             self.terminal.message(crate::log::Level::Warning, &warning);
         }
     }
+}
+
+impl Pending {
+    /// Starts to read a step's results.
+    fn start(step: u64, lr: f64, stats: StepStats) -> Result<Self, TrainError> {
+        let StepStats {
+            averaged,
+            single,
+            grad_norm,
+            is_bad,
+            ..
+        } = stats;
+        let averaged = averaged.into_iter().map(|(name, t)| (Metric::Averaged(name), t));
+        let single = single.into_iter().map(|(name, t)| (Metric::Single(name), t));
+        let (names, tensors): (Vec<Metric>, Vec<Tensor>) = averaged
+            .chain(single)
+            .chain(grad_norm.map(|norm| (Metric::GradNorm, norm)))
+            .chain(is_bad.map(|is_bad| (Metric::IsBad, is_bad)))
+            .unzip();
+        let readback = Readback::start(&tensors.iter().collect::<Vec<_>>())
+            .or_plugin_error("the results of a step cannot be read")?;
+        Ok(Self {
+            step,
+            lr,
+            readback,
+            names,
+        })
+    }
+
+    /// The numbers, once they have arrived.
+    fn read(self) -> Result<impl Iterator<Item = (Metric, f64)>, TrainError> {
+        let values = self.readback.wait();
+        let values = values.or_plugin_error("the results of a step cannot be read")?;
+        let first = |value: Vec<f64>| value.first().copied().unwrap_or(f64::NAN);
+        Ok(self.names.into_iter().zip(values.into_iter().map(first)))
+    }
+}
+
+fn loss_of(scalars: &[(String, f64)]) -> f64 {
+    let loss = scalars.iter().find(|(name, _)| name == "train/loss");
+    loss.map_or(f64::NAN, |(_, value)| *value)
 }

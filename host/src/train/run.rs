@@ -5,15 +5,23 @@ use super::batches::Batches;
 use super::evaluate::EvalStream;
 use super::generate::{Sampling, Uniform, generate};
 use super::monitor::Monitor;
+use super::non_finite::{Guard, Inspector};
 use super::optimizer::Optimizer;
+use super::regularizers::Regularizers;
+use super::scaler::Scaler;
 use super::schedule::Schedule;
 use super::state::TrainState;
+use super::timing::Phase;
+use super::validation::{validate, validate_pretrained};
 use crate::args::HostConfig;
 use crate::checkpoint::{Checkpoints, Snapshot};
+use crate::job::Job;
+use crate::signals::{Ending, Signals};
 use moeut_plugin_api::PluginError;
 use moeut_plugin_api::abi::client::{ModelClient, TokenDatasetClient};
 use moeut_torch::{OrPluginError, rng};
 use std::collections::BTreeMap;
+use std::path::PathBuf;
 use std::sync::Arc;
 use tch::{Device, Kind, Tensor};
 
@@ -35,6 +43,7 @@ pub struct Run {
     pub state: TrainState,
     /// The model.
     pub model: ModelClient,
+    pub(super) model_name: String,
     /// Where it lives.
     pub device: Device,
     /// Element type of mixed precision, if it is on.
@@ -47,13 +56,28 @@ pub struct Run {
     pub eval_batch_size: usize,
     /// The optimizer.
     pub optimizer: Optimizer,
+    /// Keeps small float16 gradients from vanishing.
+    pub scaler: Scaler,
+    /// Drops updates that are not finite.
+    pub guard: Guard,
+    /// Looks for tensors that are not finite, if asked to.
+    pub inspector: Inspector,
     /// The learning rate.
     pub schedule: Schedule,
     /// Weights of the regularizers.
     pub regularizers: Regularizers,
     /// Logs.
     pub monitor: Monitor,
-    pub(super) checkpoints: Checkpoints,
+    /// What signals ask for.
+    pub signals: Arc<Signals>,
+    /// The SLURM job, if it is one.
+    pub(super) job: Option<Job>,
+    /// Where to save; nowhere if the run only validates or is tried out.
+    pub(super) checkpoints: Option<Checkpoints>,
+    /// Their folder.
+    pub(super) checkpoint_dir: PathBuf,
+    /// Whether the weights are those of `-load_pretrained_model`.
+    pub(super) is_pretrained: bool,
     pub(super) parameters: Vec<(String, Tensor)>,
     pub(super) args: BTreeMap<String, String>,
     pub(super) samples: Samples,
@@ -68,30 +92,47 @@ pub(super) struct Samples {
     pub(super) sampling: Sampling,
 }
 
-/// Weights of single regularizers.
-#[derive(Debug, Clone, Default)]
-pub struct Regularizers {
-    pub(super) scales: BTreeMap<String, f64>,
-}
-
-impl Regularizers {
-    /// Sum of the contributions, each times its weight in `-reg_scales` (by default 1).
-    pub fn total(&self, contributions: &[(String, Tensor)]) -> Tensor {
-        contributions
-            .iter()
-            .map(|(name, value)| value * self.scales.get(name).copied().unwrap_or(1.0))
-            .reduce(|sum, value| sum + value)
-            .unwrap_or_else(|| Tensor::from(0.0))
-    }
-}
-
 impl Run {
+    /// What comes before the first step: a job that may be stopped saves at once, so that its next start finds its
+    /// arguments; a validation that a signal ended is made up for; weights from elsewhere show what they can.
+    ///
+    /// # Errors
+    /// If a save or a validation fails.
+    pub fn begin(&mut self) -> Result<(), TrainError> {
+        if self.job.is_some() {
+            self.save()?;
+            self.wait_for_save()?;
+        }
+        if let Some(job) = &self.job {
+            job.record(&self.checkpoint_dir)?;
+        }
+        if self.is_pretrained && self.config.test_pretrained {
+            validate_pretrained(self)?;
+        }
+        if self.state.owes_validation {
+            validate(self)?;
+        }
+        Ok(())
+    }
+
+    /// Whether there is a step to do and no signal forbids it.
+    pub fn goes_on(&self) -> bool {
+        self.state.step < self.n_steps && !self.signals.is_ending()
+    }
+
+    /// Where to write what is wrong with a step; nowhere if the run saves nothing.
+    pub(super) fn dump_folder(&self, step: u64) -> Option<PathBuf> {
+        self.checkpoints.as_ref()?;
+        let folder = self.checkpoint_dir.parent()?;
+        Some(folder.join(format!("non_finite-{step}")))
+    }
+
     /// Notes that a step is done.
     pub fn advance(&mut self) {
         self.state.step += 1;
         self.state.n_tokens += self.tokens_per_step;
         self.state.position = self.batches.position();
-        for warning in self.checkpoints.take_warnings() {
+        for warning in self.checkpoints.iter_mut().flat_map(Checkpoints::take_warnings) {
             self.monitor.warn(&warning);
         }
     }
@@ -103,21 +144,36 @@ impl Run {
             || interval.is_some_and(|interval| interval > 0 && step.is_multiple_of(interval))
     }
 
+    /// Whether a checkpoint is due, or SIGUSR1 asks for one.
+    pub fn wants_save(&self) -> bool {
+        let is_asked = self.signals.take_save_request();
+        if is_asked {
+            self.monitor
+                .message(&format!("SIGUSR1: saving step {}", self.state.step));
+        }
+        is_asked || self.is_due(self.config.save_interval)
+    }
+
     /// Saves a checkpoint in the background, unless this step has one.
     ///
     /// # Errors
     /// If the last step was not finite, or a tensor cannot be copied.
     pub fn save(&mut self) -> Result<(), TrainError> {
         self.monitor.settle(&mut self.state)?;
+        let Some(checkpoints) = &mut self.checkpoints else {
+            return Ok(());
+        };
         if self.last_saved == Some(self.state.step) {
             return Ok(());
         }
-        self.checkpoints.make_room(); // One copy of the tensors at a time.
-        if let Some(took) = self.checkpoints.take_save_time() {
+        checkpoints.make_room(); // One copy of the tensors at a time.
+        if let Some(took) = checkpoints.take_save_time() {
             let scalar = ("timing/s_per_save".into(), took.as_secs_f64());
             self.monitor.once(self.state.step, vec![scalar]);
         }
+        self.monitor.enter(Phase::Save);
         let mut optimizer = self.optimizer.tensors();
+        optimizer.extend(self.scaler.tensors());
         optimizer.extend(rng_states(self.device)?);
         let state = serde_json::to_value(&self.state).map_err(|error| {
             PluginError::new("the training state cannot be written").why(error.to_string())
@@ -129,17 +185,48 @@ impl Run {
             state,
             self.args.clone(),
         )?;
-        self.checkpoints.save_in_background(snapshot);
+        checkpoints.save_in_background(snapshot);
         self.last_saved = Some(self.state.step);
+        self.monitor.enter(Phase::Log);
         Ok(())
     }
 
-    /// Saves, shows samples, and waits for everything that is still being written.
+    /// Saves, waits for everything that is still being written, and shows samples or how to go on.
     ///
     /// # Errors
-    /// If the last checkpoint cannot be written.
+    /// If the last checkpoint cannot be written, or SLURM does not queue the job again.
     pub fn finish(&mut self) -> Result<(), TrainError> {
         self.save()?;
+        match self.early_ending() {
+            None => self.show_samples()?,
+            Some(ending) => self.monitor.message(&self.farewell(ending)),
+        }
+        self.wait_for_save()?;
+        match (&self.job, self.early_ending()) {
+            (Some(job), Some(Ending::Requeue)) => Ok(job.requeue()?),
+            _ => Ok(()),
+        }
+    }
+
+    /// The signal that kept the run from its last step or validation.
+    fn early_ending(&self) -> Option<Ending> {
+        let is_done = self.state.step >= self.n_steps && !self.state.owes_validation;
+        self.signals.ending().filter(|_| !is_done)
+    }
+
+    fn farewell(&self, ending: Ending) -> String {
+        let next = match ending {
+            Ending::Terminated | Ending::Interrupted => "type the same command again to go on",
+            Ending::Requeue => "the job is queued again and goes on from there",
+        };
+        format!(
+            "stopped by {} after step {}, which is being saved; {next}",
+            ending.signal(),
+            self.state.step
+        )
+    }
+
+    fn show_samples(&mut self) -> Result<(), TrainError> {
         let mut uniform = Uniform::new(self.state.seed);
         let Samples {
             tokenizer,
@@ -147,6 +234,9 @@ impl Run {
             sampling,
         } = &self.samples;
         for (index, prompt) in prompts.iter().enumerate() {
+            if self.signals.is_ending() {
+                break;
+            }
             let text = generate(
                 &mut self.model,
                 tokenizer,
@@ -157,15 +247,26 @@ impl Run {
             )?;
             self.monitor.sample(self.state.step, index, &text);
         }
-        let saved = self.checkpoints.wait();
-        for warning in self.checkpoints.take_warnings() {
+        Ok(())
+    }
+
+    fn wait_for_save(&mut self) -> Result<(), TrainError> {
+        let Some(checkpoints) = &mut self.checkpoints else {
+            return Ok(());
+        };
+        let saved = checkpoints.wait();
+        for warning in checkpoints.take_warnings() {
             self.monitor.warn(&warning);
         }
         Ok(saved?)
     }
 }
 
-fn rng_states(device: Device) -> Result<Named, PluginError> {
+/// The states of libtorch's random generators.
+///
+/// # Errors
+/// If one cannot be read.
+pub(super) fn rng_states(device: Device) -> Result<Named, PluginError> {
     let state = |device| rng::state(device).or_plugin_error("the random generator cannot be read");
     let mut states = vec![(RNG_CPU.to_owned(), state(Device::Cpu)?)];
     if device.is_cuda() {

@@ -17,6 +17,15 @@ pub struct TrainState {
     pub seed: u64,
     /// Lowest validation loss of each stream, in nats per token, and its step.
     pub best: BTreeMap<String, Best>,
+    /// Highest validation accuracy of each stream, 0 to 1, and its step.
+    #[serde(default)]
+    pub best_accuracy: BTreeMap<String, Best>,
+    /// A validation of this step was due, and a signal ended it.
+    #[serde(default)]
+    pub owes_validation: bool,
+    /// Updates that were dropped because the step was not finite.
+    #[serde(default)]
+    pub n_skipped: u64,
     /// Averages since the last time they were logged.
     pub window: Window,
 }
@@ -25,7 +34,8 @@ pub struct TrainState {
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct Best {
     /// The value.
-    pub loss: f64,
+    #[serde(alias = "loss")]
+    pub value: f64,
     /// The step.
     pub step: u64,
 }
@@ -69,16 +79,31 @@ impl Window {
 impl TrainState {
     /// Notes a validation loss; returns the steps since the best one.
     pub fn note_loss(&mut self, stream: &str, loss: f64) -> u64 {
-        let step = self.step;
-        let best = self
-            .best
-            .entry(stream.to_owned())
-            .or_insert(Best { loss, step });
-        if loss < best.loss {
-            *best = Best { loss, step };
-        }
-        step - best.step
+        note(&mut self.best, stream, self.step, loss, |new, old| {
+            new < old
+        })
     }
+
+    /// Notes a validation accuracy; returns the steps since the best one.
+    pub fn note_accuracy(&mut self, stream: &str, accuracy: f64) -> u64 {
+        let bests = &mut self.best_accuracy;
+        note(bests, stream, self.step, accuracy, |new, old| new > old)
+    }
+}
+
+fn note(
+    bests: &mut BTreeMap<String, Best>,
+    stream: &str,
+    step: u64,
+    value: f64,
+    is_better: fn(f64, f64) -> bool,
+) -> u64 {
+    let now = Best { value, step };
+    let best = bests.entry(stream.to_owned()).or_insert(now);
+    if is_better(value, best.value) {
+        *best = now;
+    }
+    step - best.step
 }
 
 #[cfg(test)]
@@ -103,6 +128,10 @@ mod tests {
         for (step, loss, since) in [(10, 3.0, 0), (20, 2.0, 0), (30, 2.5, 10)] {
             state.step = step;
             assert_eq!(state.note_loss("val", loss), since);
+        }
+        for (step, accuracy, since) in [(40, 0.5, 0), (50, 0.25, 10), (60, 0.75, 0)] {
+            state.step = step;
+            assert_eq!(state.note_accuracy("val", accuracy), since);
         }
     }
 }

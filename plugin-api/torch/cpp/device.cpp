@@ -5,6 +5,7 @@
 #include <ATen/DeviceAccelerator.h>
 #include <ATen/Version.h>
 #include <ATen/autocast_mode.h>
+#include <torch/csrc/autograd/anomaly_mode.h>
 #include <torch/version.h>
 
 #include <dlfcn.h>
@@ -123,6 +124,37 @@ char* moeut_cuda_memory(int device, MoeutMemory* memory) {
 
 char* moeut_cuda_reset_peak(int device) {
   return guard([&] { at::accelerator::resetPeakStats(cuda_device(device).index()); });
+}
+
+// Asks the driver, whose three functions have had the same face since its beginnings, and honors CUDA_VISIBLE_DEVICES.
+char* moeut_cuda_describe(int device, char* name, int name_length, int* major, int* minor) {
+  return guard([&] {
+    const int index = cuda_device(device).index();
+    checked(name, "name");
+    TORCH_CHECK(name_length > 0, "`name_length` is ", name_length);
+    void* driver = dlopen("libcuda.so.1", RTLD_NOW);
+    TORCH_CHECK(driver != nullptr, "there is no `libcuda.so.1`");
+    const auto function = [driver](const char* symbol) {
+      void* address = dlsym(driver, symbol);
+      TORCH_CHECK(address != nullptr, "`libcuda.so.1` has no `", symbol, "`");
+      return address;
+    };
+    const auto get = reinterpret_cast<int (*)(int*, int)>(function("cuDeviceGet"));
+    const auto get_name = reinterpret_cast<int (*)(char*, int, int)>(function("cuDeviceGetName"));
+    const auto get_attribute = reinterpret_cast<int (*)(int*, int, int)>(function("cuDeviceGetAttribute"));
+    constexpr int capability_major = 75;
+    constexpr int capability_minor = 76;
+    int handle = 0;
+    const bool is_known = get(&handle, index) == 0 && get_name(name, name_length, handle) == 0 &&
+        get_attribute(&checked(major, "major"), capability_major, handle) == 0 &&
+        get_attribute(&checked(minor, "minor"), capability_minor, handle) == 0;
+    TORCH_CHECK(is_known, "the driver does not describe CUDA device ", index);
+  });
+}
+
+// Backward passes then check every gradient for NaN and name the operation that made it. Of the whole process.
+char* moeut_detect_anomaly(bool is_on) {
+  return guard([&] { torch::autograd::AnomalyMode::set_enabled(is_on, /*check_nan=*/true); });
 }
 
 const char* moeut_header_version() { return TORCH_VERSION; }

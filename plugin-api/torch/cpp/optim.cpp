@@ -1,19 +1,24 @@
-// Fused optimizer steps and gradient clipping over lists of tensors.
+// Fused optimizer steps, gradient clipping and unscaling over lists of tensors.
 #include "guard.h"
 
 #include <ATen/core/grad_mode.h>
+#include <ATen/ops/_amp_foreach_non_finite_check_and_unscale.h>
 #include <ATen/ops/_foreach_add.h>
 #include <ATen/ops/_foreach_mul.h>
 #include <ATen/ops/_foreach_norm.h>
+#include <ATen/ops/_fused_adagrad.h>
 #include <ATen/ops/_fused_adam.h>
 #include <ATen/ops/_fused_adamw.h>
+#include <ATen/ops/_fused_sgd.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/linalg_vector_norm.h>
 #include <ATen/ops/stack.h>
 #include <ATen/ops/zeros.h>
 
 #include <map>
+#include <optional>
 #include <tuple>
+#include <utility>
 
 using moeut::List;
 using moeut::checked;
@@ -34,9 +39,15 @@ std::map<Group, List> grouped(const List& tensors) {
   return groups;
 }
 
-struct AdamLists {
-  List params, grads, exp_avgs, exp_avg_sqs, steps;
+// What a fused step changes, for the tensors of one group. `skip` is 1 if nothing of it is to happen.
+struct StepLists {
+  List params, grads, steps;
+  std::vector<List> state;
+  std::optional<at::Tensor> skip;
 };
+
+// A list of the optimizer's state with its name in messages.
+using Named = std::pair<const char*, const List*>;
 
 void check_floating(const List& tensors, const char* name) {
   moeut::check_defined(tensors, name);
@@ -69,32 +80,52 @@ at::Tensor in_layout_of(const at::Tensor& param, const at::Tensor& grad) {
   return grad.strides() == param.strides() ? grad : at::empty_like(param).copy_(grad);
 }
 
-std::map<Group, AdamLists> adam_groups(const List& params, const List& grads, const List& exp_avgs,
-                                       const List& exp_avg_sqs, const List& steps) {
+void check_flag(const at::Tensor& flag, const char* name) {
+  TORCH_CHECK(flag.defined() && flag.scalar_type() == at::kFloat && flag.numel() == 1, "`", name, "` must be one Float");
+}
+
+// `steps` is null for a rule that does not count, `skip` for a step that is taken whatever the gradients are.
+std::map<Group, StepLists> step_groups(const List& params, const List& grads, const std::vector<Named>& state,
+                                       const List* steps, const at::Tensor* skip) {
   check_floating(params, "params");
   check_state(params, grads, "grads");
-  check_state(params, exp_avgs, "exp_avg");
-  check_state(params, exp_avg_sqs, "exp_avg_sq");
-  check_layout(params, exp_avgs, "exp_avg");
-  check_layout(params, exp_avg_sqs, "exp_avg_sq");
-  check_floating(steps, "steps");
-  TORCH_CHECK(steps.size() == params.size(), "`steps` has ", steps.size(), " tensors, `params` has ", params.size());
+  for (const auto& [name, list] : state) check_state(params, checked(list, name), name);
+  for (const auto& [name, list] : state) check_layout(params, *list, name);
+  if (skip != nullptr) check_flag(*skip, "skip");
+  if (steps != nullptr) {
+    check_floating(*steps, "steps");
+    TORCH_CHECK(steps->size() == params.size(), "`steps` has ", steps->size(), " tensors, `params` has ", params.size());
+  }
 
-  std::map<Group, AdamLists> groups;
+  std::map<Group, StepLists> groups;
   for (size_t i = 0; i < params.size(); ++i) {
     TORCH_CHECK(params[i].is_non_overlapping_and_dense(), "`params[", i, "]` has strides ", params[i].strides(),
                 " with gaps or overlaps");
-    TORCH_CHECK(steps[i].scalar_type() == at::kFloat && steps[i].numel() == 1 && steps[i].device() == params[i].device(),
-                "`steps[", i, "]` must be one Float on ", params[i].device(), ", got ", steps[i].numel(), " ",
-                steps[i].scalar_type(), " on ", steps[i].device());
     auto& group = groups[group_of(params[i])];
+    group.state.resize(state.size());
     group.params.push_back(params[i]);
     group.grads.push_back(in_layout_of(params[i], grads[i]));
-    group.exp_avgs.push_back(exp_avgs[i]);
-    group.exp_avg_sqs.push_back(exp_avg_sqs[i]);
-    group.steps.push_back(steps[i]);
+    for (size_t k = 0; k < state.size(); ++k) group.state[k].push_back((*state[k].second)[i]);
+    if (steps == nullptr) continue;
+    const auto& step = (*steps)[i];
+    TORCH_CHECK(step.scalar_type() == at::kFloat && step.numel() == 1 && step.device() == params[i].device(), "`steps[", i,
+                "]` must be one Float on ", params[i].device(), ", got ", step.numel(), " ", step.scalar_type(), " on ",
+                step.device());
+    group.steps.push_back(step);
+  }
+  for (auto& [key, group] : groups) {
+    if (skip != nullptr) group.skip = skip->to(group.params.front().device(), /*non_blocking=*/true);
   }
   return groups;
+}
+
+// A skipped step does not count.
+void count(StepLists& group) {
+  if (group.skip.has_value()) {
+    at::_foreach_add_(group.steps, group.skip->reshape({}).neg().add(1));
+  } else {
+    at::_foreach_add_(group.steps, 1);
+  }
 }
 
 void scale(const List& tensors, const at::Tensor& factor) {
@@ -103,15 +134,24 @@ void scale(const List& tensors, const at::Tensor& factor) {
   }
 }
 
-at::Tensor global_norm(const List& tensors) {
+// The norm of each tensor, in their order, on the first one's device.
+at::Tensor norms_of(const List& tensors) {
   check_floating(tensors, "tensors");
-  if (tensors.empty()) return at::zeros({}, at::kFloat);
+  if (tensors.empty()) return at::zeros({0}, at::kFloat);
   const auto device = tensors.front().device();
-  List norms;
-  for (const auto& [group, members] : grouped(tensors)) {
-    for (const auto& norm : at::_foreach_norm(members, 2)) norms.push_back(norm.to(device, /*non_blocking=*/true));
+  std::map<Group, std::pair<List, std::vector<size_t>>> groups;
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    auto& [members, places] = groups[group_of(tensors[i])];
+    members.push_back(tensors[i]);
+    places.push_back(i);
   }
-  return at::linalg_vector_norm(at::stack(norms), 2);
+  List norms(tensors.size());
+  for (const auto& [group, entry] : groups) {
+    const auto& [members, places] = entry;
+    const auto of_group = at::_foreach_norm(members, 2);
+    for (size_t k = 0; k < places.size(); ++k) norms[places[k]] = of_group[k].to(device, /*non_blocking=*/true);
+  }
+  return at::stack(norms);
 }
 
 }  // namespace
@@ -120,29 +160,73 @@ extern "C" {
 
 char* moeut_fused_adam(const List* params, const List* grads, const List* exp_avgs, const List* exp_avg_sqs,
                        const List* steps, double lr, double beta1, double beta2, double weight_decay, double eps,
-                       bool is_decoupled) {
+                       bool is_decoupled, const at::Tensor* skip) {
   return guard([&] {
     const at::NoGradGuard no_grad;
-    auto groups = adam_groups(checked(params, "params"), checked(grads, "grads"), checked(exp_avgs, "exp_avg"),
-                              checked(exp_avg_sqs, "exp_avg_sq"), checked(steps, "steps"));
-    const auto step = is_decoupled
-        ? [](AdamLists& g, double a, double b, double c, double d, double e) {
-            at::_fused_adamw_(g.params, g.grads, g.exp_avgs, g.exp_avg_sqs, {}, g.steps, a, b, c, d, e, false, false);
-          }
-        : [](AdamLists& g, double a, double b, double c, double d, double e) {
-            at::_fused_adam_(g.params, g.grads, g.exp_avgs, g.exp_avg_sqs, {}, g.steps, a, b, c, d, e, false, false);
-          };
+    auto groups = step_groups(checked(params, "params"), checked(grads, "grads"),
+                              {{"exp_avg", exp_avgs}, {"exp_avg_sq", exp_avg_sqs}}, &checked(steps, "steps"), skip);
     for (auto& [key, group] : groups) {
-      at::_foreach_add_(group.steps, 1);
-      step(group, lr, beta1, beta2, weight_decay, eps);
+      count(group);
+      if (is_decoupled) {
+        at::_fused_adamw_(group.params, group.grads, group.state[0], group.state[1], {}, group.steps, lr, beta1, beta2,
+                          weight_decay, eps, /*amsgrad=*/false, /*maximize=*/false, /*grad_scale=*/{}, group.skip);
+      } else {
+        at::_fused_adam_(group.params, group.grads, group.state[0], group.state[1], {}, group.steps, lr, beta1, beta2,
+                         weight_decay, eps, /*amsgrad=*/false, /*maximize=*/false, /*grad_scale=*/{}, group.skip);
+      }
     }
   });
 }
 
-char* moeut_global_norm(const List* tensors, List* norm) {
+// A buffer of zeros makes the first step like any other: momentum · 0 + gradient.
+char* moeut_fused_sgd(const List* params, const List* grads, const List* momentum_buffers, double lr, double momentum,
+                      double weight_decay, const at::Tensor* skip) {
   return guard([&] {
     const at::NoGradGuard no_grad;
-    checked(norm, "norm") = {global_norm(checked(tensors, "tensors"))};
+    auto groups = step_groups(checked(params, "params"), checked(grads, "grads"), {{"momentum_buffer", momentum_buffers}},
+                              /*steps=*/nullptr, skip);
+    for (auto& [key, group] : groups) {
+      at::_fused_sgd_(group.params, group.grads, group.state[0], weight_decay, momentum, lr, /*dampening=*/0.0,
+                      /*nesterov=*/false, /*maximize=*/false, /*is_first_step=*/false, /*grad_scale=*/{}, group.skip);
+    }
+  });
+}
+
+char* moeut_fused_adagrad(const List* params, const List* grads, const List* sums, const List* steps, double lr,
+                          double weight_decay, double eps, const at::Tensor* skip) {
+  return guard([&] {
+    const at::NoGradGuard no_grad;
+    auto groups = step_groups(checked(params, "params"), checked(grads, "grads"), {{"sum", sums}},
+                              &checked(steps, "steps"), skip);
+    for (auto& [key, group] : groups) {
+      count(group);
+      at::_fused_adagrad_(group.params, group.grads, group.state[0], group.steps, lr, /*lr_decay=*/0.0, weight_decay, eps,
+                          /*maximize=*/false, /*grad_scale=*/{}, group.skip);
+    }
+  });
+}
+
+// `found` becomes 1 if a gradient has an element that is not finite, else it stays.
+char* moeut_unscale(const List* tensors, const at::Tensor* inverse_scale, const at::Tensor* found) {
+  return guard([&] {
+    const at::NoGradGuard no_grad;
+    check_floating(checked(tensors, "tensors"), "tensors");
+    check_flag(checked(inverse_scale, "inverse_scale"), "inverse_scale");
+    check_flag(checked(found, "found"), "found");
+    for (const auto& [group, members] : grouped(*tensors)) {
+      const auto device = members.front().device();
+      TORCH_CHECK(found->device() == device && inverse_scale->device() == device, "`found` is on ", found->device(),
+                  " and `inverse_scale` on ", inverse_scale->device(), ", a gradient on ", device);
+      at::Tensor flag = *found;
+      at::_amp_foreach_non_finite_check_and_unscale_(members, flag, *inverse_scale);
+    }
+  });
+}
+
+char* moeut_clear_grads(const List* tensors) {
+  return guard([&] {
+    moeut::check_defined(checked(tensors, "tensors"), "tensors");
+    for (const auto& tensor : *tensors) tensor.mutable_grad() = at::Tensor();
   });
 }
 
@@ -156,12 +240,23 @@ char* moeut_scale(const List* tensors, const at::Tensor* factor) {
   });
 }
 
-char* moeut_clip_grad_norm(const List* tensors, double max_norm, List* norm) {
+// Returns the norm of all tensors before, and the norm of each after.
+char* moeut_clip_grad_norm(const List* tensors, double max_norm, List* norms) {
   return guard([&] {
     const at::NoGradGuard no_grad;
-    const auto total = global_norm(checked(tensors, "tensors"));
-    scale(*tensors, total.add(1e-6).reciprocal().mul(max_norm).clamp_max(1.0));
-    checked(norm, "norm") = {total};
+    const auto each = norms_of(checked(tensors, "tensors"));
+    const auto total = at::linalg_vector_norm(each, 2);
+    const auto factor = total.add(1e-6).reciprocal().mul(max_norm).clamp_max(1.0);
+    scale(*tensors, factor);
+    checked(norms, "norms") = {total, each.mul(factor)};
+  });
+}
+
+char* moeut_norms(const List* tensors, List* norms) {
+  return guard([&] {
+    const at::NoGradGuard no_grad;
+    const auto each = norms_of(checked(tensors, "tensors"));
+    checked(norms, "norms") = {at::linalg_vector_norm(each, 2), each};
   });
 }
 

@@ -2,6 +2,8 @@
 
 #![expect(unsafe_code, reason = "calls into the C++ shim, which opens a library")]
 
+use std::ffi::{c_char, c_int};
+
 use moeut_plugin_api::PluginError;
 use tch::{Device, TchError};
 
@@ -76,6 +78,45 @@ pub fn reset_peak_memory(device: Device) -> Result<(), TchError> {
     unsafe { check(ffi::moeut_cuda_reset_peak(code)) }
 }
 
+/// What the driver says about a CUDA device.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Description {
+    /// `NVIDIA H100 80GB HBM3`.
+    pub name: String,
+    /// Compute capability, major and minor; bfloat16 products need 8.
+    pub capability: (i32, i32),
+}
+
+/// Describes a CUDA device.
+///
+/// # Errors
+/// If `device` is not a CUDA device that libtorch sees.
+pub fn describe(device: Device) -> Result<Description, TchError> {
+    const NAME_LENGTH: c_int = 256;
+    let code = device_code(device)?;
+    let mut name: [c_char; NAME_LENGTH as usize] = [0; NAME_LENGTH as usize];
+    let (mut major, mut minor) = (0, 0);
+    // SAFETY: the shim checks the device; the driver writes at most `NAME_LENGTH` bytes, the zero at the end included.
+    unsafe {
+        check(ffi::moeut_cuda_describe(
+            code,
+            name.as_mut_ptr(),
+            NAME_LENGTH,
+            &raw mut major,
+            &raw mut minor,
+        ))
+    }?;
+    let bytes: Vec<u8> = name
+        .iter()
+        .take_while(|&&byte| byte != 0)
+        .map(|&byte| byte.to_ne_bytes()[0])
+        .collect();
+    Ok(Description {
+        name: String::from_utf8_lossy(&bytes).into_owned(),
+        capability: (major, minor),
+    })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -98,6 +139,7 @@ mod tests {
         for device in [Device::Cpu, Device::Cuda(100), Device::Mps] {
             assert!(memory_stats(device).is_err(), "{device:?}");
             assert!(reset_peak_memory(device).is_err(), "{device:?}");
+            assert!(describe(device).is_err(), "{device:?}");
         }
     }
 }

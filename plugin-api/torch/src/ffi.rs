@@ -28,6 +28,12 @@ pub(crate) struct RawCall {
     _private: [u8; 0],
 }
 
+/// Numbers on their way to the host.
+#[repr(C)]
+pub(crate) struct RawReadback {
+    _private: [u8; 0],
+}
+
 pub(crate) type Callback = unsafe extern "C" fn(
     user: *mut c_void,
     call: *mut RawCall,
@@ -96,14 +102,51 @@ unsafe extern "C" {
         weight_decay: f64,
         eps: f64,
         is_decoupled: bool,
+        skip: *const C_tensor,
     ) -> *mut c_char;
-    pub(crate) fn moeut_global_norm(tensors: *const RawList, norm: *mut RawList) -> *mut c_char;
+    pub(crate) fn moeut_fused_sgd(
+        params: *const RawList,
+        grads: *const RawList,
+        momentum_buffers: *const RawList,
+        lr: f64,
+        momentum: f64,
+        weight_decay: f64,
+        skip: *const C_tensor,
+    ) -> *mut c_char;
+    pub(crate) fn moeut_fused_adagrad(
+        params: *const RawList,
+        grads: *const RawList,
+        sums: *const RawList,
+        steps: *const RawList,
+        lr: f64,
+        weight_decay: f64,
+        eps: f64,
+        skip: *const C_tensor,
+    ) -> *mut c_char;
+    pub(crate) fn moeut_unscale(
+        tensors: *const RawList,
+        inverse_scale: *const C_tensor,
+        found: *const C_tensor,
+    ) -> *mut c_char;
+    pub(crate) fn moeut_clear_grads(tensors: *const RawList) -> *mut c_char;
+    pub(crate) fn moeut_norms(tensors: *const RawList, norms: *mut RawList) -> *mut c_char;
     pub(crate) fn moeut_scale(tensors: *const RawList, factor: *const C_tensor) -> *mut c_char;
     pub(crate) fn moeut_clip_grad_norm(
         tensors: *const RawList,
         max_norm: f64,
-        norm: *mut RawList,
+        norms: *mut RawList,
     ) -> *mut c_char;
+
+    pub(crate) fn moeut_readback_start(
+        tensors: *const RawList,
+        readback: *mut *mut RawReadback,
+    ) -> *mut c_char;
+    pub(crate) fn moeut_readback_len(readback: *const RawReadback) -> usize;
+    pub(crate) fn moeut_readback_wait(
+        readback: *const RawReadback,
+        values: *mut f64,
+    ) -> *mut c_char;
+    pub(crate) fn moeut_readback_free(readback: *mut RawReadback);
 
     pub(crate) fn moeut_rng_state(device: c_int, state: *mut RawList) -> *mut c_char;
     pub(crate) fn moeut_rng_set_state(device: c_int, state: *const C_tensor) -> *mut c_char;
@@ -123,6 +166,14 @@ unsafe extern "C" {
     pub(crate) fn moeut_cuda_load(has_device: *mut bool) -> *mut c_char;
     pub(crate) fn moeut_cuda_memory(device: c_int, memory: *mut RawMemory) -> *mut c_char;
     pub(crate) fn moeut_cuda_reset_peak(device: c_int) -> *mut c_char;
+    pub(crate) fn moeut_cuda_describe(
+        device: c_int,
+        name: *mut c_char,
+        name_length: c_int,
+        major: *mut c_int,
+        minor: *mut c_int,
+    ) -> *mut c_char;
+    pub(crate) fn moeut_detect_anomaly(is_on: bool) -> *mut c_char;
     pub(crate) fn moeut_header_version() -> *const c_char;
     pub(crate) fn moeut_build_settings() -> *mut c_char;
 }

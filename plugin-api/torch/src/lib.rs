@@ -11,14 +11,17 @@ mod convert;
 mod ffi;
 mod list;
 
+pub mod anomaly;
 pub mod autocast;
 pub mod cuda;
+pub mod determinism;
 pub mod error;
 pub mod function;
 pub mod grouped;
 pub mod handle;
 pub mod memory;
 pub mod optim;
+pub mod readback;
 pub mod rng;
 pub mod testing;
 pub mod version;

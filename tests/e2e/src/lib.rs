@@ -13,12 +13,14 @@
 mod build;
 mod metrics;
 mod pth;
+mod running;
 mod sandbox;
 mod tiny;
 
 pub use build::{Flavor, build_as, build_crate, cached_data, shared_data, staged_plugins};
 pub use metrics::{checkpoint_files, losses, steps_seen};
 pub use pth::{RawTensor, RawTensors, ReferenceRun, read_safetensors};
+pub use running::Running;
 pub use sandbox::{DEADLINE, Outcome, Sandbox, patch, read, wait_until};
 pub use tiny::{Args, tiny};
 

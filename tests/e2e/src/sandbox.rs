@@ -84,6 +84,30 @@ impl Sandbox {
         }
     }
 
+    /// Runs the host to its end with at most so many bytes of address space.
+    pub fn run_within(&self, bytes: u64, args: &[&str]) -> Outcome {
+        let host = self.command(args);
+        let mut limited = Command::new("prlimit");
+        limited
+            .arg(format!("--as={bytes}"))
+            .arg(host.get_program())
+            .args(host.get_args())
+            .env_clear()
+            .envs(
+                host.get_envs()
+                    .filter_map(|(name, value)| Some((name, value?))),
+            )
+            .current_dir(self.work())
+            .stdin(Stdio::null());
+        let output = limited.output().expect("`prlimit` starts");
+        let text = |bytes: &[u8]| self.normalize(&String::from_utf8_lossy(bytes));
+        Outcome {
+            code: output.status.code(),
+            stdout: text(&output.stdout),
+            stderr: text(&output.stderr),
+        }
+    }
+
     /// Starts the host and does not wait. Whoever calls this kills it or waits for it.
     pub fn spawn(&self, args: &[&str]) -> Child {
         let mut command = self.command(args);
@@ -94,7 +118,7 @@ impl Sandbox {
             .expect("the host starts")
     }
 
-    fn command(&self, args: &[&str]) -> Command {
+    pub(crate) fn command(&self, args: &[&str]) -> Command {
         let mut command = Command::new(self.program());
         command
             .args(args)
@@ -109,7 +133,7 @@ impl Sandbox {
     }
 
     /// Paths and times are not the same everywhere.
-    fn normalize(&self, text: &str) -> String {
+    pub(crate) fn normalize(&self, text: &str) -> String {
         let text = text.replace(&self.root.path().display().to_string(), "[sandbox]");
         let is_timing =
             |line: &&str| line.starts_with("plugins ") && line.trim_end().ends_with(" s");

@@ -81,19 +81,30 @@ fn help_without_plugins_has_the_hosts_arguments() {
       -plugin_dir <text,…>                Folders with plugins, besides the one beside the program [default ""]
       -restore <text|none>                Checkpoint to start from, or a folder with checkpoints [default ""]
       -reset <0|1>                        Start anew: remove what an earlier run of this name left [default 0]
+      -load_pretrained_model <text|none>  Start from these weights: a checkpoint's folder, or a `.safetensors`
+                                          file [default ""]
+      -test_pretrained <0|1>              Validate after `-load_pretrained_model`, before training [default 1]
+      -test_only <0|1>                    Validate once, print the scores as JSON, and end [default 0]
+      -dry_run <0|1>                      Build everything, make one step, print plan, memory and speed; save
+                                          nothing [default 0]
+      -keep_alive <0|1>                   Stay after the end, until SIGINT or SIGTERM [default 0]
+      -sweep_id_for_grid_search <int>     No effect of its own, so that a grid can repeat a run; folder below
+                                          `-load_pretrained_model` [default 0]
       -save_dir <text>                    Folder of all runs [default save]
       -data.cache_dir <text>              Folder of tokenizers and tokenized data [default cache]
       -seed <int|none>                    Fixes all random numbers [default none]
+      -deterministic <0|1>                Only operations that give the same bits each time; those that cannot are
+                                          errors [default 0]
       -compat <0|1>                       Repeat the reference's quirks, to compare with it or with its
                                           checkpoints [default 0]
-      -gpu <text>                         Index of the GPU; `auto` takes the first one, `none` the CPU
-                                          [default auto]
+      -gpu <text>                         Index of the GPU; `auto` takes a free one, `none` the CPU [default auto]
       -threads <int|none>                 CPU threads of a tensor operation [default none]
       -dtype <f32|f64>                    Type of the parameters [default f32]
       -amp <0|1>                          Compute in 16 bits where that is safe, on a GPU [default 0]
       -bfloat16 <0|1>                     With `-amp`: bfloat16 rather than float16, where the GPU has it
                                           [default 1]
-      -log <tb|none>                      Where metrics go: TensorBoard files or nowhere [default tb]
+      -log <tb|wandb|all|none>            Where metrics go besides `metrics.jsonl`; `wandb` and `all` are
+                                          TensorBoard only, for now [default tb]
       -log_interval <int>                 Metrics are averaged over so many steps [steps; default 20]
       -save_interval <int|none>           A checkpoint each so many steps [steps; default 5000]
       -keep_last <int>                    How many checkpoints stay [checkpoints; default 1]
@@ -108,20 +119,41 @@ fn help_without_plugins_has_the_hosts_arguments() {
                                           [sequences; default none]
       -test_batch_size <int|none>         Batch of the validation; `none` takes that of the training
                                           [sequences; default none]
+      -overfit_batches <int|none>         Train on the first so many batches only, again and again: can the model
+                                          learn at all? [default none]
       -lr <float>                         Peak learning rate [default 1e-3]
       -lr_sched.type <step|noam|cos>      Learning rate over time [default step]
       -lr_warmup <int>                    Length of the linear warm-up [steps; default 0]
       -min_lr_multiplier <float>          `cos`: last learning rate, as a fraction of `-lr` [default 0.0]
       -lr_sched.steps <int,…>             `step`: when the learning rate falls [steps; default ""]
       -lr_sched.gamma <float>             `step`: factor by which it falls [default 0.1]
-      -optimizer <adamw>                  Update rule [default adamw]
-      -wd <float>                         Decoupled weight decay of all parameters [default 0.0]
+      -optimizer <adam|adamw|sgd|adagrad>
+                                          Update rule; the momentum of `sgd` is 0.9 [default adamw]
+      -wd <float>                         Weight decay of all parameters; decoupled for `adamw`, else added to the
+                                          gradient [default 0.0]
       -grad_clip <float|none>             Largest norm of the gradient of all parameters together [default 1.0]
       -adam.betas <float,…>               Decay of the averages of gradient and squared gradient
                                           [default 0.9,0.999]
       -adam.eps <float>                   Added to the root of the squared gradient [default 1e-8]
       -reg <float>                        Weight of all regularizers together [default 1.0]
       -reg_scales <key=float,…>           Weights of single regularizers: `moe=0.5,act_loss=2` [default ""]
+      -reg_lin_decay <text,…>             Regularizers that fall linearly to 0 over the training [default ""]
+      -nan_policy <abort|skip>            When loss or gradient are not finite: end, or drop that step's update
+                                          [default abort]
+      -nan_budget <int>                   With `-nan_policy skip`: drop at most so many in the whole run
+                                          [steps; default 10]
+      -nan_detect <0|1>                   Look for what is not finite in every tensor of every step; slow
+                                          [default 0]
+      -speedtest <none|iter>              `iter` waits for the device around each step and logs its exact time
+                                          [default none]
+      -log_grad_norms <0|1>               Log the norm of each parameter's gradient, after clipping [default 0]
+      -peak_tflops <float|none>           Peak of the device, for the logged share of it (MFU); known for common
+                                          GPUs [10^12/s; default none]
+      accepted without effect             -train_baseline -wandb_save_interval -wandb_bug_workaround
+                                          -wandb_sync_checkpoints -fs_cache_pattern -length_bucketed_sampling
+                                          -max_length_per_batch -lm.unroll_eval -lm.example_context
+                                          -lm.example_window -val_log_details -dump_logs -dump_validation_plots
+                                          -debug_plot_interval -details_log_interval
     --- stderr
     "#);
 }

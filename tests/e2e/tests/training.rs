@@ -123,16 +123,19 @@ fn two_processes_cannot_train_one_run() {
     wait_until("the first process trains", || {
         steps_seen(&sandbox.run_folder("a")) > 0
     });
-    let second = sandbox.run(&args.as_strs());
+    let second = sandbox.run(&args.as_strs()).to_string();
+    let holder = format!("process {} on ", first.id());
     first.kill().unwrap();
     first.wait().unwrap();
-    assert_snapshot!(second, @r"
+    let (before, after) = second.split_once(&holder).expect(&second);
+    let (_machine, after) = after.split_once(' ').expect(&second);
+    assert_snapshot!(format!("{before}process [id] on [machine] {after}"), @r"
     exit: 2
     --- stdout
     --- stderr
     Error:   × the run `save/a` is being trained
-      ╰─▶ another process holds its lock
-      help: wait for it, or choose another `-name`
+      ╰─▶ process [id] on [machine] holds its lock
+      help: wait for it, end it with `kill <process>` (it saves first), or choose another `-name`
     ");
 }
 

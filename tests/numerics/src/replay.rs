@@ -264,7 +264,7 @@ impl Adam {
             .collect();
         let grads: Vec<Tensor> = params.iter().map(|param| param.grad()).collect();
         let grads: Vec<&Tensor> = grads.iter().collect();
-        let norm = clip_grad_norm_(&grads, self.max_norm)?;
+        let norm = clip_grad_norm_(&grads, self.max_norm)?.total;
         let tensors = AdamTensors {
             params: &params,
             grads: &grads,
@@ -272,7 +272,7 @@ impl Adam {
             exp_avg_sq: &self.exp_avg_sq.iter().collect::<Vec<_>>(),
             steps: &self.steps.iter().collect::<Vec<_>>(),
         };
-        tch::no_grad(|| fused_adamw_(&tensors, &self.config))?;
+        tch::no_grad(|| fused_adamw_(&tensors, &self.config, None))?;
         Ok(norm)
     }
 }

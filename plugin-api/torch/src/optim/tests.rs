@@ -67,7 +67,7 @@ impl State {
         } else {
             fused_adam_
         };
-        step(&tensors, config)
+        step(&tensors, config, None)
     }
 }
 
@@ -255,17 +255,23 @@ fn numbers_out_of_range_are_refused() {
 }
 
 #[test]
-fn the_global_norm_is_the_norm_of_all_elements() {
-    let tensors = grads(0.5, Kind::Double);
+fn norms_are_those_of_all_elements_and_of_each_tensor() {
+    let mut tensors = grads(0.5, Kind::Double);
     let flat = Tensor::cat(
         &tensors.iter().map(|t| t.reshape([-1])).collect::<Vec<_>>(),
         0,
     );
-    let norm = global_norm(&refs(&tensors)).unwrap();
-    assert_eq!((norm.kind(), norm.dim()), (Kind::Double, 0));
-    assert!(max_gap(&norm, &flat.norm()) < FP64_TOLERANCE);
-    assert_eq!(global_norm(&[]).unwrap().double_value(&[]), 0.0);
-    assert!(global_norm(&[&Tensor::new()]).is_err());
+    let found = norms(&refs(&tensors)).unwrap();
+    assert_eq!((found.total.kind(), found.total.dim()), (Kind::Double, 0));
+    assert!(max_gap(&found.total, &flat.norm()) < FP64_TOLERANCE);
+    tensors[0] = tensors[0].to_kind(Kind::Float);
+    let mixed = norms(&refs(&tensors)).unwrap();
+    for (index, tensor) in tensors.iter().enumerate() {
+        let each = mixed.each.get(i64::try_from(index).unwrap());
+        assert!(max_gap(&each, &tensor.norm()) < 1e-6, "tensor {index}");
+    }
+    assert_eq!(norms(&[]).unwrap().total.double_value(&[]), 0.0);
+    assert!(norms(&[&Tensor::new()]).is_err());
 }
 
 #[test]
@@ -277,17 +283,19 @@ fn clipping_equals_its_formula() {
             before[1].copy(),
             before[2].to_kind(Kind::Float),
         ];
-        let want_norm = global_norm(&refs(&before)).unwrap().double_value(&[]);
+        let want_norm = norms(&refs(&before)).unwrap().total.double_value(&[]);
         let factor = (max_norm / (want_norm + 1e-6)).min(1.0);
 
         let clipped: Vec<Tensor> = before.iter().map(Tensor::copy).collect();
-        let norm = clip_grad_norm_(&refs(&clipped), max_norm).unwrap();
-        assert!((norm.double_value(&[]) - want_norm).abs() < FP64_TOLERANCE);
-        for (got, grad) in clipped.iter().zip(&before) {
+        let found = clip_grad_norm_(&refs(&clipped), max_norm).unwrap();
+        assert!((found.total.double_value(&[]) - want_norm).abs() < FP64_TOLERANCE);
+        for (index, (got, grad)) in clipped.iter().zip(&before).enumerate() {
             assert!(max_gap(got, &(grad * factor)) < FP64_TOLERANCE);
+            let each = found.each.get(i64::try_from(index).unwrap());
+            assert!(max_gap(&each, &got.norm()) < FP64_TOLERANCE);
         }
 
-        let _norm = clip_grad_norm_(&refs(&mixed), max_norm).unwrap();
+        let _norms = clip_grad_norm_(&refs(&mixed), max_norm).unwrap();
         assert_eq!(mixed[2].kind(), Kind::Float);
         assert!(max_gap(&mixed[2].to_kind(Kind::Double), &(&before[2] * factor)) < 1e-6);
     }
@@ -298,7 +306,7 @@ fn clipping_checks_its_bound() {
     let tensors = grads(0.5, Kind::Double);
     assert!(clip_grad_norm_(&refs(&tensors), -1.0).is_err());
     assert!(clip_grad_norm_(&refs(&tensors), f64::NAN).is_err());
-    let _norm = clip_grad_norm_(&refs(&tensors), f64::INFINITY).unwrap();
+    let _norms = clip_grad_norm_(&refs(&tensors), f64::INFINITY).unwrap();
     assert_eq!(tensors[0], grads(0.5, Kind::Double)[0]);
 }
 
@@ -309,4 +317,209 @@ fn scaling_multiplies_and_checks_the_factor() {
     assert!(max_gap(&tensors[1], &(&grads(0.5, Kind::Double)[1] * 0.5)) < FP64_TOLERANCE);
     assert!(scale_grads_(&refs(&tensors), &Tensor::from_slice(&[0.5, 0.5])).is_err());
     assert!(scale_grads_(&refs(&tensors), &Tensor::new()).is_err());
+}
+
+/// One parameter after four steps of a rule, against `formula`, which gets the parameter, its state and the gradient.
+fn assert_rule(
+    step: &dyn Fn(&[&Tensor], &[&Tensor], &[&Tensor], &[&Tensor]),
+    formula: &dyn Fn(Tensor, Tensor, Tensor) -> (Tensor, Tensor),
+) {
+    let phases = [0.5, 1.5, 2.5, 3.5];
+    let state = State::new(Kind::Double);
+    for phase in phases {
+        step(
+            &refs(&state.params),
+            &refs(&grads(phase, Kind::Double)),
+            &refs(&state.exp_avg),
+            &refs(&state.steps),
+        );
+    }
+    for (index, param) in State::new(Kind::Double).params.into_iter().enumerate() {
+        let slot = param.zeros_like();
+        let (want, want_slot) = phases.iter().fold((param, slot), |(param, slot), phase| {
+            let grad = grads(*phase, Kind::Double).swap_remove(index);
+            formula(param, slot, grad)
+        });
+        assert!(max_gap(&state.params[index], &want) < FP64_TOLERANCE);
+        assert!(max_gap(&state.exp_avg[index], &want_slot) < FP64_TOLERANCE);
+    }
+}
+
+const SGD: SgdConfig = SgdConfig {
+    lr: 0.01,
+    momentum: 0.9,
+    weight_decay: 0.1,
+};
+
+const ADAGRAD: AdagradConfig = AdagradConfig {
+    lr: 0.01,
+    eps: 1e-10,
+    weight_decay: 0.1,
+};
+
+#[test]
+fn sgd_equals_its_formula() {
+    assert_rule(
+        &|params, grads, momentum_buffer, _| {
+            let tensors = SgdTensors {
+                params,
+                grads,
+                momentum_buffer,
+            };
+            fused_sgd_(&tensors, &SGD, None).unwrap();
+        },
+        &|p, b, g| {
+            let b = b * SGD.momentum + g + &p * SGD.weight_decay;
+            (p - &b * SGD.lr, b)
+        },
+    );
+}
+
+#[test]
+fn adagrad_equals_its_formula() {
+    assert_rule(
+        &|params, grads, sum, steps| {
+            let tensors = AdagradTensors {
+                params,
+                grads,
+                sum,
+                steps,
+            };
+            fused_adagrad_(&tensors, &ADAGRAD, None).unwrap();
+        },
+        &|p, s, g| {
+            let g = g + &p * ADAGRAD.weight_decay;
+            let s = s + &g * &g;
+            (p - &g * ADAGRAD.lr / (s.sqrt() + ADAGRAD.eps), s)
+        },
+    );
+}
+
+#[test]
+fn rules_refuse_numbers_below_zero_and_state_that_does_not_match() {
+    let (param, grad) = (
+        waves(&[3], 0.0, Kind::Float),
+        waves(&[3], 1.0, Kind::Float),
+    );
+    let short = waves(&[2], 0.0, Kind::Float);
+    let step = Tensor::zeros([], (Kind::Float, Device::Cpu));
+    let sgd = |buffer: &Tensor, config: &SgdConfig| {
+        let tensors = SgdTensors {
+            params: &[&param],
+            grads: &[&grad],
+            momentum_buffer: &[buffer],
+        };
+        fused_sgd_(&tensors, config, None)
+    };
+    assert!(sgd(&short, &SGD).is_err());
+    assert!(sgd(&param.zeros_like(), &SgdConfig { lr: -1.0, ..SGD }).is_err());
+    let adagrad = |sum: &Tensor, config: &AdagradConfig| {
+        let tensors = AdagradTensors {
+            params: &[&param],
+            grads: &[&grad],
+            sum: &[sum],
+            steps: &[&step],
+        };
+        fused_adagrad_(&tensors, config, None)
+    };
+    assert!(adagrad(&short, &ADAGRAD).is_err());
+    let config = AdagradConfig {
+        eps: f64::NAN,
+        ..ADAGRAD
+    };
+    assert!(adagrad(&param.zeros_like(), &config).is_err());
+    assert_eq!(param, waves(&[3], 0.0, Kind::Float));
+}
+
+/// A step with the flag raised changes nothing, one with the flag down is a step without a flag.
+#[test]
+fn a_flag_on_the_device_drops_a_step() {
+    type Step = fn(&[&Tensor], &[&Tensor], [&[&Tensor]; 3], Option<&Tensor>);
+    let rules: [(&str, Step); 3] = [
+        ("adamw", |params, grads, [one, two, steps], skip| {
+            let tensors = AdamTensors {
+                params,
+                grads,
+                exp_avg: one,
+                exp_avg_sq: two,
+                steps,
+            };
+            fused_adamw_(&tensors, &CONFIG, skip).unwrap();
+        }),
+        ("sgd", |params, grads, [momentum_buffer, _, _], skip| {
+            let tensors = SgdTensors {
+                params,
+                grads,
+                momentum_buffer,
+            };
+            fused_sgd_(&tensors, &SGD, skip).unwrap();
+        }),
+        ("adagrad", |params, grads, [sum, _, steps], skip| {
+            let tensors = AdagradTensors {
+                params,
+                grads,
+                sum,
+                steps,
+            };
+            fused_adagrad_(&tensors, &ADAGRAD, skip).unwrap();
+        }),
+    ];
+    for (name, step) in rules {
+        let run = |flags: &[Option<f64>]| {
+            let state = State::new(Kind::Float);
+            for flag in flags {
+                let skip = flag.map(|flag| Tensor::from(flag).to_kind(Kind::Float));
+                let mut grads = grads(0.5, Kind::Float);
+                if *flag == Some(1.0) {
+                    grads[0] = &grads[0] * f64::NAN;
+                }
+                let slots = [
+                    &refs(&state.exp_avg)[..],
+                    &refs(&state.exp_avg_sq)[..],
+                    &refs(&state.steps)[..],
+                ];
+                step(&refs(&state.params), &refs(&grads), slots, skip.as_ref());
+            }
+            state
+        };
+        let plain = run(&[None, None]);
+        let flagged = run(&[Some(0.0), Some(1.0), Some(0.0)]);
+        for (one, other) in [
+            (&plain.params, &flagged.params),
+            (&plain.exp_avg, &flagged.exp_avg),
+            (&plain.steps, &flagged.steps),
+        ] {
+            assert!(one.iter().zip(other).all(|(a, b)| a == b), "{name}");
+        }
+    }
+}
+
+#[test]
+fn unscaling_multiplies_and_finds_what_is_not_finite() {
+    let flag = |value: f64| Tensor::from(value).to_kind(Kind::Float);
+    let tensors = grads(0.5, Kind::Float);
+    let found = flag(0.0);
+    unscale_(&refs(&tensors), &flag(0.5), &found).unwrap();
+    assert_eq!(found.double_value(&[]), 0.0);
+    assert_eq!(tensors[1], &grads(0.5, Kind::Float)[1] * 0.5);
+
+    for bad in [f64::NAN, f64::INFINITY] {
+        let tensors = grads(0.5, Kind::Float);
+        let _ = tensors[1].get(2).fill_(bad);
+        let found = flag(0.0);
+        unscale_(&refs(&tensors), &flag(0.5), &found).unwrap();
+        assert_eq!(found.double_value(&[]), 1.0);
+    }
+    let double = Tensor::from(0.0_f64);
+    assert!(unscale_(&refs(&tensors), &flag(0.5), &double).is_err());
+}
+
+#[test]
+fn cleared_gradients_are_gone() {
+    let x = waves(&[3], 0.5, Kind::Float).set_requires_grad(true);
+    (&x * &x).sum(Kind::Float).backward();
+    assert!(x.grad().defined());
+    clear_grads(&[&x]).unwrap();
+    assert!(!x.grad().defined());
+    assert!(clear_grads(&[&Tensor::new()]).is_err());
 }

@@ -1,0 +1,79 @@
+//! A host that runs while the test looks at its files and sends it signals.
+
+use crate::sandbox::{Outcome, Sandbox, wait_until};
+use std::fs::{self, File};
+use std::path::PathBuf;
+use std::process::{Child, Command};
+
+/// A started host, whose output goes to files. It is killed when the test fails.
+pub struct Running<'a> {
+    sandbox: &'a Sandbox,
+    child: Child,
+    output: [PathBuf; 2],
+}
+
+impl Sandbox {
+    /// Starts the host with `variables` in its environment, and does not wait.
+    pub fn start(&self, args: &[&str], variables: &[(&str, &str)]) -> Running<'_> {
+        let output = ["stdout", "stderr"].map(|name| self.work().join(name));
+        let [stdout, stderr] = output
+            .each_ref()
+            .map(|path| File::create(path).expect("the sandbox can be written"));
+        let child = self
+            .command(args)
+            .envs(variables.iter().copied())
+            .stdout(stdout)
+            .stderr(stderr)
+            .spawn()
+            .expect("the host starts");
+        Running {
+            sandbox: self,
+            child,
+            output,
+        }
+    }
+}
+
+impl Running<'_> {
+    /// What it has said so far on stderr.
+    pub fn stderr(&self) -> String {
+        fs::read_to_string(&self.output[1]).unwrap_or_default()
+    }
+
+    /// Whether it has ended.
+    pub fn has_ended(&mut self) -> bool {
+        self.child
+            .try_wait()
+            .expect("a child can be asked")
+            .is_some()
+    }
+
+    /// Sends a signal, named without `SIG`.
+    pub fn signal(&self, name: &str) {
+        let id = self.child.id().to_string();
+        let status = Command::new("kill").args(["-s", name, &id]).status();
+        assert!(status.expect("`kill` is there").success(), "SIG{name}");
+    }
+
+    /// Waits until it has ended.
+    pub fn wait(mut self) -> Outcome {
+        wait_until("the host to end", || self.has_ended());
+        let status = self.child.wait().expect("a child can be waited for");
+        let [stdout, stderr] = self.output.each_ref().map(|path| {
+            self.sandbox
+                .normalize(&fs::read_to_string(path).unwrap_or_default())
+        });
+        Outcome {
+            code: status.code(),
+            stdout,
+            stderr,
+        }
+    }
+}
+
+impl Drop for Running<'_> {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
