@@ -151,7 +151,8 @@ impl Speaker {
         if let Some(n_threads) = config.threads {
             tch::set_num_threads(i32::try_from(n_threads).unwrap_or(i32::MAX));
         }
-        let services: Arc<dyn HostServices> = Services::new(registry, terminal, config, &Arc::default());
+        let services: Arc<dyn HostServices> =
+            Services::new(registry, terminal, config, &Arc::default());
         let site = Site {
             blueprint,
             registry,

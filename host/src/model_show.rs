@@ -94,7 +94,8 @@ pub fn overview(
         compat: config.compat,
         is_shape_only: true,
     };
-    let services: Arc<dyn HostServices> = Services::new(registry, terminal, &config, &Arc::default());
+    let services: Arc<dyn HostServices> =
+        Services::new(registry, terminal, &config, &Arc::default());
     let own = arguments.config_for(&component.info.args)?;
     let name = &component.info.name;
     let model = component

@@ -40,7 +40,8 @@ pub fn resolve(
             plan: None,
         });
     };
-    let services: Arc<dyn HostServices> = Services::new(registry, terminal, &config, &Arc::default());
+    let services: Arc<dyn HostServices> =
+        Services::new(registry, terminal, &config, &Arc::default());
     let task = registry.find(ComponentKind::Task, task)?;
     let plan = ask(task, &arguments, &config, &services)?;
     let owners = participants(task, &plan, &arguments, registry)?;

@@ -167,7 +167,7 @@ mod tests {
         assert_eq!(
             state.best["val"],
             Best {
-                loss: 2.375,
+                value: 2.375,
                 step: 2
             }
         );

@@ -85,6 +85,7 @@ pub struct Microbatch {
 
 impl Microbatch {
     /// The same tokens, not copied.
+    #[must_use]
     pub fn share(&self) -> Self {
         Self {
             tokens: self.tokens.shallow_clone(),

@@ -34,7 +34,10 @@ impl Memory {
 
     /// What is left of the peak: activations mostly, on the CPU the program itself, too.
     pub fn rest(&self) -> Option<u64> {
-        Some(self.peak?.saturating_sub(self.parameters + self.gradients + self.optimizer))
+        Some(
+            self.peak?
+                .saturating_sub(self.parameters + self.gradients + self.optimizer),
+        )
     }
 }
 
@@ -77,7 +80,9 @@ pub fn peak(device: Device) -> Option<u64> {
         return Some(stats.allocated_peak);
     }
     let status = std::fs::read_to_string("/proc/self/status").ok()?;
-    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
+    let line = status
+        .lines()
+        .find_map(|line| line.strip_prefix("VmHWM:"))?;
     let kibibytes: u64 = line.trim().strip_suffix(" kB")?.parse().ok()?;
     Some(kibibytes * 1024)
 }
@@ -162,7 +167,8 @@ impl Situation {
         let fix = if size > 1 {
             format!("compute fewer sequences at once: {fix}")
         } else {
-            "one sequence at a time is the least: lower `-lm.unroll`, or make the model smaller".to_owned()
+            "one sequence at a time is the least: lower `-lm.unroll`, or make the model smaller"
+                .to_owned()
         };
         PluginError::new(format!("out of memory {place}"))
             .why(format!(
@@ -175,7 +181,10 @@ impl Situation {
 
 /// The sentence of libtorch's text that says how much was asked for, without the stack and the advice around it.
 fn request(cause: &str) -> String {
-    let start = OUT_OF_MEMORY.iter().filter_map(|sign| cause.find(sign)).min();
+    let start = OUT_OF_MEMORY
+        .iter()
+        .filter_map(|sign| cause.find(sign))
+        .min();
     let text = &cause[start.unwrap_or(0)..];
     let end = ["\\n", "\n", "Exception raised", "Of the allocated memory"]
         .iter()
@@ -223,7 +232,10 @@ mod tests {
         ");
         let error = situation(Phase::Validate, 32).explain(PANIC, &MEMORY);
         assert_eq!(error.what, "out of memory validating after step 11");
-        assert_eq!(error.fix, "compute fewer sequences at once: `-test_batch_size 16`");
+        assert_eq!(
+            error.fix,
+            "compute fewer sequences at once: `-test_batch_size 16`"
+        );
         assert!(error.why.ends_with(
             "DefaultCPUAllocator: can't allocate memory: you tried to allocate 4096000000 bytes. Error code 12 (Cannot allocate memory)"
         ));
@@ -238,7 +250,9 @@ mod tests {
         let error = moeut_torch::plugin_error("a tensor cannot be made", &error);
         assert!(is_out_of_memory(&error.why), "{}", error.why);
         assert!(is_out_of_memory(CUDA) && is_out_of_memory(PANIC));
-        assert!(!is_out_of_memory("mat1 and mat2 shapes cannot be multiplied"));
+        assert!(!is_out_of_memory(
+            "mat1 and mat2 shapes cannot be multiplied"
+        ));
     }
 
     #[test]

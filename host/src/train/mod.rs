@@ -89,7 +89,9 @@ fn train_step(run: &mut Run, lr: f64) -> Result<StepStats, TrainError> {
     run.monitor.enter(Phase::Optimizer);
     let overflow = run.scaler.unscale(&run.optimizer.grads())?;
     non_finite::inspect(run)?;
-    let norms = run.optimizer.clip_grads(run.monitor.wants_grad_norms(&run.state))?;
+    let norms = run
+        .optimizer
+        .clip_grads(run.monitor.wants_grad_norms(&run.state))?;
     stats.note_grads(norms, run.scaler.current());
     let skip = run.guard.judge(&mut stats, overflow);
     run.optimizer.step(lr, &skip)?;
@@ -112,7 +114,9 @@ fn forward_backward(run: &mut Run, batch: &[Microbatch]) -> Result<StepStats, Tr
         };
         let loss = mean_loss(&output.logits, &targets)?;
         run.inspector.output(index, &output, &loss);
-        let regularizers = run.regularizers.total(&output.regularizers, run.state.step)?;
+        let regularizers = run
+            .regularizers
+            .total(&output.regularizers, run.state.step)?;
         let share = (&loss + regularizers) * microbatch.weight;
         run.scaler
             .scale(share.shallow_clone())

@@ -140,12 +140,12 @@ impl Monitor {
         &mut self,
         state: &mut TrainState,
         lr: f64,
-        stats: StepStats,
+        results: StepStats,
     ) -> Result<(), TrainError> {
         self.synchronize();
         self.clock.exact += self.step_began.elapsed();
         self.enter(Phase::Log);
-        let current = Pending::start(state.step, lr, stats)?;
+        let current = Pending::start(state.step, lr, results)?;
         self.settle(state)?;
         if let Some(built_at) = self.built_at.take() {
             let seconds = built_at.elapsed().as_secs_f64();
@@ -179,7 +179,11 @@ impl Monitor {
             self.note_bad(state, step, loss_of(&averaged), grad_norm)?;
         } else {
             // Under a loss scaler, a step whose gradients overflow is dropped, and that is all.
-            let grad_norm = if grad_norm.is_finite() { grad_norm } else { 0.0 };
+            let grad_norm = if grad_norm.is_finite() {
+                grad_norm
+            } else {
+                0.0
+            };
             state.window.add(&averaged, grad_norm);
         }
         if step.is_multiple_of(self.watch.log_interval) || step == self.watch.n_steps {
@@ -303,8 +307,12 @@ impl Pending {
             is_bad,
             ..
         } = stats;
-        let averaged = averaged.into_iter().map(|(name, t)| (Metric::Averaged(name), t));
-        let single = single.into_iter().map(|(name, t)| (Metric::Single(name), t));
+        let averaged = averaged
+            .into_iter()
+            .map(|(name, t)| (Metric::Averaged(name), t));
+        let single = single
+            .into_iter()
+            .map(|(name, t)| (Metric::Single(name), t));
         let (names, tensors): (Vec<Metric>, Vec<Tensor>) = averaged
             .chain(single)
             .chain(grad_norm.map(|norm| (Metric::GradNorm, norm)))

@@ -41,9 +41,12 @@ impl From<NonFinite> for PluginError {
             why = format!("{why}; the step is in `{}`", dump.display());
         }
         let fix = "the last checkpoint is intact: start again with a lower `-lr` or `-grad_clip`, or with `-nan_policy skip`";
-        Self::new(format!("training stopped: step {} is not finite", report.step))
-            .why(why)
-            .fix(fix)
+        Self::new(format!(
+            "training stopped: step {} is not finite",
+            report.step
+        ))
+        .why(why)
+        .fix(fix)
     }
 }
 
@@ -133,9 +136,18 @@ struct Finding {
 
 impl std::fmt::Display for Finding {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let Self { kind, name, n_nan, n_infinite, .. } = self;
+        let Self {
+            kind,
+            name,
+            n_nan,
+            n_infinite,
+            ..
+        } = self;
         let n_elements = self.tensor.numel();
-        write!(f, "{kind} `{name}` ({n_nan} NaN and {n_infinite} infinite of {n_elements})")
+        write!(
+            f,
+            "{kind} `{name}` ({n_nan} NaN and {n_infinite} infinite of {n_elements})"
+        )
     }
 }
 
@@ -169,7 +181,11 @@ impl Inspector {
 
     /// Looks at what a model returned for a microbatch, and at its loss.
     pub fn output(&mut self, microbatch: usize, output: &Output, loss: &Tensor) {
-        self.look("logits", &format!("microbatch {microbatch}"), &output.logits);
+        self.look(
+            "logits",
+            &format!("microbatch {microbatch}"),
+            &output.logits,
+        );
         for (name, value) in &output.regularizers {
             self.look("regularizer", name, value);
         }
@@ -227,12 +243,21 @@ pub(super) fn explain(error: TrainError, run: &mut Run) -> TrainError {
         // libtorch's anomaly detection ended the backward pass.
         TrainError::Component(cause) if cause.why.contains("returned nan values") => {
             let step = run.state.step + 1;
-            let report = NonFinite { step, why: cause.why, ..NonFinite::default() };
+            let report = NonFinite {
+                step,
+                why: cause.why,
+                ..NonFinite::default()
+            };
             (Box::new(report), step)
         }
         other => return other,
     };
-    let Some(at) = run.guard.recent.iter().position(|kept| kept.step + 1 == step) else {
+    let Some(at) = run
+        .guard
+        .recent
+        .iter()
+        .position(|kept| kept.step + 1 == step)
+    else {
         return TrainError::NonFinite(report);
     };
     let Some(remembered) = run.guard.recent.remove(at) else {
@@ -246,12 +271,16 @@ pub(super) fn explain(error: TrainError, run: &mut Run) -> TrainError {
     };
     report.findings = found.iter().map(ToString::to_string).collect();
     if report.findings.is_empty() {
-        report.why.push_str("; when the step was repeated everything was finite");
+        report
+            .why
+            .push_str("; when the step was repeated everything was finite");
     }
     if let Some(folder) = run.dump_folder(step) {
-        match dump(&folder, run, &remembered, &report, found) {
+        match dump(&folder, run, &remembered, &report, &found) {
             Ok(()) => report.dump = Some(folder),
-            Err(error) => run.monitor.warn(&format!("no dump of step {step}: {error}")),
+            Err(error) => run
+                .monitor
+                .warn(&format!("no dump of step {step}: {error}")),
         }
     }
     TrainError::NonFinite(report)
@@ -284,18 +313,21 @@ fn dump(
     run: &Run,
     remembered: &Remembered,
     report: &NonFinite,
-    found: Vec<Finding>,
+    found: &[Finding],
 ) -> Result<(), PluginError> {
     let fail = |error: &dyn std::fmt::Display| {
-        PluginError::new(format!("`{}` cannot be written", folder.display()))
-            .why(error.to_string())
+        PluginError::new(format!("`{}` cannot be written", folder.display())).why(error.to_string())
     };
     std::fs::create_dir_all(folder).map_err(|error| fail(&error))?;
     let tokens = |microbatch: &Microbatch| -> Result<Vec<Vec<i64>>, PluginError> {
         let rows = microbatch.tokens.transpose(0, 1).contiguous();
         Vec::<Vec<i64>>::try_from(&rows).or_plugin_error("the batch cannot be read")
     };
-    let batch: Vec<_> = remembered.batch.iter().map(tokens).collect::<Result<_, _>>()?;
+    let batch: Vec<_> = remembered
+        .batch
+        .iter()
+        .map(tokens)
+        .collect::<Result<_, _>>()?;
     let text = json!({
         "step": report.step,
         "lr": remembered.lr,
@@ -372,10 +404,15 @@ mod tests {
         let mut inspector = Inspector::new(true);
         let bad = Tensor::from_slice(&[1.0, f64::NAN, f64::INFINITY, f64::NEG_INFINITY]);
         inspector.gradients(&[("good", Tensor::from(1.0)), ("bad", bad.shallow_clone())]);
-        assert!(matches!(inspector.verdict(3), Err(TrainError::NonFinite(report)) if report.step == 3));
+        assert!(
+            matches!(inspector.verdict(3), Err(TrainError::NonFinite(report)) if report.step == 3)
+        );
         let found = inspector.found.unwrap();
         assert_eq!(found.len(), 1);
-        assert_eq!(found[0].to_string(), "gradient `bad` (1 NaN and 2 infinite of 4)");
+        assert_eq!(
+            found[0].to_string(),
+            "gradient `bad` (1 NaN and 2 infinite of 4)"
+        );
 
         let mut off = Inspector::new(false);
         off.gradients(&[("bad", bad)]);

@@ -235,27 +235,27 @@ mod tests {
             [1.0, -2.0, 3.0_f64]
                 .into_iter()
                 .map(|mut w| {
-                    let (mut m, mut v, mut b, mut s) = (0.0, 0.0, 0.0, 0.0);
-                    for t in 1..=2 {
-                        let mut g = 2.0 * w;
+                    let (mut mean, mut square, mut momentum, mut sum) = (0.0, 0.0, 0.0, 0.0);
+                    for step in 1..=2 {
+                        let mut grad = 2.0 * w;
                         if kind == OptimizerKind::AdamW {
                             w -= lr * 0.1 * w;
                         } else {
-                            g += 0.1 * w;
+                            grad += 0.1 * w;
                         }
-                        m = 0.9 * m + 0.1 * g;
-                        v = 0.99 * v + 0.01 * g * g;
-                        b = 0.9 * b + g;
-                        s += g * g;
+                        mean = 0.9 * mean + 0.1 * grad;
+                        square = 0.99 * square + 0.01 * grad * grad;
+                        momentum = 0.9 * momentum + grad;
+                        sum += grad * grad;
                         w -= lr
                             * match kind {
                                 OptimizerKind::Adam | OptimizerKind::AdamW => {
-                                    let m_hat = m / (1.0 - 0.9_f64.powi(t));
-                                    let v_hat: f64 = v / (1.0 - 0.99_f64.powi(t));
-                                    m_hat / (v_hat.sqrt() + 1e-8)
+                                    let mean_hat = mean / (1.0 - 0.9_f64.powi(step));
+                                    let square_hat: f64 = square / (1.0 - 0.99_f64.powi(step));
+                                    mean_hat / (square_hat.sqrt() + 1e-8)
                                 }
-                                OptimizerKind::Sgd => b,
-                                OptimizerKind::Adagrad => g / (s.sqrt() + 1e-10),
+                                OptimizerKind::Sgd => momentum,
+                                OptimizerKind::Adagrad => grad / (sum.sqrt() + 1e-10),
                             };
                     }
                     w

@@ -53,10 +53,4 @@ mod tests {
         assert_eq!(names(dir.path(), 0), ["outer"]);
         assert_eq!(names(dir.path(), 3), ["inner"]);
     }
-
-    #[test]
-    fn what_is_not_there_is_said() {
-        let error = read(Path::new("no/such.bin"), 0).unwrap_err();
-        assert_eq!(error.why, "there is no such file or folder");
-    }
 }

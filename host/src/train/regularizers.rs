@@ -58,7 +58,11 @@ impl Regularizers {
         let sum = contributions
             .iter()
             .map(|(name, value)| {
-                let decay = if self.decaying.contains(name) { left } else { 1.0 };
+                let decay = if self.decaying.contains(name) {
+                    left
+                } else {
+                    1.0
+                };
                 value * (self.scales.get(name).copied().unwrap_or(1.0) * decay)
             })
             .reduce(|sum, value| sum + value);
@@ -119,7 +123,10 @@ mod tests {
         let regularizers = regularizers(line, Some(100)).unwrap();
         for (step, want) in [(0, 1.5), (25, 1.25), (99, 0.51)] {
             let total = regularizers.total(&contributions(), step).unwrap();
-            assert!((total.double_value(&[]) - want).abs() < 1e-12, "step {step}");
+            assert!(
+                (total.double_value(&[]) - want).abs() < 1e-12,
+                "step {step}"
+            );
         }
     }
 

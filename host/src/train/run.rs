@@ -132,7 +132,11 @@ impl Run {
         self.state.step += 1;
         self.state.n_tokens += self.tokens_per_step;
         self.state.position = self.batches.position();
-        for warning in self.checkpoints.iter_mut().flat_map(Checkpoints::take_warnings) {
+        for warning in self
+            .checkpoints
+            .iter_mut()
+            .flat_map(Checkpoints::take_warnings)
+        {
             self.monitor.warn(&warning);
         }
     }

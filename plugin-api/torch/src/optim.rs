@@ -181,10 +181,7 @@ pub fn fused_sgd_(
     config: &SgdConfig,
     skip: Option<&Tensor>,
 ) -> Result<(), TchError> {
-    check_sizes(
-        config,
-        &[config.lr, config.momentum, config.weight_decay],
-    )?;
+    check_sizes(config, &[config.lr, config.momentum, config.weight_decay])?;
     let params = List::of(tensors.params)?;
     let grads = List::of(tensors.grads)?;
     let buffers = List::of(tensors.momentum_buffer)?;
@@ -275,7 +272,7 @@ fn check_sizes(config: &impl std::fmt::Debug, numbers: &[f64]) -> Result<(), Tch
 }
 
 fn optional(tensor: Option<&Tensor>) -> *const C_tensor {
-    tensor.map_or(std::ptr::null(), |tensor| tensor.as_ptr())
+    tensor.map_or(std::ptr::null(), Tensor::as_ptr)
 }
 
 /// Makes the tensors forget their gradients, whose memory is free then.

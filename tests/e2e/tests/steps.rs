@@ -14,13 +14,12 @@ const CURVE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/curves/tiny.txt");
 /// Other processors sum in another order.
 const CURVE_TOLERANCE: f64 = 1e-4;
 
-fn stored_curve() -> BTreeMap<u64, f64> {
-    let text = fs::read_to_string(CURVE).unwrap();
+fn curve(text: &str) -> Option<BTreeMap<u64, f64>> {
     let number = |line: &str| {
         let (step, loss) = line.split_once(' ')?;
         Some((step.parse().ok()?, loss.parse().ok()?))
     };
-    text.lines().map(|line| number(line).unwrap()).collect()
+    text.lines().map(number).collect()
 }
 
 #[test]
@@ -37,15 +36,12 @@ fn the_curve_is_the_stored_one_and_a_second_run_repeats_it_bit_for_bit() {
     assert!(first.1 == second.1, "the second run ends elsewhere");
 
     if std::env::var_os("MOEUT_WRITE_CURVE").is_some() {
-        let lines: String = first
-            .0
-            .iter()
-            .map(|(step, loss)| format!("{step} {loss}\n"))
-            .collect();
+        let lines = first.0.iter().map(|(step, loss)| format!("{step} {loss}"));
+        let lines: Vec<String> = lines.collect();
         fs::create_dir_all(Path::new(CURVE).parent().unwrap()).unwrap();
-        fs::write(CURVE, lines).unwrap();
+        fs::write(CURVE, lines.join("\n") + "\n").unwrap();
     }
-    let stored = stored_curve();
+    let stored = curve(&fs::read_to_string(CURVE).unwrap()).unwrap();
     assert_eq!((stored.len(), first.0.len()), (100, 100));
     for (step, loss) in stored {
         let gap = (first.0[&step] - loss).abs() / loss;

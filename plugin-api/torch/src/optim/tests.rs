@@ -319,11 +319,11 @@ fn scaling_multiplies_and_checks_the_factor() {
     assert!(scale_grads_(&refs(&tensors), &Tensor::new()).is_err());
 }
 
+/// A rule: parameters, gradients, state and step counters, all changed in place.
+type Rule<'a> = &'a dyn Fn(&[&Tensor], &[&Tensor], &[&Tensor], &[&Tensor]);
+
 /// One parameter after four steps of a rule, against `formula`, which gets the parameter, its state and the gradient.
-fn assert_rule(
-    step: &dyn Fn(&[&Tensor], &[&Tensor], &[&Tensor], &[&Tensor]),
-    formula: &dyn Fn(Tensor, Tensor, Tensor) -> (Tensor, Tensor),
-) {
+fn assert_rule(step: Rule<'_>, formula: &dyn Fn(Tensor, Tensor, Tensor) -> (Tensor, Tensor)) {
     let phases = [0.5, 1.5, 2.5, 3.5];
     let state = State::new(Kind::Double);
     for phase in phases {
@@ -397,10 +397,7 @@ fn adagrad_equals_its_formula() {
 
 #[test]
 fn rules_refuse_numbers_below_zero_and_state_that_does_not_match() {
-    let (param, grad) = (
-        waves(&[3], 0.0, Kind::Float),
-        waves(&[3], 1.0, Kind::Float),
-    );
+    let (param, grad) = (waves(&[3], 0.0, Kind::Float), waves(&[3], 1.0, Kind::Float));
     let short = waves(&[2], 0.0, Kind::Float);
     let step = Tensor::zeros([], (Kind::Float, Device::Cpu));
     let sgd = |buffer: &Tensor, config: &SgdConfig| {

@@ -159,7 +159,10 @@ impl Attention {
             .matmul(&k_bhsd.transpose(2, 3))
             .view([size[0], size[1], top_k, seq_len, n_keys]);
         logits += self.position_logits(q, n_keys);
-        let is_hidden = past.mask().tensor(seq_len, n_keys, q.device()).logical_not();
+        let is_hidden = past
+            .mask()
+            .tensor(seq_len, n_keys, q.device())
+            .logical_not();
         let a = logits
             .masked_fill_(&is_hidden, f64::NEG_INFINITY)
             .softmax(-1, None);
@@ -292,7 +295,9 @@ mod tests {
                         at += bias / 3f64.powf(0.25);
                     }
                 }
-                let a = logits.masked_fill(&is_later, f64::NEG_INFINITY).softmax(-1, None);
+                let a = logits
+                    .masked_fill(&is_later, f64::NEG_INFINITY)
+                    .softmax(-1, None);
                 heads.push(a.matmul(&v));
             }
             let y = Tensor::cat(&heads, -1).matmul(&layer.out.weight.get(expert));

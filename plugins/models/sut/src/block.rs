@@ -199,10 +199,10 @@ impl lm::Block for Block {
 mod tests {
     use super::*;
     use crate::testing;
+    use moeut_nn::lm::Block as _;
     use moeut_nn::params::InitStyle;
     use moeut_nn::past::Mask;
     use moeut_nn::{Embedding, LmHead};
-    use moeut_nn::lm::Block as _;
     use tch::{Device, Kind};
 
     const DOUBLE: (Kind, Device) = (Kind::Double, Device::Cpu);
@@ -323,7 +323,10 @@ mod tests {
                 );
                 kept = pasts.into_iter().map(LayerPast::into_cache).collect();
                 let expected = expected.narrow(1, token, 1);
-                assert!(y.allclose(&expected, 0.0, 1e-11, false), "{variant} {token}");
+                assert!(
+                    y.allclose(&expected, 0.0, 1e-11, false),
+                    "{variant} {token}"
+                );
             }
         }
     }
@@ -388,8 +391,18 @@ mod tests {
             ("moe.att.expert_size", "512"),
         ];
         for (name, flags, n_all, n_layers) in [
-            ("c4_small_sut_lowreg2_fixed_44m", small, 44_657_100, 38_057_100),
-            ("pes2o_small_sut_lowreg2_fixed_44m", small, 44_657_100, 38_057_100),
+            (
+                "c4_small_sut_lowreg2_fixed_44m",
+                small,
+                44_657_100,
+                38_057_100,
+            ),
+            (
+                "pes2o_small_sut_lowreg2_fixed_44m",
+                small,
+                44_657_100,
+                38_057_100,
+            ),
             (
                 "c4_sut_big_lessloss2_ffflopmatch_attmatch_actloss",
                 big,

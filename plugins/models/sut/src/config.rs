@@ -199,17 +199,15 @@ impl Config {
         }
         let gate = self.gate(n_experts, top_k, n_drawn);
         if !(0..=gate.top_k).contains(&n_drawn) {
-            return Err(
-                PluginError::new("more experts are drawn than a token uses")
-                    .why(format!(
-                        "`sut.sample_topk` is {n_drawn}, a token uses {} attention experts",
-                        gate.top_k
-                    ))
-                    .fix(format!(
-                        "set `-sut.sample_topk {}` or less, or raise `-moe.att.k`",
-                        gate.top_k
-                    )),
-            );
+            return Err(PluginError::new("more experts are drawn than a token uses")
+                .why(format!(
+                    "`sut.sample_topk` is {n_drawn}, a token uses {} attention experts",
+                    gate.top_k
+                ))
+                .fix(format!(
+                    "set `-sut.sample_topk {}` or less, or raise `-moe.att.k`",
+                    gate.top_k
+                )));
         }
         Ok(AttentionConfig {
             gate,

@@ -45,9 +45,8 @@ impl FeedForward {
     /// Adds `experts.{w,b}`, `output_experts.{w,b}` and the gate's.
     pub(crate) fn new(params: &Params, d_model: i64, config: FeedForwardConfig) -> Self {
         let n_experts = config.gate.n_experts;
-        let experts = |name, d_in, d_out| {
-            Experts::new(&params.sub(name), n_experts, d_in, d_out, true)
-        };
+        let experts =
+            |name, d_in, d_out| Experts::new(&params.sub(name), n_experts, d_in, d_out, true);
         Self {
             config,
             hidden: experts("experts", d_model, config.d_expert),
@@ -84,7 +83,7 @@ impl FeedForward {
         let mut hidden_ms = ctx.grouped_matmul(&x_nd, &pass.hidden_eds, &route.routing, None)?;
         if let Some(bias_es) = &self.hidden.bias {
             let of_selection = bias_es.index_select(0, &route.ids_nk.reshape([-1]));
-            hidden_ms = hidden_ms + of_selection.to_kind(ctx.compute);
+            hidden_ms += of_selection.to_kind(ctx.compute);
         }
         let hidden_ms = self.config.activation.forward(hidden_ms);
         let hidden_ms = ctx.dropout(hidden_ms, self.config.dropout);
@@ -96,7 +95,7 @@ impl FeedForward {
         )?;
         if let Some(bias_ed) = &self.out.bias {
             // A token's biases, weighted by its gates, are a product with the dense gates.
-            y_nd = y_nd + route.gate_ne.matmul(bias_ed);
+            y_nd += route.gate_ne.matmul(bias_ed);
         }
         Ok(y_nd.view_as(x_btd))
     }
@@ -189,6 +188,10 @@ mod tests {
         assert!(y.get(0).get(0).abs().max().double_value(&[]).abs() < f64::EPSILON);
         // How much is left of a token does not matter to its experts.
         let (all, _) = run(&layer, &x, None);
-        assert!(y.get(0).get(1).allclose(&all.get(0).get(1), 0.0, 1e-12, false));
+        assert!(
+            y.get(0)
+                .get(1)
+                .allclose(&all.get(0).get(1), 0.0, 1e-12, false)
+        );
     }
 }

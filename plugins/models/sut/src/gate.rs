@@ -184,7 +184,12 @@ mod tests {
         let x = Tensor::randn([2, 4], DOUBLE).set_requires_grad(true);
         let alive = Tensor::from_slice(&[0.0, 0.7]).view([2, 1]);
         let route = gate
-            .forward(&x, Some(&alive), &mut testing::tally(), &testing::context(true))
+            .forward(
+                &x,
+                Some(&alive),
+                &mut testing::tally(),
+                &testing::context(true),
+            )
             .unwrap();
         let sums = route.gate_nk.sum_dim_intlist(1i64, false, None);
         assert!(sums.double_value(&[0]).abs() < f64::EPSILON);
@@ -212,7 +217,13 @@ mod tests {
         assert!(steps.min().int64_value(&[]) > 0);
         let best = |route: &Route| route.gate_ne.argmax(1, false);
         assert!(drawn.ids_nk.select(1, 0).equal(&best(&fixed)));
-        assert!(!drawn.ids_nk.sort(1, false).0.equal(&fixed.ids_nk.sort(1, false).0));
+        assert!(
+            !drawn
+                .ids_nk
+                .sort(1, false)
+                .0
+                .equal(&fixed.ids_nk.sort(1, false).0)
+        );
         assert!(fixed.ids_nk.equal(&route(false).ids_nk));
     }
 
@@ -229,7 +240,10 @@ mod tests {
         };
         // Four standard deviations are at most 4 · √(1/4 / N) = 0.01.
         for (expert, expected) in [(0, 0.0), (1, 0.125), (2, 0.25), (3, 0.625)] {
-            assert!((share(0, expert) - expected).abs() < 0.01, "expert {expert}");
+            assert!(
+                (share(0, expert) - expected).abs() < 0.01,
+                "expert {expert}"
+            );
         }
         // P(second is 3) = 1/8 · 5/7 + 2/8 · 5/6.
         assert!((share(1, 3) - (5.0 / 56.0 + 10.0 / 48.0)).abs() < 0.01);

@@ -210,7 +210,17 @@ mod tests {
         let logits = Tensor::from_slice(&[-12.0, 12.0]).view([2, 1]);
         set("3.weight", &logits.expand([2, 3], false));
         let seen = run(&halting, &Tensor::randn([1, 2, D_MODEL], DOUBLE), 3);
-        assert_eq!(seen[1].1.as_ref().unwrap().abs().max().double_value(&[]).to_bits(), 0);
+        assert_eq!(
+            seen[1]
+                .1
+                .as_ref()
+                .unwrap()
+                .abs()
+                .max()
+                .double_value(&[])
+                .to_bits(),
+            0
+        );
         assert!(seen[1].0.equal(&seen[0].0) && seen[2].0.equal(&seen[0].0));
         assert!(seen[2].2.abs() < 1e-6);
     }

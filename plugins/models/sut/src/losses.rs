@@ -223,13 +223,16 @@ mod tests {
 
     fn terms(tally: &Tally) -> Vec<f64> {
         let terms = tally.finish();
-        assert!(
-            terms
-                .iter()
-                .map(|(name, _)| *name)
-                .eq(["cvloss", "switchloss", "zloss", "miloss"])
-        );
-        terms.iter().map(|(_, term)| term.double_value(&[])).collect()
+        assert!(terms.iter().map(|(name, _)| *name).eq([
+            "cvloss",
+            "switchloss",
+            "zloss",
+            "miloss"
+        ]));
+        terms
+            .iter()
+            .map(|(_, term)| term.double_value(&[]))
+            .collect()
     }
 
     fn assert_close(a: f64, b: f64) {
@@ -251,7 +254,10 @@ mod tests {
         assert_close(switch, 1.0);
         assert_close(z, 4f64.ln().powi(2));
         assert_close(mi, conditional - 2f64.ln());
-        assert_eq!(Vec::<f64>::try_from(tally.counts().unwrap()).unwrap(), [1.0, 1.0]);
+        assert_eq!(
+            Vec::<f64>::try_from(tally.counts().unwrap()).unwrap(),
+            [1.0, 1.0]
+        );
     }
 
     /// All tokens to one of four experts: shares (1, 0, 0, 0) have mean 1/4 and unbiased variance 1/4.
@@ -287,7 +293,10 @@ mod tests {
         );
         // With halting weights the tokens' weights add up to one, and both entropies are summed.
         let alive = Tensor::from_slice(&[0.5, 0.5]).view([2, 1]);
-        assert_close(mi(MiFormula::Reference, Some(&alive)), 2f64.ln() + conditional);
+        assert_close(
+            mi(MiFormula::Reference, Some(&alive)),
+            2f64.ln() + conditional,
+        );
         assert_close(
             mi(MiFormula::MutualInformation, Some(&alive)),
             conditional - 2f64.ln(),
@@ -312,7 +321,10 @@ mod tests {
             );
             terms(&tally)[3]
         };
-        assert_close(mi(&[0, 1, 2], &[1.0, 0.5, 0.0]), mi(&[0, 0, 1], &[0.5, 0.5, 0.5]));
+        assert_close(
+            mi(&[0, 1, 2], &[1.0, 0.5, 0.0]),
+            mi(&[0, 0, 1], &[0.5, 0.5, 0.5]),
+        );
     }
 
     /// Two applications are one with twice the tokens; the one without halting counts its tokens as 1.
