@@ -15,7 +15,7 @@ use crate::train::build::{
     Blueprint, Site, load_tensors, n_gpus, parameters, sampling, seed_of_the_clock, size,
 };
 use crate::train::device::place;
-use crate::train::generate::{Effort, Sampling, Uniform, stream};
+use crate::train::generate::{Effort, Sampling, Uniform, n_remembered, stream};
 use moeut_plugin_api::abi::client::{HostServices, ModelClient, TokenDatasetClient};
 use moeut_plugin_api::{ComponentKind, PluginError, StreamRequest, TaskPlan};
 use std::io::{ErrorKind, Write};
@@ -183,7 +183,8 @@ impl Speaker {
         if n_prompt + length > seq_len + 1 {
             let text = format!(
                 "{n_prompt} tokens of prompt and {length} more exceed the context of {seq_len} that the model was \
-                 trained on: whenever it is full, its older half is forgotten"
+                 trained on: whenever it is full, all but its last {} are forgotten",
+                n_remembered(seq_len)
             );
             terminal.message(Level::Warning, &text);
         }
@@ -245,8 +246,8 @@ fn describe(effort: &Effort) -> String {
     let speed = |n: usize, time: Duration| n as f64 / time.as_secs_f64().max(1e-9);
     let read = format!(
         "{} tokens read at {:.0} tokens/s",
-        effort.n_prompt,
-        speed(effort.n_prompt, effort.prompt_time)
+        effort.n_read,
+        speed(effort.n_read, effort.read_time)
     );
     // The first token comes with the reading of the prompt.
     if effort.n_drawn < 2 {
@@ -332,8 +333,8 @@ mod tests {
     #[test]
     fn speeds_are_told_apart() {
         let mut effort = Effort {
-            n_prompt: 12,
-            prompt_time: Duration::from_millis(40),
+            n_read: 12,
+            read_time: Duration::from_millis(40),
             n_drawn: 5,
             draw_time: Duration::from_millis(50),
         };

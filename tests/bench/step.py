@@ -23,14 +23,14 @@ HOST = ROOT / "target/release/moeut-host"
 
 # One shape for all: large enough that matrix products dominate, small enough for a laptop.
 VOCAB, SEQ_LEN, BATCH, D_MODEL, N_LAYERS, N_HEADS, FF_MULTIPLIER = 2000, 256, 8, 256, 4, 4, 4
-WARMUP_STEPS = 5
+# The program logs at these steps, with the statistics that a usual run has.
+LOG_INTERVAL = WARMUP_STEPS = 20
 
 SHARED_FLAGS = {
     "task": "moeut_c4", "data.source": "embedded", "sentencepiece.n_pieces": VOCAB, "lm.unroll": SEQ_LEN,
     "batch_size": BATCH, "state_size": D_MODEL, "transformer.encoder_n_layers": N_LAYERS,
     "transformer.n_heads": N_HEADS, "lm.trafo.context_blocks": 0, "lr": 1e-4, "wd": 0.01, "grad_clip": 0.25,
     "seed": 1, "gpu": "none", "log": "none", "save_interval": "none", "test_interval": 1_000_000, "n_samples": 0,
-    "details_log_interval": "none",
 }
 DENSE = {"transformer.variant": "preln_rope", "transformer.ff_multiplier": FF_MULTIPLIER}
 # 8 of 32 experts of 128: the hidden width 1024 that a token uses is the dense one. Attention is dense in both, and the
@@ -44,7 +44,7 @@ MOE = {
 def host_step_seconds(flags, n_steps, threads, folder):
     """Seconds per step of the real program, from the time stamps of its log."""
     name = f"run{time.monotonic_ns()}"
-    flags = {**SHARED_FLAGS, **flags, "threads": threads, "log_interval": 1, "stop_after": WARMUP_STEPS + n_steps, "name": name}
+    flags = {**SHARED_FLAGS, **flags, "threads": threads, "log_interval": LOG_INTERVAL, "stop_after": WARMUP_STEPS + n_steps, "name": name}
     command = [str(HOST)] + [word for flag, value in flags.items() for word in (f"-{flag}", str(value))]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     if done.returncode != 0:
@@ -118,9 +118,11 @@ def torch_trainer(threads):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5, help="turns of each program")
-    parser.add_argument("--steps", type=int, default=20, help="measured steps per turn")
+    parser.add_argument("--steps", type=int, default=20, help="measured steps per turn, a multiple of 20")
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
+    if options.steps % LOG_INTERVAL or options.steps < 1:
+        parser.error(f"--steps is {options.steps}; it must be a multiple of {LOG_INTERVAL}, for instance 40")
     if not HOST.exists():
         sys.exit(f"{HOST} is missing: type `cargo xtask build`")
 

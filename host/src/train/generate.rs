@@ -3,8 +3,8 @@
 //! ```text
 //! context   the prompt and what was drawn so far; the model predicts the token behind it
 //! cache     a model that has one gets the context once and then token by token; another one gets it whole each time
-//! window    the context never exceeds the length that the model was trained on: when it is full, its older half is
-//!           forgotten, and a cache starts afresh with the rest
+//! window    the context never exceeds the length that the model was trained on: when it is full, only its newer half
+//!           stays, and a cache starts afresh with that
 //! ```
 //! A model with rotary positions could go on with a cache beyond its trained length, but has never seen such distances.
 
@@ -32,10 +32,10 @@ pub struct Sampling {
 /// What a continuation took.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Effort {
-    /// Tokens of the prompt.
-    pub n_prompt: usize,
+    /// Tokens of the prompt that the model saw: the last ones, if they do not fit into its context.
+    pub n_read: usize,
     /// Until the first token was drawn.
-    pub prompt_time: Duration,
+    pub read_time: Duration,
     /// Tokens that were drawn.
     pub n_drawn: usize,
     /// Between the first token and the last.
@@ -114,10 +114,7 @@ fn continued(
     uniform: &mut Uniform,
     mut show: impl FnMut(&str) -> ControlFlow<()>,
 ) -> Result<Effort, PluginError> {
-    let mut effort = Effort {
-        n_prompt: context.ids.len(),
-        ..Effort::default()
-    };
+    let mut effort = Effort::default();
     let mut shown = Shown::default();
     if show(shown.settled(decode(&context.ids)?)).is_break() {
         return Ok(effort);
@@ -125,10 +122,11 @@ fn continued(
     let mut clock = Instant::now();
     for index in 0..sampling.length {
         let logits_v = context.predict(predictor)?;
+        let n_read = context.ids.len() - context.start;
         context.ids.push(sampling.choice.draw(&logits_v, uniform)?);
         effort.n_drawn += 1;
         if index == 0 {
-            effort.prompt_time = clock.elapsed();
+            (effort.n_read, effort.read_time) = (n_read, clock.elapsed());
             clock = Instant::now();
         }
         effort.draw_time = clock.elapsed();
@@ -172,6 +170,11 @@ impl Predictor for Client<'_> {
     }
 }
 
+/// Tokens that stay when a context of `seq_len` tokens is full.
+pub fn n_remembered(seq_len: usize) -> usize {
+    (seq_len / 2).max(1)
+}
+
 /// All tokens so far, and what the model knows of them.
 struct Context {
     ids: Vec<i32>,
@@ -200,7 +203,7 @@ impl Context {
     fn predict(&mut self, predictor: &mut impl Predictor) -> Result<Vec<f64>, PluginError> {
         let end = self.ids.len();
         if end - self.start > self.seq_len {
-            self.start = end - (self.seq_len / 2).max(1);
+            self.start = end - n_remembered(self.seq_len);
             self.n_cached = self.start;
         }
         if !self.has_cache {
@@ -331,9 +334,14 @@ mod tests {
     fn a_cache_gets_the_prompt_once_and_then_token_by_token() {
         let (toy, _, effort) = run(true, 5, &sampling(4, 1.0, 100), 1);
         assert_eq!(toy.calls, [(5, true), (1, false), (1, false), (1, false)]);
-        assert_eq!((effort.n_prompt, effort.n_drawn), (5, 4));
+        assert_eq!((effort.n_read, effort.n_drawn), (5, 4));
         let (toy, ..) = run(false, 5, &sampling(4, 1.0, 100), 1);
         assert_eq!(toy.calls, [(5, true), (6, true), (7, true), (8, true)]);
+    }
+
+    #[test]
+    fn only_what_the_model_read_counts_as_read() {
+        assert_eq!(run(true, 30, &sampling(4, 1.0, 12), 1).2.n_read, 6);
     }
 
     /// A context of six tokens: of seven the last three stay.
