@@ -66,15 +66,19 @@ fn dispatch(argv: &[String], start: Instant) -> Result<u8, HostError> {
         [] if argv.is_empty() => print(USAGE),
         [] if asks_for_help(argv) => help(argv)?,
         [] => return train_command(argv, &cuda, start),
-        ["plugins", "list"] => print(&doctor::plugin_table(&open_registry(rest))),
+        ["plugins", "list"] => print(&doctor::plugin_table(&open_registry(rest)?)),
         ["config", "show"] => {
-            let resolved = resolve(rest, None, &Arc::new(open_registry(rest)), &terminal())?;
+            let terminal = terminal();
+            let resolved = resolve(rest, None, &Arc::new(open_registry(rest)?), &terminal)?;
+            for warning in &resolved.arguments.warnings {
+                terminal.message(Level::Warning, warning);
+            }
             print(&render_resolved(&resolved.arguments, &resolved.owners));
         }
         ["checkpoint", ..] => print(&checkpoint_cli::run(&argv[1..])?),
         ["generate"] => generate::command(rest)?,
         ["model", "show"] => model_show(rest)?,
-        ["doctor"] => print(&doctor::report(&open_registry(rest), &cuda)),
+        ["doctor"] => print(&doctor::report(&open_registry(rest)?, &cuda)),
         _ => {
             return Err(HostError::new(
                 format!("unknown command `{}`", words.join(" ")),
@@ -88,7 +92,7 @@ fn dispatch(argv: &[String], start: Instant) -> Result<u8, HostError> {
 
 fn help(argv: &[String]) -> Result<(), HostError> {
     const WIDTH: usize = 110;
-    let registry = Arc::new(open_registry(argv));
+    let registry = Arc::new(open_registry(argv)?);
     let is_question = |word: &&String| matches!(word.trim_start_matches('-'), "h" | "help");
     let rest: Vec<String> = argv
         .iter()
@@ -112,7 +116,7 @@ fn model_show(argv: &[String]) -> Result<(), HostError> {
         .iter()
         .cloned()
         .partition(|word| word.trim_start_matches('-') == "json");
-    let registry = Arc::new(open_registry(&rest));
+    let registry = Arc::new(open_registry(&rest)?);
     let overview = model_show::overview(&rest, &registry, &terminal())?;
     let text = if json.is_empty() {
         overview.to_string()
@@ -131,7 +135,7 @@ fn train_command(
 ) -> Result<u8, HostError> {
     let job = Job::find(|name| std::env::var(name).ok());
     let signals = Arc::new(Signals::listen(job.is_some())?);
-    let registry = Arc::new(open_registry(argv));
+    let registry = Arc::new(open_registry(argv)?);
     let plugins_time = start.elapsed();
     let terminal = terminal();
     warn_about_plugins(&registry, &terminal);
@@ -165,10 +169,11 @@ fn train_command(
         folder.write_args(&raw_arguments)?;
     }
     let outcome = match (is_dry, is_test) {
-        (true, _) => train::plan::dry_run(&mut run).map(Some),
+        (true, _) => train::dry_run::dry_run(&mut run).map(Some),
         (false, true) => train::validation::test_only(&mut run),
         (false, false) => train::train(&mut run).map(|()| None),
     };
+    let outcome = outcome.map_err(|error| train::explain(error, &mut run));
     run.monitor.finish();
     print(&outcome?.unwrap_or_default());
     let exit_code = signals.ending().map_or(0, Ending::exit_code);
@@ -210,13 +215,23 @@ fn terminal() -> Arc<Terminal> {
 }
 
 /// The plugins of the search path that `argv` gives.
-pub(crate) fn open_registry(argv: &[String]) -> Registry {
+///
+/// # Errors
+/// If `-plugin_dir` names what is no folder: what was meant to be found there would be missing for no visible reason.
+pub(crate) fn open_registry(argv: &[String]) -> Result<Registry, HostError> {
     let dirs: Vec<String> = peek(argv, "plugin_dir")
         .iter()
         .flat_map(|dirs| dirs.split(',').map(str::to_owned).collect::<Vec<_>>())
         .filter(|dir| !dir.is_empty() && !dir.eq_ignore_ascii_case("none"))
         .collect();
-    Registry::open(search_path(&dirs))
+    if let Some(dir) = dirs.iter().find(|dir| !Path::new(dir).is_dir()) {
+        return Err(HostError::new(
+            "invalid value for `-plugin_dir`",
+            format!("`{dir}` is no folder"),
+            "set `-plugin_dir` to folders with plugins, or leave it out",
+        ));
+    }
+    Ok(Registry::open(search_path(&dirs)))
 }
 
 /// Resolves the arguments: command line > stored ones of the run or checkpoint > profile > default. Locks the run's
@@ -251,6 +266,9 @@ fn blueprint(
     };
     let Resolved { mut arguments, .. } = resolve(argv, stored.as_ref(), registry, terminal)?;
     let config = HostConfig::new(&arguments)?;
+    if config.test_only && restored.is_none() && config.pretrained.is_none() {
+        return Err(nothing_to_test(&run_path(&config)?));
+    }
     let path = run_path(&config)?;
     if folder.as_ref().is_none_or(|folder| folder.path() != path) {
         folder = lock(&config)?;
@@ -289,6 +307,15 @@ fn no_name() -> HostError {
         "the run has no name",
         "its checkpoints and logs go to `save/<name>`, and `-name` is missing",
         "add `-name`, for instance `-name first`",
+    )
+}
+
+/// A score of fresh random numbers is never what was asked for; a misspelled name is a likelier cause.
+fn nothing_to_test(folder: &Path) -> HostError {
+    HostError::new(
+        "there is no trained model to validate",
+        format!("`{}` has no checkpoint", folder.display()),
+        "name a run that has one with `-name`, or weights with `-restore` or `-load_pretrained_model`",
     )
 }
 

@@ -47,7 +47,7 @@ pub fn command(argv: &[String]) -> Result<(), HostError> {
         print(USAGE);
         return Ok(());
     }
-    let registry = Arc::new(open_registry(argv));
+    let registry = Arc::new(open_registry(argv)?);
     let terminal = Arc::new(Terminal::new(TerminalMode::Auto));
     warn_about_plugins(&registry, &terminal);
     let (blueprint, prompt) = blueprint(argv, &registry, &terminal)?;

@@ -4,6 +4,8 @@
 //! field that it fills (`d_model`); the host parses the command line against the union of all tables and hands
 //! every component a configuration of just its own fields. This module knows nothing about `argv`.
 
+use crate::PluginError;
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 use std::collections::BTreeMap;
@@ -16,7 +18,7 @@ pub enum ArgKind {
     Int,
     /// A real number.
     Float,
-    /// `0/1`, `true/false`, `yes/no`; any other whole number is true.
+    /// `0/1`, `true/false`, `yes/no`. The reference takes any other whole number for true, which hides mistakes.
     Bool,
     /// Text.
     Str,
@@ -269,9 +271,9 @@ fn parse_float(raw: &str) -> Option<Value> {
 
 fn parse_bool(raw: &str) -> Option<bool> {
     match raw.trim().to_ascii_lowercase().as_str() {
-        "true" | "yes" | "y" => Some(true),
-        "false" | "no" | "n" => Some(false),
-        number => number.parse::<i64>().ok().map(|n| n != 0),
+        "1" | "true" | "yes" | "y" => Some(true),
+        "0" | "false" | "no" | "n" => Some(false),
+        _ => None,
     }
 }
 
@@ -292,6 +294,51 @@ pub fn configuration(defs: &[ArgDef], values: &BTreeMap<String, Value>) -> Resul
         insert(&mut root, &def.field, value);
     }
     Ok(Value::Object(root))
+}
+
+/// Reads a component's configuration, of fields that `args` fill.
+///
+/// # Errors
+/// If a value does not fit its field, with the flag that fills it: serde knows the position in a text that no user saw.
+pub(crate) fn read_configuration<T: DeserializeOwned>(
+    config: &str,
+    args: &[ArgSpec],
+) -> Result<T, PluginError> {
+    serde_json::from_str(config).map_err(|error| {
+        misfit::<T>(config, args).unwrap_or_else(|| {
+            PluginError::new("the arguments do not make a configuration").why(error.to_string())
+        })
+    })
+}
+
+/// The first argument whose value alone, among defaults, makes no configuration.
+fn misfit<T: DeserializeOwned>(config: &str, args: &[ArgSpec]) -> Option<PluginError> {
+    let given: Value = serde_json::from_str(config).ok()?;
+    let defs: Vec<ArgDef> = args.iter().map(ArgDef::from).collect();
+    let Value::Object(defaults) = configuration(&defs, &BTreeMap::new()).ok()? else {
+        return None;
+    };
+    let read = |fields: &Map<String, Value>| T::deserialize(Value::Object(fields.clone()));
+    read(&defaults).ok()?;
+    defs.iter()
+        .filter(|def| !def.field.is_empty())
+        .find_map(|def| {
+            let pointer = format!("/{}", def.field.replace('.', "/"));
+            let value = given.pointer(&pointer)?;
+            let mut fields = defaults.clone();
+            insert(&mut fields, &def.field, value.clone());
+            let error = read(&fields).err()?;
+            let name = &def.name;
+            let what = PluginError::new(format!("invalid value for `-{name}`"));
+            // Most fields count something, and a count below 0 is what serde refuses.
+            Some(if value.as_i64().is_some_and(|number| number < 0) {
+                what.why(format!("`{value}` is not 0 or more"))
+                    .fix(format!("set `-{name}` to 0 or more"))
+            } else {
+                what.why(error.to_string())
+                    .fix(format!("`moeut-host --help` says what `-{name}` takes"))
+            })
+        })
 }
 
 fn insert(node: &mut Map<String, Value>, path: &str, value: Value) {
@@ -361,7 +408,7 @@ mod tests {
             (ArgSpec::int("a", "0"), "-128", json!(-128)),
             (ArgSpec::float("a", "0"), "1e5", json!(1e5)),
             (ArgSpec::flag("a", "0"), "1", json!(true)),
-            (ArgSpec::flag("a", "0"), "7", json!(true)),
+            (ArgSpec::flag("a", "0"), "yes", json!(true)),
             (ArgSpec::flag("a", "0"), "False", json!(false)),
             (ArgSpec::int("a", "0").optional(), "NONE", json!(null)),
             (
@@ -390,6 +437,48 @@ mod tests {
         }
     }
 
+    #[derive(Debug, Deserialize)]
+    struct Sizes {
+        #[expect(dead_code, reason = "only whether it can be read is asked")]
+        n: usize,
+        #[expect(dead_code, reason = "as above")]
+        inner: Inner,
+    }
+
+    #[derive(Debug, Deserialize)]
+    struct Inner {
+        #[expect(dead_code, reason = "as above")]
+        k: u8,
+    }
+
+    #[test]
+    fn a_value_that_does_not_fit_its_field_names_the_flag() {
+        let args = [
+            ArgSpec::int("count", "1").field("n"),
+            ArgSpec::int("top", "2").field("inner.k"),
+        ];
+        for (config, what, why) in [
+            (
+                json!({"n": 1, "inner": {"k": -3}}),
+                "invalid value for `-top`",
+                "`-3` is not 0 or more",
+            ),
+            (
+                json!({"n": -1, "inner": {"k": -3}}),
+                "invalid value for `-count`",
+                "`-1` is not 0 or more",
+            ),
+            (
+                json!({"n": 1, "inner": {"k": 300}}),
+                "invalid value for `-top`",
+                "invalid value: integer `300`, expected u8",
+            ),
+        ] {
+            let error = read_configuration::<Sizes>(&config.to_string(), &args).unwrap_err();
+            assert_eq!((error.what.as_str(), error.why.as_str()), (what, why));
+        }
+    }
+
     #[test]
     fn malformed_values_say_what_is_accepted() {
         for (spec, raw, message) in [
@@ -405,6 +494,7 @@ mod tests {
                 "`x` is not a number or none",
             ),
             (ArgSpec::float("a", "0"), "inf", "`inf` is not a number"),
+            (ArgSpec::flag("a", "0"), "7", "`7` is not 0 or 1"),
             (
                 ArgSpec::text("a", "b").choices("b|c"),
                 "d",

@@ -44,7 +44,9 @@ MOE = {
 def host_step_seconds(flags, n_steps, threads, folder):
     """Seconds per step of the real program, from the time stamps of its log."""
     name = f"run{time.monotonic_ns()}"
-    flags = {**SHARED_FLAGS, **flags, "threads": threads, "log_interval": LOG_INTERVAL, "stop_after": WARMUP_STEPS + n_steps, "name": name}
+    flags = {**SHARED_FLAGS, **flags, "threads": threads, "log_interval": LOG_INTERVAL, "name": name}
+    # A step is logged when the one behind it has run; the last one has none behind it.
+    flags["stop_after"] = WARMUP_STEPS + n_steps + 1
     command = [str(HOST)] + [word for flag, value in flags.items() for word in (f"-{flag}", str(value))]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     if done.returncode != 0:

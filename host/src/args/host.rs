@@ -6,8 +6,9 @@ use super::host_table::{MINIMUM, host_args};
 use moeut_plugin_api::DType;
 use moeut_plugin_api::args::ArgDef;
 use serde::{Deserialize, Deserializer};
+use serde_json::Value;
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Component, Path, PathBuf};
 
 /// Everything that the host itself takes from the command line.
 #[derive(Debug, Clone, PartialEq, Deserialize)]
@@ -87,6 +88,8 @@ pub struct HostConfig {
     pub per_device_batch_size: Option<usize>,
     /// Sequences in a batch of the validation; derived from `batch_size` if absent.
     pub eval_batch_size: Option<usize>,
+    /// Share of microbatches that start with an empty segment memory, 0 to 1.
+    pub memory_drop_probability: f64,
     /// Length of the training data, batches; all of it if absent.
     pub n_batches: Option<u64>,
     /// Learning rate over time.
@@ -300,59 +303,102 @@ impl HostConfig {
 
 /// What the types of arguments alone do not rule out.
 fn check(arguments: &Arguments) -> Result<(), ArgsError> {
-    let value = |name: &str| arguments.values.get(name);
+    let value = |name: &str| arguments.values.get(name).unwrap_or(&Value::Null);
     for &(name, minimum) in MINIMUM {
-        if value(name)
-            .and_then(serde_json::Value::as_f64)
-            .is_some_and(|number| number < minimum)
-        {
+        if value(name).as_f64().is_some_and(|number| number < minimum) {
             return Err(mismatch(arguments, name, &format!("{minimum} or more")));
         }
     }
-    let is_share = |share: f64| share > 0.0 && share <= 1.0;
-    if !value("sample_top_p")
-        .and_then(serde_json::Value::as_f64)
-        .is_none_or(is_share)
-    {
-        return Err(mismatch(
-            arguments,
-            "sample_top_p",
-            "more than 0 and at most 1",
-        ));
+    for &(name, expected, is_fine) in RULES {
+        if !value(name).is_null() && !is_fine(value(name)) {
+            return Err(mismatch(arguments, name, expected));
+        }
     }
-    let is_negative = |step: &serde_json::Value| step.as_i64().is_some_and(|step| step < 0);
-    if value("lr_sched.steps")
-        .and_then(|steps| steps.as_array())
-        .is_some_and(|steps| steps.iter().any(is_negative))
-    {
-        return Err(mismatch(
-            arguments,
-            "lr_sched.steps",
-            "a list of numbers of 0 or more",
-        ));
-    }
-    if value("adam.betas")
-        .is_some_and(|betas| betas.as_array().is_none_or(|betas| betas.len() != 2))
-    {
-        return Err(mismatch(
-            arguments,
-            "adam.betas",
-            "two numbers, as in `0.9,0.999`",
-        ));
-    }
-    if let Some(gpu) = value("gpu").and_then(serde_json::Value::as_str)
-        && let Err(expected) = GpuChoice::try_from(gpu.to_owned())
-    {
-        return Err(mismatch(arguments, "gpu", &expected));
-    }
-    let is_given = |name: &str| value(name).is_some_and(|value| !value.is_null());
+    let is_given = |name: &str| !value(name).is_null();
     if is_given("n_microbatch") && is_given("per_device_batch_size") {
         return Err(ArgsError::Exclusive {
             first: "n_microbatch".into(),
             second: "per_device_batch_size".into(),
         });
     }
+    if let (Some(n_microbatches), Some(batch_size)) =
+        (value("n_microbatch").as_i64(), value("batch_size").as_i64())
+        && n_microbatches > batch_size
+    {
+        let expected = format!("at most {batch_size}, the `-batch_size`");
+        return Err(mismatch(arguments, "n_microbatch", &expected));
+    }
     Ok(())
+}
+
+/// Flag, what it takes, and whether a value is that; no value is always fine.
+type Rule = (&'static str, &'static str, fn(&Value) -> bool);
+
+/// What a smallest value does not say.
+const RULES: &[Rule] = &[
+    (
+        "adam.betas",
+        "two numbers from 0 to below 1, as in `0.9,0.999`",
+        are_betas,
+    ),
+    ("gpu", GPU_EXPECTATION, is_gpu),
+    (
+        "lr_sched.steps",
+        "a list of numbers of 0 or more",
+        are_steps,
+    ),
+    (
+        "lm.state_drop_probability",
+        "a number between 0 and 1",
+        is_share,
+    ),
+    ("min_lr_multiplier", "a number between 0 and 1", is_share),
+    (
+        "name",
+        "the name of one folder, which `save_dir` is to have",
+        is_folder_name,
+    ),
+    ("peak_tflops", "a number above 0", is_positive),
+    ("sample_top_p", "a number above 0 and at most 1", |value| {
+        is_positive(value) && is_share(value)
+    }),
+];
+
+fn is_share(value: &Value) -> bool {
+    value
+        .as_f64()
+        .is_some_and(|share| (0.0..=1.0).contains(&share))
+}
+
+fn is_positive(value: &Value) -> bool {
+    value.as_f64().is_some_and(|number| number > 0.0)
+}
+
+fn are_betas(value: &Value) -> bool {
+    // At 1 an average never takes anything in, and its correction divides by 0.
+    let is_beta = |beta: &Value| beta.as_f64().is_some_and(|beta| (0.0..1.0).contains(&beta));
+    value
+        .as_array()
+        .is_some_and(|betas| betas.len() == 2 && betas.iter().all(is_beta))
+}
+
+fn are_steps(value: &Value) -> bool {
+    let is_step = |step: &Value| step.as_u64().is_some();
+    value
+        .as_array()
+        .is_some_and(|steps| steps.iter().all(is_step))
+}
+
+fn is_gpu(value: &Value) -> bool {
+    let raw = value.as_str().unwrap_or_default();
+    GpuChoice::try_from(raw.to_owned()).is_ok()
+}
+
+/// Whether joining it to a folder leads one level down: not up, not elsewhere, not deeper.
+fn is_folder_name(value: &Value) -> bool {
+    let name = value.as_str().unwrap_or_default();
+    let mut parts = Path::new(name).components();
+    matches!((parts.next(), parts.next()), (Some(Component::Normal(only)), None) if only == name)
 }
 
 fn mismatch(arguments: &Arguments, name: &str, expected: &str) -> ArgsError {
@@ -397,13 +443,10 @@ mod tests {
     #[test]
     fn the_table_fills_the_configuration() {
         check_args::<HostConfig>(host_args(), &[]);
-        for (name, _) in MINIMUM {
-            assert!(
-                host_args()
-                    .iter()
-                    .any(|spec| ArgDef::from(spec).name == *name),
-                "{name}"
-            );
+        let checked = MINIMUM.iter().map(|&(name, _)| name);
+        for name in checked.chain(RULES.iter().map(|&(name, _, _)| name)) {
+            let is_there = |spec| ArgDef::from(spec).name == name;
+            assert!(host_args().iter().any(is_there), "{name}");
         }
     }
 
@@ -444,6 +487,16 @@ mod tests {
     }
 
     #[test]
+    fn a_name_is_one_folder() {
+        for name in ["a", "it's a", "a.b", "..."] {
+            assert!(is_folder_name(&name.into()), "{name}");
+        }
+        for name in ["", ".", "..", "../x", "x/..", "a/b", "a/", "./a", "/a"] {
+            assert!(!is_folder_name(&name.into()), "{name}");
+        }
+    }
+
+    #[test]
     fn a_blank_prompt_is_none() {
         let prompt = |text: &str| {
             let argv = [format!("-prompt={text}")];
@@ -467,7 +520,23 @@ mod tests {
             ),
             (
                 "-adam.betas 0.9",
-                "`0.9` is not two numbers, as in `0.9,0.999` (from: command line)",
+                "`0.9` is not two numbers from 0 to below 1, as in `0.9,0.999` (from: command line)",
+            ),
+            (
+                "-adam.betas 0.9,1",
+                "`0.9,1` is not two numbers from 0 to below 1, as in `0.9,0.999` (from: command line)",
+            ),
+            (
+                "-min_lr_multiplier 2",
+                "`2` is not a number between 0 and 1 (from: command line)",
+            ),
+            (
+                "-peak_tflops 0",
+                "`0` is not a number above 0 (from: command line)",
+            ),
+            (
+                "-n_microbatch 9 -batch_size 4",
+                "`9` is not at most 4, the `-batch_size` (from: command line)",
             ),
             (
                 "-sample_top_k 0",
@@ -475,11 +544,15 @@ mod tests {
             ),
             (
                 "-sample_top_p 0",
-                "`0` is not more than 0 and at most 1 (from: command line)",
+                "`0` is not a number above 0 and at most 1 (from: command line)",
             ),
             (
                 "-sample_top_p 1.5",
-                "`1.5` is not more than 0 and at most 1 (from: command line)",
+                "`1.5` is not a number above 0 and at most 1 (from: command line)",
+            ),
+            (
+                "-lm.state_drop_probability 2",
+                "`2` is not a number between 0 and 1 (from: command line)",
             ),
             (
                 "-lr_sched.steps 1,-2",

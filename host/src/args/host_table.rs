@@ -15,18 +15,19 @@ pub(super) const NOT_SAVED: &[&str] = &[
 
 /// Smallest values of numbers that cannot be just any.
 pub(super) const MINIMUM: &[(&str, f64)] = &[
+    ("adam.eps", 0.0),
     ("batch_size", 1.0),
     ("grad_clip", 0.0),
     ("keep_last", 1.0),
     ("log_interval", 1.0),
     ("lr", 0.0),
+    ("lr_sched.gamma", 0.0),
     ("lr_warmup", 0.0),
     ("min_lr_multiplier", 0.0),
     ("n_microbatch", 1.0),
     ("n_samples", 0.0),
     ("nan_budget", 0.0),
     ("overfit_batches", 1.0),
-    ("peak_tflops", 1e-6),
     ("per_device_batch_size", 1.0),
     ("sample_length", 1.0),
     ("sample_temperature", 0.0),
@@ -161,6 +162,10 @@ const HOST_ARGS: &[ArgSpec] = &[
         .field("eval_batch_size")
         .unit("sequences")
         .help("Batch of the validation; `none` takes that of the training"),
+    ArgSpec::float("lm.state_drop_probability", "0.0")
+        .field("memory_drop_probability")
+        .unit("fraction")
+        .help("Share of microbatches that start with an empty segment memory (`-lm.trafo.context_blocks`)"),
     ArgSpec::int("overfit_batches", "none")
         .optional()
         .field("n_batches")
@@ -251,6 +256,9 @@ const HOST_ARGS: &[ArgSpec] = &[
     ArgSpec::retired(ArgKind::Str, "dump_validation_plots", "the reference never reaches the code that reads it"),
     ArgSpec::retired(ArgKind::Int, "debug_plot_interval", NO_PLOTS),
     ArgSpec::retired(ArgKind::Int, "details_log_interval", "layers report with every record; see `-log_interval`"),
+    // Of the paper's sweeps.
+    ArgSpec::retired(ArgKind::Bool, "lm.eval.enabled", "not implemented yet: evaluations other than validation"),
+    ArgSpec::retired(ArgKind::StrList, "thestack.languages", "not implemented yet: The Stack"),
 ];
 
 const NO_WANDB: &str = "Weights & Biases is not there yet";

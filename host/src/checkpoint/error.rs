@@ -154,6 +154,7 @@ fn help_with_io(path: &Path, kind: ErrorKind) -> String {
         ErrorKind::AlreadyExists | ErrorKind::NotADirectory => {
             format!("move away what is in the folder's place: `ls -ld {there}` shows it")
         }
+        ErrorKind::NotFound => format!("check the name: `ls {there}` shows what there is"),
         _ => format!("check that the folder exists and is writable: `ls -ld {there}`"),
     }
 }

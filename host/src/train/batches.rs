@@ -81,6 +81,8 @@ pub struct Microbatch {
     pub tokens: Tensor,
     /// Its share of the batch, 0 to 1.
     pub weight: f64,
+    /// Whether its rows do not go on from where the same rows of the last batch ended: a pass over the data begins.
+    pub is_start: bool,
 }
 
 impl Microbatch {
@@ -90,6 +92,7 @@ impl Microbatch {
         Self {
             tokens: self.tokens.shallow_clone(),
             weight: self.weight,
+            is_start: self.is_start,
         }
     }
 }
@@ -205,6 +208,7 @@ fn read_batch(
         microbatches.push(Microbatch {
             tokens: read_windows(dataset, &windows, shape.seq_len)?,
             weight: size as f64 / shape.batch_size as f64,
+            is_start: position.batch == 0,
         });
     }
     Ok(Batch {

@@ -15,8 +15,9 @@ use super::run::{Named, RNG_CPU, RNG_CUDA, Run, Samples};
 use super::sampling::Choice;
 use super::scaler::Scaler;
 use super::schedule::Schedule;
-use super::state::TrainState;
-use super::throughput::Throughput;
+use super::segments::Segments;
+use super::state::{Rows, TrainState};
+use super::throughput::{self, Throughput};
 use crate::args::{Arguments, HostConfig, LogSink, SampleConfig, Speedtest};
 use crate::checkpoint::{Checkpoints, Loaded};
 use crate::gpu;
@@ -96,8 +97,9 @@ pub fn build(
     let clock = Instant::now();
     let mut state = site.state()?;
     rng::seed(state.seed).or_plugin_error("the random generator cannot be seeded")?;
-    let subject = site.subject(&plan.model, &data.info, placement)?;
     let shape = batch_shape(&blueprint.config, plan.train.seq_len)?;
+    let mut subject = site.subject(&plan.model, &data.info, placement)?;
+    site.recall(&mut subject, &mut state, shape)?;
     let train_stream = Arc::clone(&data.train);
     let batches = Batches::start(train_stream, data.info.n_windows, shape, state.position)?;
     state.position = batches.position();
@@ -107,17 +109,13 @@ pub fn build(
     let device = moeut_torch::device(placement.device);
     let nan_budget = blueprint.config.non_finite.budget();
     let n_skipped = state.n_skipped;
-    let is_16_bit = matches!(placement.compute_dtype, DType::Bf16 | DType::F16);
-    let peak_tflops = blueprint.config.peak_tflops;
-    let watch = Watch {
-        log_interval: blueprint.config.log_interval,
+    let watch = watch(
+        &blueprint.config,
+        &subject,
+        placement,
+        plan.train.seq_len,
         n_steps,
-        device,
-        throughput: Throughput::new(subject.n_trained, peak_tflops, device, is_16_bit),
-        nan_budget,
-        is_speedtest: blueprint.config.speedtest == Speedtest::Iter,
-        logs_grad_norms: blueprint.config.logs_grad_norms,
-    };
+    )?;
     let mut monitor = Monitor::new(sinks, Arc::clone(terminal), watch, &state);
     if blueprint.config.non_finite.is_traced {
         moeut_torch::anomaly::detect(true).or_plugin_error("`-nan_detect 1` is refused")?;
@@ -149,6 +147,7 @@ pub fn build(
         state,
         model: subject.model,
         model_name: subject.name,
+        segments: subject.segments,
         device,
         autocast: (placement.compute_dtype != placement.dtype)
             .then(|| moeut_torch::kind(placement.compute_dtype)),
@@ -191,6 +190,29 @@ fn machine(config: &mut HostConfig, terminal: &Terminal) -> Result<Placement, Pl
     place(config, n_gpus)
 }
 
+/// What the logs need to know.
+fn watch(
+    config: &HostConfig,
+    subject: &Subject,
+    placement: Placement,
+    seq_len: u64,
+    n_steps: u64,
+) -> Result<Watch, PluginError> {
+    let device = moeut_torch::device(placement.device);
+    let summary = subject.model.summary(seq_len)?;
+    let flops_per_token = throughput::flops_per_token(&summary, seq_len, subject.n_trained);
+    let is_16_bit = matches!(placement.compute_dtype, DType::Bf16 | DType::F16);
+    Ok(Watch {
+        log_interval: config.log_interval,
+        n_steps,
+        device,
+        throughput: Throughput::new(flops_per_token, config.peak_tflops, device, is_16_bit),
+        nan_budget: config.non_finite.budget(),
+        is_speedtest: config.speedtest == Speedtest::Iter,
+        logs_grad_norms: config.logs_grad_norms,
+    })
+}
+
 /// As the reference: a batch of the validation is a microbatch of the training, unless told otherwise.
 fn eval_batch_size(config: &HostConfig, n_microbatches: usize) -> usize {
     let size = config.eval_batch_size;
@@ -219,6 +241,7 @@ struct Subject {
     n_trained: usize,
     optimizer: Optimizer,
     scaler: Scaler,
+    segments: Segments,
 }
 
 impl Site<'_> {
@@ -303,6 +326,7 @@ impl Site<'_> {
         let component = self.registry.find(ComponentKind::Model, name)?;
         let model = self.model(component, info.vocab_size, placement)?;
         let (parameters, trained) = parameters(&model)?;
+        let has_memory = model.abilities()?.has_memory;
         let optimizer = Optimizer::new(self.blueprint.config.optimizer.clone(), &trained);
         let is_half = placement.compute_dtype == DType::F16;
         let scaler = Scaler::new(is_half, moeut_torch::device(placement.device));
@@ -331,7 +355,28 @@ impl Site<'_> {
             n_trained: trained.iter().map(|(_, tensor)| tensor.numel()).sum(),
             optimizer,
             scaler,
+            segments: Segments::new(has_memory, self.blueprint.config.memory_drop_probability),
         })
+    }
+
+    /// Puts a checkpoint's segment memory back, unless it is of other rows of the text.
+    fn recall(
+        &self,
+        subject: &mut Subject,
+        state: &mut TrainState,
+        shape: BatchShape,
+    ) -> Result<(), PluginError> {
+        let rows = Rows {
+            microbatch_sizes: shape.microbatch_sizes(),
+            seq_len: shape.seq_len,
+        };
+        let earlier = state.rows.replace(rows);
+        match &self.blueprint.restored {
+            Some(loaded) if earlier == state.rows => subject
+                .segments
+                .restore(&mut subject.model, &loaded.snapshot.optimizer),
+            _ => Ok(()),
+        }
     }
 
     /// The arguments of a component, as its configuration.

@@ -1,9 +1,13 @@
 //! Validation: token-exact loss over every window of a stream, in the parameters' own precision.
 
 use super::batches::read_windows;
-use super::{TrainError, forward, int, token_losses};
+use super::loss::token_losses;
+use super::segments::Segments;
+use super::{TrainError, forward, int};
 use crate::signals::Signals;
+use moeut_plugin_api::ForwardInput;
 use moeut_plugin_api::abi::client::{ModelClient, TokenDatasetClient};
+use moeut_torch::IntoHandle;
 use std::sync::Arc;
 use tch::{Device, Kind};
 
@@ -39,36 +43,61 @@ impl Scores {
     }
 }
 
-/// Scores a model on a stream; no scores if a signal ends it.
+/// Scores a model on a stream; no scores if a signal ends it. What the model remembers of the training stays.
 ///
 /// # Errors
 /// If the data cannot be read or the model fails.
 pub fn evaluate(
     model: &mut ModelClient,
+    segments: Segments,
+    stream: &EvalStream,
+    batch_size: usize,
+    device: Device,
+    signals: &Signals,
+) -> Result<Option<Scores>, TrainError> {
+    // The validation has a slot of its own, but its states are of no use afterwards.
+    let of_training = segments.tensors(model)?;
+    let scores = score(model, segments, stream, batch_size, device, signals)?;
+    segments.restore(model, &of_training)?;
+    Ok(scores)
+}
+
+fn score(
+    model: &mut ModelClient,
+    segments: Segments,
     stream: &EvalStream,
     batch_size: usize,
     device: Device,
     signals: &Signals,
 ) -> Result<Option<Scores>, TrainError> {
     let _no_grad = tch::no_grad_guard();
+    let order = Order::new(stream.n_windows, batch_size as u64, segments.is_on());
     let (mut loss, mut n_right, mut n_tokens) = (0.0, 0.0, 0.0);
-    let windows: Vec<u64> = (0..stream.n_windows).collect();
-    for batch in windows.chunks(batch_size) {
+    for index in 0..order.n_batches {
         if signals.is_ending() {
             return Ok(None);
         }
-        let tokens = read_windows(&stream.dataset, batch, stream.seq_len)?.to_device(device);
-        let targets = tokens.narrow(0, 1, int(stream.seq_len));
+        let batch = order.batch(index);
+        let tokens = read_windows(&stream.dataset, &batch.windows, stream.seq_len)?;
+        let tokens = tokens.to_device(device);
         let output = forward(
             model,
-            &tokens.narrow(0, 0, int(stream.seq_len)),
-            false,
-            false,
+            ForwardInput {
+                tokens_tb: tokens.narrow(0, 0, int(stream.seq_len)).share(),
+                is_training: false,
+                wants_stats: false,
+                past: segments.validation(index == 0),
+            },
         )?;
-        loss += token_losses(&output.logits, &targets)?
+        let n_scored = int(batch.n_scored);
+        let logits = output.logits.narrow(1, 0, n_scored);
+        let targets = tokens
+            .narrow(0, 1, int(stream.seq_len))
+            .narrow(1, 0, n_scored);
+        loss += token_losses(&logits, &targets)?
             .sum(Kind::Double)
             .double_value(&[]);
-        let right = output.logits.argmax(-1, false).eq_tensor(&targets);
+        let right = logits.argmax(-1, false).eq_tensor(&targets);
         n_right += right.sum(Kind::Double).double_value(&[]);
         n_tokens += targets.numel() as f64;
     }
@@ -80,4 +109,112 @@ pub fn evaluate(
             .utf8_bytes_per_token
             .map(|bytes| loss / std::f64::consts::LN_2 / bytes),
     }))
+}
+
+/// Which windows are scored together; each once.
+///
+/// ```text
+/// n = ⌈n_windows / batch_size⌉ batches
+/// without memory: batch p has the windows p·batch_size, p·batch_size + 1, …
+/// with memory:    row j of batch p is window p + j·n, so that a row goes on from where it ended
+/// ```
+/// With memory the last row can run out before the others. It then repeats the last window, which is not scored again,
+/// because the number of rows that a memory belongs to is fixed.
+///
+/// The reference reads all streams by rows and drops what does not fill the last batch.
+#[derive(Debug, Clone, Copy)]
+struct Order {
+    n_windows: u64,
+    batch_size: u64,
+    n_batches: u64,
+    is_by_row: bool,
+}
+
+/// One batch of a validation.
+#[derive(Debug, PartialEq, Eq)]
+struct Batch {
+    windows: Vec<u64>,
+    /// How many of the windows count, from the first on.
+    n_scored: usize,
+}
+
+impl Order {
+    fn new(n_windows: u64, batch_size: u64, is_by_row: bool) -> Self {
+        Self {
+            n_windows,
+            batch_size,
+            n_batches: n_windows.div_ceil(batch_size),
+            is_by_row,
+        }
+    }
+
+    fn batch(&self, index: u64) -> Batch {
+        let (windows, n_scored) = if self.is_by_row {
+            let n_rows = self.n_windows.div_ceil(self.n_batches);
+            let window = |row| index + row * self.n_batches;
+            let last = self.n_windows - 1;
+            (
+                (0..n_rows).map(|row| window(row).min(last)).collect(),
+                (0..n_rows).filter(|&row| window(row) <= last).count(),
+            )
+        } else {
+            let first = index * self.batch_size;
+            let windows: Vec<u64> = (first..self.n_windows.min(first + self.batch_size)).collect();
+            let n_scored = windows.len();
+            (windows, n_scored)
+        };
+        Batch { windows, n_scored }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn batches(n_windows: u64, batch_size: u64, is_by_row: bool) -> Vec<Batch> {
+        let order = Order::new(n_windows, batch_size, is_by_row);
+        (0..order.n_batches)
+            .map(|index| order.batch(index))
+            .collect()
+    }
+
+    #[test]
+    fn every_window_is_scored_once() {
+        for (n_windows, batch_size) in [(1, 4), (4, 4), (5, 4), (7, 3), (10, 4), (12, 5), (16, 1)] {
+            for is_by_row in [false, true] {
+                let mut scored: Vec<u64> = batches(n_windows, batch_size, is_by_row)
+                    .iter()
+                    .flat_map(|batch| batch.windows[..batch.n_scored].to_vec())
+                    .collect();
+                scored.sort_unstable();
+                let all: Vec<u64> = (0..n_windows).collect();
+                assert_eq!(scored, all, "{n_windows} in batches of {batch_size}");
+            }
+        }
+    }
+
+    #[test]
+    fn with_memory_rows_go_on_and_their_number_is_fixed() {
+        let batch = |windows: [u64; 3], n_scored| Batch {
+            windows: windows.into(),
+            n_scored,
+        };
+        assert_eq!(
+            batches(7, 3, true),
+            [
+                batch([0, 3, 6], 3),
+                batch([1, 4, 6], 2),
+                batch([2, 5, 6], 2)
+            ]
+        );
+        for (n_windows, batch_size) in [(1, 4), (5, 4), (10, 4), (12, 5), (13, 6)] {
+            let all = batches(n_windows, batch_size, true);
+            for pair in all.windows(2) {
+                assert_eq!(pair[0].windows.len(), pair[1].windows.len());
+                for row in 0..pair[1].n_scored {
+                    assert_eq!(pair[1].windows[row], pair[0].windows[row] + 1);
+                }
+            }
+        }
+    }
 }

@@ -113,6 +113,11 @@ impl Monitor {
         self.timing.enter(phase);
     }
 
+    /// How much arithmetic a token costs, and what the device can do.
+    pub fn throughput(&self) -> Throughput {
+        self.watch.throughput
+    }
+
     /// What the host does.
     pub fn phase(&self) -> Phase {
         self.timing.phase()
@@ -146,12 +151,13 @@ impl Monitor {
         self.clock.exact += self.step_began.elapsed();
         self.enter(Phase::Log);
         let current = Pending::start(state.step, lr, results)?;
+        // The time up to now is that of all steps up to this one, also where the one before is logged.
+        self.clock.n_steps += 1;
         self.settle(state)?;
         if let Some(built_at) = self.built_at.take() {
             let seconds = built_at.elapsed().as_secs_f64();
             self.message(&format!("first step {seconds:.2} s"));
         }
-        self.clock.n_steps += 1;
         self.pending = Some(current);
         Ok(())
     }
@@ -203,6 +209,7 @@ impl Monitor {
         let why = format!("loss {loss}, norm of the gradient {grad_norm}");
         if state.n_skipped < self.watch.nan_budget {
             state.n_skipped += 1;
+            state.forgets = true;
             let (n_skipped, budget) = (state.n_skipped, self.watch.nan_budget);
             self.warn(&format!(
                 "step {step} is not finite ({why}); its update is dropped, {n_skipped} of at most {budget}"

@@ -286,9 +286,11 @@ pub(super) fn explain(error: TrainError, run: &mut Run) -> TrainError {
     TrainError::NonFinite(report)
 }
 
-/// The step again, from the same parameters and random numbers, looking at everything. Segment memory has moved on.
+/// The step again, from the same parameters and random numbers, looking at everything. Segment memory is empty: keeping
+/// what it held before each step would take as much room again, and what it holds now is of the step itself.
 fn repeat(run: &mut Run, remembered: &Remembered) -> Vec<Finding> {
     run.inspector = Inspector::new(true);
+    run.state.forgets = true;
     for (name, tensor) in &run.parameters {
         run.inspector.look("parameter", name, tensor);
     }

@@ -46,6 +46,7 @@ mod tests {
             let path = folder.join("model.safetensors");
             let mut file = std::fs::File::create(&path).unwrap();
             write_tensors(&mut file, &path, &tensors).unwrap();
+            std::fs::write(folder.join("config.json"), "{}").unwrap();
         };
         write(dir.path(), "outer");
         write(&grid, "inner");

@@ -10,6 +10,7 @@ use super::optimizer::Optimizer;
 use super::regularizers::Regularizers;
 use super::scaler::Scaler;
 use super::schedule::Schedule;
+use super::segments::Segments;
 use super::state::TrainState;
 use super::timing::Phase;
 use super::validation::{validate, validate_pretrained};
@@ -48,6 +49,8 @@ pub struct Run {
     pub device: Device,
     /// Element type of mixed precision, if it is on.
     pub autocast: Option<Kind>,
+    /// Which of the model's memories a batch goes on from.
+    pub segments: Segments,
     /// Training data.
     pub batches: Batches,
     /// Validation data.
@@ -179,6 +182,7 @@ impl Run {
         let mut optimizer = self.optimizer.tensors();
         optimizer.extend(self.scaler.tensors());
         optimizer.extend(rng_states(self.device)?);
+        optimizer.extend(self.segments.tensors(&self.model)?);
         let state = serde_json::to_value(&self.state).map_err(|error| {
             PluginError::new("the training state cannot be written").why(error.to_string())
         })?;

@@ -26,8 +26,23 @@ pub struct TrainState {
     /// Updates that were dropped because the step was not finite.
     #[serde(default)]
     pub n_skipped: u64,
+    /// The next step empties segment memory: a dropped step may have left states there that are not finite.
+    #[serde(default)]
+    pub forgets: bool,
+    /// Rows that segment memory belongs to; none in a checkpoint from before there was any.
+    #[serde(default)]
+    pub rows: Option<Rows>,
     /// Averages since the last time they were logged.
     pub window: Window,
+}
+
+/// How batches are cut: under another shape their rows are other places in the text.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Rows {
+    /// Sequences of each microbatch.
+    pub microbatch_sizes: Vec<usize>,
+    /// Tokens of a sequence.
+    pub seq_len: usize,
 }
 
 /// A best value and when it was reached.

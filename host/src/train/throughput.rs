@@ -1,5 +1,6 @@
 //! How much of the hardware's arithmetic a run uses (MFU: model FLOP utilization).
 
+use moeut_plugin_api::ModelSummary;
 use tch::Device;
 
 /// Dense 16-bit matrix products with 32-bit sums, in 10¹² operations per second, by a part of the driver's name for
@@ -31,6 +32,21 @@ fn known_peak(name: &str) -> Option<f64> {
     })
 }
 
+/// Floating-point operations of a training step per token.
+///
+/// ```text
+/// 2 · 3 · MACs / seq_len    a multiply-accumulate is two, and the backward pass costs two forward passes
+/// 6 · n_params              for a model that does not count its multiply-accumulates
+/// ```
+/// The second counts every expert as used, and a shared layer once. Both leave out what is computed again to save memory.
+pub fn flops_per_token(summary: &ModelSummary, seq_len: u64, n_params: usize) -> f64 {
+    let macs: u64 = summary.macs.iter().map(|(_, macs)| macs).sum();
+    match macs {
+        0 => 6.0 * n_params as f64,
+        macs => 6.0 * macs as f64 / seq_len as f64,
+    }
+}
+
 /// What [`mfu`](Throughput::mfu) is measured with.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Throughput {
@@ -41,18 +57,20 @@ pub struct Throughput {
 }
 
 impl Throughput {
-    /// Six operations per trained parameter and token: two for its product in the forward pass, four in the backward
-    /// pass. This counts every expert as used, and a shared layer once, so it says little about a mixture of experts.
-    ///
     /// `peak_tflops` is the user's word; without it the table decides, which is about 16-bit products on a GPU.
-    pub fn new(n_params: usize, peak_tflops: Option<f64>, device: Device, is_16_bit: bool) -> Self {
+    pub fn new(
+        flops_per_token: f64,
+        peak_tflops: Option<f64>,
+        device: Device,
+        is_16_bit: bool,
+    ) -> Self {
         let known = || {
             let describes = is_16_bit && device.is_cuda();
             let card = describes.then(|| moeut_torch::cuda::describe(device).ok())??;
             known_peak(&card.name)
         };
         Self {
-            flops_per_token: 6.0 * n_params as f64,
+            flops_per_token,
             peak_flops: peak_tflops.or_else(known).map(|tflops| tflops * 1e12),
         }
     }
@@ -82,10 +100,18 @@ mod tests {
     }
 
     #[test]
+    fn a_model_that_counts_is_believed() {
+        let mut summary = ModelSummary::default();
+        assert!((flops_per_token(&summary, 8, 100) - 600.0).abs() < 1e-9);
+        summary.macs = vec![("attention".into(), 30), ("feed-forward".into(), 50)];
+        assert!((flops_per_token(&summary, 8, 100) - 60.0).abs() < 1e-9);
+    }
+
+    #[test]
     fn the_share_of_the_peak() {
-        let measured = Throughput::new(1_000_000, Some(0.012), Device::Cpu, false);
+        let measured = Throughput::new(6e6, Some(0.012), Device::Cpu, false);
         let mfu = measured.mfu(1000.0).unwrap();
         assert!((mfu - 0.5).abs() < 1e-12, "{mfu}");
-        assert_eq!(Throughput::new(1, None, Device::Cpu, true).mfu(1.0), None);
+        assert_eq!(Throughput::new(6.0, None, Device::Cpu, true).mfu(1.0), None);
     }
 }

@@ -70,6 +70,7 @@ fn score(run: &mut Run) -> Result<Option<AllScores>, TrainError> {
     for stream in &run.validation {
         let result = evaluate(
             &mut run.model,
+            run.segments,
             stream,
             run.eval_batch_size,
             run.device,

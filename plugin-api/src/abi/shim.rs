@@ -6,6 +6,7 @@ use super::{
     RawNamed, RawProjected, RawResult, RawRoute, RawRouted, RawTask, RawTask_TO, RawTokenDataset,
     RawTokenDataset_TO, TaskObject, TensorHandle, TokenDatasetObject,
 };
+use crate::args::read_configuration;
 use crate::kernel::{GroupedMatmul, Kernel, MoeMlp, MoeProject, Route, Routed, Selection};
 use crate::model::{ForwardInput, ForwardOutput, Model, NamedTensor, Past};
 use crate::{ComponentInfo, ComponentKind, Host, PluginError, Task, TokenDataset};
@@ -90,7 +91,7 @@ impl Registration {
                     .profiles(T::PROFILES)
             },
             maker: Maker::Task(|origin, config, host| {
-                let task = T::new(decode(config, "arguments")?, &host)?;
+                let task = T::new(read_configuration(config, T::ARGS)?, &host)?;
                 Ok(RawTask_TO::from_value(
                     Shim {
                         origin,
@@ -116,7 +117,7 @@ impl Registration {
             info: || ComponentInfo::new(ComponentKind::Dataset, D::NAME, D::SUMMARY).args(D::ARGS),
             maker: Maker::Dataset(|origin, config, request, host| {
                 let request = decode(request, "request")?;
-                let dataset = D::open(decode(config, "arguments")?, &request, &host)?;
+                let dataset = D::open(read_configuration(config, D::ARGS)?, &request, &host)?;
                 Ok(RawTokenDataset_TO::from_value(
                     Shim {
                         origin,
@@ -139,7 +140,7 @@ impl Registration {
             info: || ComponentInfo::new(ComponentKind::Model, M::NAME, M::SUMMARY).args(M::ARGS),
             maker: Maker::Model(|origin, config, setup, host| {
                 let setup = decode(setup, "setup")?;
-                let model = M::build(decode(config, "arguments")?, &setup, &host)?;
+                let model = M::build(read_configuration(config, M::ARGS)?, &setup, &host)?;
                 Ok(RawModel_TO::from_value(
                     Shim {
                         origin,
@@ -498,7 +499,7 @@ fn decode<T: DeserializeOwned>(json: &str, what: &str) -> Result<T, PluginError>
     serde_json::from_str(json).map_err(|error| {
         PluginError::new(format!("invalid {what}"))
             .why(error.to_string())
-            .fix("check the argument table of the component against its configuration struct")
+            .fix("build the host and the plugin from the same sources")
     })
 }
 

@@ -1,13 +1,15 @@
-//! What tests of models and layers need: a kernel that is obviously right, a host that has only that kernel, and checks
-//! of what a model makes of earlier tokens.
+//! What tests of models and layers need: a kernel that is obviously right, a context and a host that have only that
+//! kernel, and checks of what a model makes of earlier tokens.
 
+use crate::Context;
 use moeut_plugin_api::abi::client::{HostServices, KernelClient, host_in_process};
 use moeut_plugin_api::{
-    ArgDef, Capabilities, DType, Device, ForwardInput, GroupedMatmul, Host, HostInfo, Kernel,
-    LogLevel, Model, ModelSetup, Past, PluginError, TensorHandle, args,
+    ArgDef, ArgSpec, Capabilities, DType, Device, ForwardInput, GroupedMatmul, Host, HostInfo,
+    Kernel, LogLevel, Model, ModelSetup, Past, PluginError, TensorHandle, args,
 };
 use moeut_torch::{IntoHandle, IntoTensor};
-use serde::Deserialize;
+use serde::de::DeserializeOwned;
+use std::rc::Rc;
 use std::sync::Arc;
 use tch::{Kind, Tensor};
 
@@ -100,17 +102,7 @@ pub fn build_with<M: Model>(
     flags: &[(&str, &str)],
     change: impl FnOnce(&mut ModelSetup),
 ) -> Result<M, PluginError> {
-    let defs: Vec<ArgDef> = M::ARGS.iter().map(ArgDef::from).collect();
-    let parse = |&(flag, raw): &(&str, &str)| {
-        let def = defs.iter().find(|def| def.name == flag);
-        match def.map(|def| def.parse(raw)) {
-            Some(Ok(value)) => (flag.to_owned(), value),
-            other => panic!("`{flag}` {raw}: {other:?}"),
-        }
-    };
-    let config = args::configuration(&defs, &flags.iter().map(parse).collect());
-    let config = config.unwrap_or_else(|error| panic!("{error}"));
-    let config = M::Config::deserialize(config).unwrap_or_else(|error| panic!("{error}"));
+    let config = config(M::ARGS, flags);
     let mut setup = ModelSetup {
         vocab_size: VOCAB.unsigned_abs(),
         device: Device::Cpu,
@@ -122,6 +114,40 @@ pub fn build_with<M: Model>(
     change(&mut setup);
     let services: Arc<dyn HostServices> = Arc::new(TestHost);
     M::build(config, &setup, &host_in_process(&services)?)
+}
+
+/// What `specs` make of flags as a user types them; the rest are defaults.
+///
+/// # Panics
+/// If a flag is unknown or its value malformed.
+pub fn config<C: DeserializeOwned>(specs: &[ArgSpec], flags: &[(&str, &str)]) -> C {
+    let defs: Vec<ArgDef> = specs.iter().map(ArgDef::from).collect();
+    let parse = |&(flag, raw): &(&str, &str)| {
+        let def = defs.iter().find(|def| def.name == flag);
+        match def.map(|def| def.parse(raw)) {
+            Some(Ok(value)) => (flag.to_owned(), value),
+            other => panic!("`{flag}` {raw}: {other:?}"),
+        }
+    };
+    let config = args::configuration(&defs, &flags.iter().map(parse).collect());
+    let config = config.unwrap_or_else(|error| panic!("{error}"));
+    C::deserialize(config).unwrap_or_else(|error| panic!("{error}"))
+}
+
+/// A double-precision pass with the kernel, for layers by themselves.
+///
+/// # Panics
+/// If the kernel cannot be made, which is a fault of the test.
+pub fn context(is_training: bool) -> Context {
+    let kernel = KernelClient::in_process(Copies).unwrap_or_else(|error| panic!("{error}"));
+    Context {
+        kernel: Some(Rc::new(kernel)),
+        compute: Kind::Double,
+        is_mixed: false,
+        is_router_rounded: false,
+        is_training,
+        wants_stats: false,
+    }
 }
 
 /// Random tokens `[T, B]`.

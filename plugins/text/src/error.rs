@@ -190,7 +190,16 @@ impl TextError {
             Self::VocabSize { path, found, .. } => {
                 format!("ask for a vocabulary of {found}, or delete `{}` to have it trained again", path.display())
             }
-            Self::Train { .. } => "give it more text, or ask for a smaller vocabulary".to_owned(),
+            Self::Train { reason } => {
+                // In the trainer's words: `… 3 vs 93. Increase vocab_size …`, `… set it to a value <= 23306.`
+                if let Some(least) = number_after(reason, " vs ") {
+                    format!("set `-sentencepiece.n_pieces` to {least} or more")
+                } else if let Some(most) = number_after(reason, "a value <= ") {
+                    format!("set `-sentencepiece.n_pieces` to at most {most}, or give it more text")
+                } else {
+                    "give it more text, or set `-sentencepiece.n_pieces` to another number".to_owned()
+                }
+            }
             Self::Encode { .. } | Self::IdOutOfRange { .. } => {
                 "check that the tokenizer is the one the tokens were made with".to_owned()
             }
@@ -199,6 +208,13 @@ impl TextError {
             Self::Cancelled => "start again: finished shards are kept".to_owned(),
         }
     }
+}
+
+/// The whole number behind the first such words.
+fn number_after(text: &str, words: &str) -> Option<u64> {
+    let (_, rest) = text.split_once(words)?;
+    let end = rest.find(|c: char| !c.is_ascii_digit());
+    rest[..end.unwrap_or(rest.len())].parse().ok()
 }
 
 impl From<TextError> for PluginError {
@@ -227,5 +243,26 @@ mod tests {
             "{}",
             plugin_error.fix
         );
+    }
+
+    #[test]
+    fn a_vocabulary_too_small_or_too_large_has_opposite_fixes() {
+        for (reason, fix) in [
+            (
+                "Vocabulary size is smaller than required_chars. 3 vs 93. Increase vocab_size",
+                "set `-sentencepiece.n_pieces` to 93 or more",
+            ),
+            (
+                "Vocabulary size too high (100000). Please set it to a value <= 23306.",
+                "set `-sentencepiece.n_pieces` to at most 23306, or give it more text",
+            ),
+            (
+                "out of luck",
+                "give it more text, or set `-sentencepiece.n_pieces` to another number",
+            ),
+        ] {
+            let reason = reason.to_owned();
+            assert_eq!(TextError::Train { reason }.help(), fix);
+        }
     }
 }

@@ -13,6 +13,7 @@ const TINY: &[&str] = &[
     "-sentencepiece.n_pieces", "500",
     "-lmds.valid_ratio", "1e-6",
     "-lm.unroll", "32",
+    "-lm.trafo.context_blocks", "0",
     "-batch_size", "4",
     "-state_size", "32",
     "-transformer.encoder_n_layers", "2",

@@ -30,13 +30,30 @@ const ROWS: &[&str] = &[
     "-task c4",
     "-task moeut_c4@nope",
     "-name none",
+    "-name ../x",
+    "-name a/b",
+    "-name .",
     "-profile dmeo",
+    "-plugin_dir nowhere",
     "-reset again",
+    "-reset 2",
+    "-reset -1",
+    "-test_only 1",
+    "-test_only maybe",
+    "-dry_run 2",
+    "-keep_alive yess",
+    "-load_pretrained_model no/such.pth",
+    "-load_pretrained_model a-file",
+    "-load_pretrained_model empty",
+    "-load_pretrained_model save/good/checkpoint/model-2 -state_size 16",
+    "-test_pretrained 3",
+    "-sweep_id_for_grid_search first",
     "-save_dir a-file",
     "-data.cache_dir a-file",
     "-seed one",
     "-seed 99999999999999999999",
     "-compat maybe",
+    "-deterministic 2",
     // The machine.
     "-gpu first",
     "-gpu -1",
@@ -57,15 +74,27 @@ const ROWS: &[&str] = &[
     "-sample_length 0",
     "-sample_temperature -1",
     "-sample_temperature hot",
+    "-sample_top_k 0",
+    "-sample_top_p 0",
+    "-sample_top_p 1.5",
+    "-speedtest step",
+    "-log_grad_norms 2",
+    "-peak_tflops 0",
+    "-peak_tflops fast",
     // Batches.
     "-stop_after -1",
     "-stop_after soon",
     "-batch_size 0",
     "-batch_size 1e5",
     "-n_microbatch 0",
+    "-n_microbatch 9 -batch_size 4",
     "-per_device_batch_size 0",
     "-n_microbatch 2 -per_device_batch_size 2",
     "-test_batch_size 0",
+    "-overfit_batches 0",
+    "-nan_policy ignore",
+    "-nan_budget -1",
+    "-nan_detect 2",
     // Learning rate, optimizer, regularizers.
     "-lr fast",
     "-lr -1",
@@ -74,29 +103,44 @@ const ROWS: &[&str] = &[
     "-lr_sched.type cos -stop_after none",
     "-lr_warmup -1",
     "-min_lr_multiplier -1",
+    "-min_lr_multiplier 2",
     "-lr_sched.steps 1,-2",
     "-lr_sched.steps 1,x",
     "-lr_sched.gamma x",
+    "-lr_sched.gamma -1",
     "-optimizer lion",
+    "-optimizer AdamW",
     "-wd -1",
     "-grad_clip -1",
     "-adam.betas 0.9",
+    "-adam.betas 1,2",
+    "-adam.betas 0.9,0.99,0.999",
     "-adam.betas a,b",
     "-adam.eps small",
+    "-adam.eps -1",
     "-reg much",
     "-reg_scales moe",
+    "-reg_scales mo=1",
+    "-reg_lin_decay moe -moe.perplexity_reg 0.01 -stop_after none",
+    "-reg_lin_decay mo -moe.perplexity_reg 0.01",
     // The task and its data.
     "-lm.unroll 0",
+    "-lm.unroll -3",
     "-lm.unroll long",
     "-lmds.valid_ratio 2",
     "-data.source web",
     "-data.dir nowhere",
     "-sentencepiece.n_pieces many",
+    "-sentencepiece.n_pieces -3",
+    "-sentencepiece.n_pieces 3",
+    "-sentencepiece.n_pieces 100000",
     // The model.
     "-state_size 0",
     "-state_size wide",
     "-transformer.encoder_n_layers 0",
     "-transformer.variant dense",
+    "-transformer.variant preln_moe_univrsal",
+    "-transformer.universal.group_size 3",
     "-transformer.universal.group_size 0",
     "-transformer.universal.group_type abba",
     "-transformer.n_heads 0",
@@ -105,9 +149,11 @@ const ROWS: &[&str] = &[
     "-transformer.activation swish",
     "-transformer.p_drop_layer 2",
     "-dropout 1",
+    "-dropout 2",
     "-rope.rotate_fraction 2",
     "-rope.base 0",
-    "-lm.trafo.context_blocks 1",
+    "-lm.trafo.context_blocks -1",
+    "-lm.state_drop_probability 2",
     "-moe.kernel best",
     "-moe.n_experts 0",
     "-moe.expert_size 0",
@@ -122,6 +168,8 @@ const ROWS: &[&str] = &[
     // Checkpoints and folders of runs; `good` has one of step 2, in `torn` and `cut` it is damaged.
     "-restore nowhere",
     "-restore a-file",
+    "-restore none.pth",
+    "-restore no.pth",
     "-restore empty",
     "-restore save/torn/checkpoint/model-2",
     "-restore save/torn/checkpoint",
@@ -194,6 +242,7 @@ fn prepare(sandbox: &Sandbox) -> io::Result<()> {
     let work = sandbox.work();
     let write = |path: &str, text: &str| fs::write(work.join(path), text);
     write("a-file", "")?;
+    write("no.pth", "weights")?;
     fs::create_dir(work.join("empty"))?;
     let good = tiny("good", &["-stop_after", "2"]);
     sandbox.run(&good.as_strs()).ok();
@@ -234,8 +283,8 @@ fn without_the_plugin_that_is_needed() {
     let elsewhere =
         Sandbox::bare().run(&["-task", "moeut_c4", "-name", "a", "-plugin_dir", "nowhere"]);
     assert_snapshot!(parts(&elsewhere).unwrap(), @r"
-    × unknown task `moeut_c4`
-      ╰─▶ found no tasks at all
-      help: `moeut-host plugins list` shows what there is, `moeut-host doctor` what is wrong
+    × invalid value for `-plugin_dir`
+      ╰─▶ `nowhere` is no folder
+      help: set `-plugin_dir` to folders with plugins, or leave it out
     ");
 }

@@ -55,6 +55,8 @@ fn nothing_typed_shows_how_to_use_it() {
     usage: moeut-host -task <task> -name <name> [-<argument> <value> …]   train
            moeut-host plugins list                                        what is found, and where
            moeut-host config show -task <task> [-<argument> <value> …]    every argument and where its value is from
+           moeut-host checkpoint info|convert|export                      what one holds; from and to Python
+           moeut-host generate -name <name> -prompt <text>                a trained model continues a text
            moeut-host model show -task <task> [-<argument> <value> …]     size, cost and layers of the model; --json
            moeut-host doctor                                              what is wrong with this machine, and the fix
            moeut-host --help [-task <task>]                               every argument
@@ -70,6 +72,8 @@ fn help_without_plugins_has_the_hosts_arguments() {
     usage: moeut-host -task <task> -name <name> [-<argument> <value> …]   train
            moeut-host plugins list                                        what is found, and where
            moeut-host config show -task <task> [-<argument> <value> …]    every argument and where its value is from
+           moeut-host checkpoint info|convert|export                      what one holds; from and to Python
+           moeut-host generate -name <name> -prompt <text>                a trained model continues a text
            moeut-host model show -task <task> [-<argument> <value> …]     size, cost and layers of the model; --json
            moeut-host doctor                                              what is wrong with this machine, and the fix
            moeut-host --help [-task <task>]                               every argument
@@ -112,6 +116,11 @@ fn help_without_plugins_has_the_hosts_arguments() {
       -n_samples <int>                    Prompts to continue at the end of training [default 3]
       -sample_length <int>                Length of a continuation [tokens; default 100]
       -sample_temperature <float>         Randomness of continuations; 0 takes the likeliest token [default 0.8]
+      -sample_top_k <int|none>            Continuations choose among so many likeliest tokens
+                                          [tokens; default none]
+      -sample_top_p <float>               And among the likeliest of these that have this share of the probability
+                                          [fraction; default 1.0]
+      -prompt <text|none>                 Text to continue, instead of the task's prompts [default none]
       -stop_after <int|none>              Length of the training [steps; default none]
       -batch_size <int>                   Sequences in one step, over all devices [sequences; default 128]
       -n_microbatch <int|none>            Parts of a batch, one after the other, to save memory [default none]
@@ -119,6 +128,8 @@ fn help_without_plugins_has_the_hosts_arguments() {
                                           [sequences; default none]
       -test_batch_size <int|none>         Batch of the validation; `none` takes that of the training
                                           [sequences; default none]
+      -lm.state_drop_probability <float>  Share of microbatches that start with an empty segment memory
+                                          (`-lm.trafo.context_blocks`) [fraction; default 0.0]
       -overfit_batches <int|none>         Train on the first so many batches only, again and again: can the model
                                           learn at all? [default none]
       -lr <float>                         Peak learning rate [default 1e-3]
@@ -153,7 +164,8 @@ fn help_without_plugins_has_the_hosts_arguments() {
                                           -wandb_sync_checkpoints -fs_cache_pattern -length_bucketed_sampling
                                           -max_length_per_batch -lm.unroll_eval -lm.example_context
                                           -lm.example_window -val_log_details -dump_logs -dump_validation_plots
-                                          -debug_plot_interval -details_log_interval
+                                          -debug_plot_interval -details_log_interval -lm.eval.enabled
+                                          -thestack.languages
     --- stderr
     "#);
 }
@@ -323,7 +335,8 @@ fn an_unknown_command() {
     --- stdout
     --- stderr
     Error:   × unknown command `plugin list`
-      ╰─▶ commands are `plugins list`, `config show`, `model show` and `doctor`; without one, moeut-host trains
+      ╰─▶ commands are `plugins list`, `config show`, `model show`, `checkpoint`, `generate` and
+          `doctor`; without one it trains
       help: type `moeut-host --help`
     ");
 }

@@ -285,8 +285,8 @@ fn two_files_of_one_folder_with_one_task() {
         "none",
     ]);
     assert_snapshot!(chosen.stderr, @r"
-    Error:   × unknown model `moeut`
-      ╰─▶ found no models at all
+    Error:   × unknown dataset `c4`
+      ╰─▶ found no datasets at all
       help: `moeut-host plugins list` shows what there is, `moeut-host doctor` what is wrong
     ");
 }

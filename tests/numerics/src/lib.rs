@@ -10,6 +10,7 @@ pub mod fixture;
 pub mod plugins;
 pub mod replay;
 pub mod subject;
+pub mod tiny;
 
 /// Errors of all kinds; a test only shows them.
 pub type Result<T> = std::result::Result<T, Box<dyn std::error::Error + Send + Sync>>;

@@ -79,6 +79,7 @@ fn build(package: &str) -> Result<PathBuf> {
 }
 
 /// A kernel under test.
+#[derive(Clone)]
 pub struct KernelPlugin {
     /// What a user types after `-moe.kernel`.
     pub name: String,

@@ -3,9 +3,9 @@
 use moeut_e2e::{RawTensor, ReferenceRun, read_safetensors};
 use moeut_host::checkpoint::{Layout, convert, export, read_model_tensors};
 use moeut_numerics::fixture::{self, Fixture};
-use moeut_numerics::replay::Subject;
+use moeut_numerics::subject::Subject;
 use moeut_numerics::{Result, error_of, plugins};
-use moeut_plugin_api::DType;
+use moeut_plugin_api::{DType, Past};
 use serde_json::Value;
 use std::path::Path;
 use tch::Kind;
@@ -54,7 +54,7 @@ fn error_with(path: &Path, json: &Path) -> Result<f64> {
     let kernel = kernels.first().ok_or("there is no kernel")?;
     let mut subject = Subject::of(&fixture, DType::F32, kernel)?;
     let tokens = fixture.tensor("input.tokens.step0")?.to_kind(Kind::Int64);
-    let (logits, _) = subject.forward(&tokens.narrow(0, 0, tokens.size()[0] - 1))?;
+    let (logits, _) = subject.forward(&tokens.narrow(0, 0, tokens.size()[0] - 1), Past::None)?;
     Ok(error_of::tensor(
         &logits,
         fixture.tensor("expected.logits")?,

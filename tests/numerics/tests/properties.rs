@@ -1,276 +1,355 @@
-//! Facts about the `moeut` model that hold for any parameters.
+//! Facts about the models that hold for any parameters.
 
 #![expect(clippy::unwrap_used, reason = "helpers of tests, where it is allowed")]
 
+use moeut_numerics::error_of;
 use moeut_numerics::plugins::{self, KernelPlugin};
 use moeut_numerics::subject::{Subject, on_cpu};
+use moeut_numerics::tiny::{self, Flags, MODELS, MOEUT, VOCAB, tokens};
 use moeut_plugin_api::{DType, Past};
 use moeut_torch::Autocast;
 use std::collections::BTreeMap;
-use tch::{Device, Kind, Tensor};
+use tch::{Device, Kind, Reduction, Tensor};
 
-const VOCAB: i64 = 50;
+/// The only variant without sharing.
+const PARALLEL: &Flags = &[("transformer.variant", "preln_rope_parallel")];
+
 const SEQ_LEN: i64 = 12;
 const BATCH: i64 = 2;
-
-/// A small MoEUT: two layers, shared twice, experts in v and o.
-const MOEUT: [(&str, &str); 15] = [
-    ("state_size", "16"),
-    ("transformer.n_heads", "2"),
-    ("transformer.head_projection_size", "8"),
-    ("transformer.encoder_n_layers", "4"),
-    ("transformer.variant", "preln_moe_universal"),
-    ("transformer.universal.group_size", "2"),
-    ("moe.nonorm", "1"),
-    ("moe.n_experts", "6"),
-    ("moe.expert_size", "8"),
-    ("pkm.n_heads", "2"),
-    ("moe.att.enable", "1"),
-    ("moe.att.n_experts", "3"),
-    ("moe.att.k", "2"),
-    ("moe.att.q_expert", "0"),
-    ("moe.att.k_expert", "0"),
-];
-
-/// The small MoEUT with other or further arguments.
-fn flags(changes: &[(&str, &str)]) -> BTreeMap<String, String> {
-    let pairs = MOEUT.iter().chain(changes);
-    pairs
-        .map(|&(flag, raw)| (flag.to_owned(), raw.to_owned()))
-        .collect()
-}
 
 fn reference_kernel() -> KernelPlugin {
     plugins::kernels().unwrap().swap_remove(0)
 }
 
-fn build(changes: &[(&str, &str)]) -> Subject {
-    let setup = on_cpu(VOCAB as u64, DType::F64);
-    Subject::build(&flags(changes), &setup, &reference_kernel()).unwrap()
-}
-
-fn tokens() -> Tensor {
-    Tensor::randint(VOCAB, [SEQ_LEN, BATCH], (Kind::Int64, Device::Cpu))
+fn build(flags: &[&Flags]) -> Subject {
+    tiny::build(flags, &reference_kernel()).unwrap()
 }
 
 fn logits(subject: &mut Subject, tokens_tb: &Tensor) -> Tensor {
     subject.forward(tokens_tb, Past::None).unwrap().0
 }
 
-fn assert_close(a: &Tensor, b: &Tensor, tolerance: f64) {
-    let error = moeut_numerics::error_of::tensor(a, b);
-    assert!(error < tolerance, "error {error:e}");
+fn copy_parameters(from: &Subject, to: &Subject, origin: impl Fn(&str) -> String) {
+    for (name, own) in &to.trainable {
+        tch::no_grad(|| own.shallow_clone().copy_(&from.trainable[&origin(name)]));
+    }
 }
 
-/// The variants whose blocks differ.
-const BLOCKS: [&[(&str, &str)]; 5] = [
-    &[],
-    // In compatibility mode this makes value heads one wide, unlike query heads.
-    &[("moe.att.same_sel", "1")],
-    &[("moe.nonorm", "0")],
-    &[
-        ("moe.nonorm", "0"),
-        ("transformer.variant", "moe_universal"),
-    ],
-    &[("moe.att.enable", "0")],
-];
+#[track_caller]
+fn assert_close(a: &Tensor, b: &Tensor, tolerance: f64, what: &dyn std::fmt::Debug) {
+    let error = error_of::tensor(a, b);
+    assert!(error < tolerance, "{what:?}: error {error:e}");
+}
 
 #[test]
 fn a_later_token_never_changes_an_earlier_logit() {
     const CHANGED: i64 = 7;
-    for block in BLOCKS {
-        let mut subject = build(block);
-        let before = tokens();
+    for model in MODELS {
+        let mut subject = build(&[model]);
+        let before = tokens(SEQ_LEN, BATCH);
         let after = before.copy();
-        let _ = after.narrow(0, CHANGED, 1).fill_(0);
-        let _ = after.narrow(0, CHANGED, 1).narrow(1, 0, 1).fill_(1);
+        let other = (before.narrow(0, CHANGED, 1) + 1).remainder(VOCAB);
+        after.narrow(0, CHANGED, 1).copy_(&other);
         let (a, b) = (logits(&mut subject, &before), logits(&mut subject, &after));
-        assert_close(&a.narrow(0, 0, CHANGED), &b.narrow(0, 0, CHANGED), 1e-12);
-        let later = SEQ_LEN - CHANGED;
-        assert!(!a.narrow(0, CHANGED, later).allclose(
-            &b.narrow(0, CHANGED, later),
-            1e-6,
-            1e-6,
-            false
-        ));
+        let earlier = |x: &Tensor| x.narrow(0, 0, CHANGED);
+        assert_close(&earlier(&a), &earlier(&b), 1e-12, &model);
+        for index in CHANGED..SEQ_LEN {
+            let error = error_of::tensor(&a.get(index), &b.get(index));
+            assert!(error > 1e-6, "{model:?}: {index} does not see {CHANGED}");
+        }
     }
 }
 
 #[test]
 fn sequences_of_a_batch_do_not_see_each_other() {
-    for block in BLOCKS {
-        let mut subject = build(block);
-        let tokens = tokens();
+    for model in MODELS {
+        let mut subject = build(&[model]);
+        let tokens = tokens(SEQ_LEN, BATCH);
         let together = logits(&mut subject, &tokens);
         for index in 0..BATCH {
             let alone = logits(&mut subject, &tokens.narrow(1, index, 1));
-            assert_close(&together.narrow(1, index, 1), &alone, 1e-12);
+            assert_close(&together.narrow(1, index, 1), &alone, 1e-12, &model);
         }
     }
 }
 
+/// With a window each token sees the same number of tokens before it, wherever the text is cut into segments. Only
+/// what depends on the distance of two tokens, and not on their places, then gives the same logits for other cuts.
+#[test]
+fn only_distances_between_positions_matter() {
+    const SEGMENT: i64 = 6;
+    const SHIFT: i64 = 2;
+    // Four layers reach back 4 · 5 tokens; the start of the text must be further away.
+    const N_SEGMENTS: i64 = 6;
+    let window: &Flags = &[
+        ("lm.trafo.same_length", "1"),
+        ("lm.trafo.context_blocks", "1"),
+    ];
+    for model in MODELS {
+        let mut subject = build(&[model, window]);
+        let text = tokens(SEGMENT * N_SEGMENTS + SHIFT, BATCH);
+        // The logits of the last segment, if the text is cut from `start` on.
+        let mut last = |start: i64| {
+            let pieces = (0..N_SEGMENTS).map(|index| {
+                let past = Past::Segments {
+                    slot: 0,
+                    is_reset: index == 0,
+                };
+                let piece = text.narrow(0, start + index * SEGMENT, SEGMENT);
+                subject.forward(&piece, past).unwrap().0
+            });
+            pieces.last().unwrap()
+        };
+        let (a, b) = (last(0), last(SHIFT));
+        let n_common = SEGMENT - SHIFT;
+        assert_close(
+            &a.narrow(0, SHIFT, n_common),
+            &b.narrow(0, 0, n_common),
+            1e-11,
+            &model,
+        );
+        // The order of the tokens does matter.
+        let mixed = text.flip([0]);
+        let error = error_of::tensor(
+            &logits(&mut subject, &mixed.narrow(0, 0, SEGMENT)).get(SEGMENT - 1),
+            &logits(&mut subject, &mixed.narrow(0, 0, SEGMENT).roll([1], [0])).get(SEGMENT - 1),
+        );
+        assert!(error > 1e-6, "{model:?}: order does not matter");
+    }
+}
+
+/// Experts of a router change places in all tensors that hold them.
 #[test]
 fn the_order_of_experts_does_not_matter() {
-    let mut subject = build(&[]);
-    let tokens = tokens();
-    let before = logits(&mut subject, &tokens);
-    let permute = |name: &str, order: &[i64]| {
-        let own = &subject.trainable[name];
-        let permuted = own.index_select(0, &Tensor::from_slice(order));
-        tch::no_grad(|| own.shallow_clone().copy_(&permuted));
-    };
-    for name in ["keys", "values", "expert_sel"] {
-        permute(&format!("unique_layers.0.pkm.{name}"), &[3, 0, 5, 1, 4, 2]);
-    }
+    let of_six = [3, 0, 5, 1, 4, 2];
+    let of_three = [2, 0, 1];
     // Two heads of three experts: experts change places within their head.
-    for name in ["projections.v", "selections.v"] {
-        permute(
-            &format!("unique_layers.1.self_attn.{name}"),
-            &[2, 0, 1, 4, 3, 5],
-        );
+    let of_two_heads = [2, 0, 1, 4, 3, 5];
+    let of_moeut: &[(&[i64], &[&str])] = &[
+        (&of_six, &["pkm.keys", "pkm.values", "pkm.expert_sel"]),
+        (
+            &of_two_heads,
+            &["self_attn.projections.v", "self_attn.selections.v"],
+        ),
+        (
+            &of_two_heads,
+            &["self_attn.projections.o", "self_attn.selections.o"],
+        ),
+    ];
+    let of_sut: &[(&[i64], &[&str])] = &[
+        (
+            &of_six,
+            &[
+                "mod.moe.experts.w",
+                "mod.moe.experts.b",
+                "mod.moe.output_experts.w",
+                "mod.moe.output_experts.b",
+                "mod.moe.w_gate.3.weight",
+            ],
+        ),
+        (
+            &of_three,
+            &[
+                "mod.self_attn.q_proj.experts.w",
+                "mod.self_attn.q_proj.output_experts.w",
+                "mod.self_attn.q_proj.w_gate.3.weight",
+            ],
+        ),
+    ];
+    let sut: &Flags = &[("transformer.variant", "preln_actsut_universal")];
+    for (model, routers) in [(MOEUT, of_moeut), (sut, of_sut)] {
+        let mut subject = build(&[model]);
+        let tokens = tokens(SEQ_LEN, BATCH);
+        let before = logits(&mut subject, &tokens);
+        for (index, (order, names)) in routers.iter().enumerate() {
+            for (n_done, name) in names.iter().enumerate() {
+                let own = &subject.trainable[&format!("unique_layers.1.{name}")];
+                let permuted = own.index_select(0, &Tensor::from_slice(order));
+                tch::no_grad(|| own.shallow_clone().copy_(&permuted));
+                if n_done == 0 {
+                    let error = error_of::tensor(&logits(&mut subject, &tokens), &before);
+                    assert!(error > 1e-6, "{model:?}: router {index} has no effect");
+                }
+            }
+            assert_close(&logits(&mut subject, &tokens), &before, 1e-12, &model);
+        }
     }
-    assert_close(&logits(&mut subject, &tokens), &before, 1e-12);
 }
 
 #[test]
 fn shared_layers_equal_unrolled_copies_and_their_gradients_add_up() {
-    for (group_type, order) in [("abab", [0, 1, 0, 1]), ("aabb", [0, 0, 1, 1])] {
-        let mut shared = build(&[("transformer.universal.group_type", group_type)]);
-        let mut unrolled = build(&[("transformer.variant", "preln_moe")]);
-        // The shared name of a parameter of the unrolled model.
-        let origin = |name: &str| match name.strip_prefix("unique_layers.") {
-            Some(rest) => {
-                let (place, rest) = rest.split_once('.').unwrap();
-                format!(
-                    "unique_layers.{}.{rest}",
-                    order[place.parse::<usize>().unwrap()]
-                )
+    let aabb: &Flags = &[("transformer.universal.group_type", "aabb")];
+    let unshared: &Flags = &[("transformer.universal.group_size", "4")];
+    for model in MODELS {
+        for (group_type, order) in [(&[][..], [0, 1, 0, 1]), (aabb, [0, 0, 1, 1])] {
+            let mut shared = build(&[model, group_type]);
+            let mut unrolled = build(&[model, unshared]);
+            if shared.trainable.len() == unrolled.trainable.len() {
+                // A variant without sharing: nothing to compare.
+                assert_eq!(model, PARALLEL);
+                continue;
             }
-            None => name.to_owned(),
-        };
-        for (name, copy) in &unrolled.trainable {
-            tch::no_grad(|| copy.shallow_clone().copy_(&shared.trainable[&origin(name)]));
-        }
-        let tokens = tokens();
-        let (a, b) = (logits(&mut shared, &tokens), logits(&mut unrolled, &tokens));
-        assert_close(&a, &b, 1e-12);
+            // The shared name of a parameter of the unrolled model.
+            let origin = |name: &str| match name.strip_prefix("unique_layers.") {
+                Some(rest) => {
+                    let (place, rest) = rest.split_once('.').unwrap();
+                    let index = order[place.parse::<usize>().unwrap()];
+                    format!("unique_layers.{index}.{rest}")
+                }
+                None => name.to_owned(),
+            };
+            copy_parameters(&shared, &unrolled, origin);
+            let tokens = tokens(SEQ_LEN, BATCH);
+            let (a, b) = (logits(&mut shared, &tokens), logits(&mut unrolled, &tokens));
+            assert_close(&a, &b, 1e-12, &model);
 
-        a.square().mean(Kind::Double).backward();
-        b.square().mean(Kind::Double).backward();
-        let mut sums: BTreeMap<String, Tensor> = BTreeMap::new();
-        for (name, copy) in &unrolled.trainable {
-            let sum = sums
-                .remove(&origin(name))
-                .map_or_else(|| copy.grad(), |sum| sum + copy.grad());
-            sums.insert(origin(name), sum);
-        }
-        assert!(sums.keys().eq(shared.trainable.keys()));
-        for (name, sum) in &sums {
-            assert_close(&shared.trainable[name].grad(), sum, 1e-10);
+            a.square().mean(Kind::Double).backward();
+            b.square().mean(Kind::Double).backward();
+            let mut sums: BTreeMap<String, Tensor> = BTreeMap::new();
+            for (name, grad) in gradients(&unrolled) {
+                let origin = origin(&name);
+                let sum = match sums.remove(&origin) {
+                    Some(sum) => sum + grad,
+                    None => grad,
+                };
+                sums.insert(origin, sum);
+            }
+            let own = gradients(&shared);
+            assert!(sums.keys().eq(own.keys()));
+            for (name, sum) in &sums {
+                assert_close(&own[name], sum, 1e-10, &(model, name));
+            }
         }
     }
 }
 
-/// The reference passes `norm_init` to another parameter; only `-compat 1` repeats that.
+/// Gradients, 0 for what nothing depends on: the first layer of a SUT does not ask who halts.
+fn gradients(subject: &Subject) -> BTreeMap<String, Tensor> {
+    let parameters = subject.trainable.iter();
+    let gradient = |(name, parameter): (&String, &Tensor)| {
+        let grad = parameter.grad();
+        let zeros = || parameter.detach().zeros_like();
+        (
+            name.clone(),
+            if grad.defined() { grad.copy() } else { zeros() },
+        )
+    };
+    parameters.map(gradient).collect()
+}
+
+/// The gradients of mean cross-entropy and regularizers, with a batch of four in `n` parts as the host weighs them.
+fn gradients_in_parts(
+    subject: &mut Subject,
+    tokens_tb: &Tensor,
+    n: i64,
+) -> BTreeMap<String, Tensor> {
+    for parameter in subject.trainable.values_mut() {
+        parameter.zero_grad();
+    }
+    for part_tb in tokens_tb.chunk(n, 1) {
+        let inputs = part_tb.narrow(0, 0, SEQ_LEN);
+        let targets = part_tb.narrow(0, 1, SEQ_LEN).reshape([-1]);
+        let (logits, regularizers) = subject.forward(&inputs, Past::None).unwrap();
+        let loss = logits.reshape([-1, VOCAB]).cross_entropy_loss(
+            &targets,
+            None::<&Tensor>,
+            Reduction::Mean,
+            -100,
+            0.0,
+        );
+        let loss = loss + regularizers.into_values().sum::<Tensor>();
+        (loss / n as f64).backward();
+    }
+    gradients(subject)
+}
+
+/// The largest error of the gradients of four sequences in two parts.
+fn error_of_two_parts(flags: &[&Flags]) -> f64 {
+    let mut subject = build(flags);
+    let tokens = tokens(SEQ_LEN + 1, 4);
+    let whole = gradients_in_parts(&mut subject, &tokens, 1);
+    let parts = gradients_in_parts(&mut subject, &tokens, 2);
+    let errors = whole
+        .iter()
+        .map(|(name, whole)| error_of::tensor(&parts[name], whole));
+    errors.fold(0.0, f64::max)
+}
+
+/// Regularizers that take an entropy per sequence are means over the batch, and so is a SUT's depth.
 #[test]
-fn norm_init_normalizes_unless_the_reference_is_imitated() {
-    let mut setup = on_cpu(VOCAB as u64, DType::F64);
-    for (compat, is_normalized) in [(false, true), (true, false)] {
-        setup.compat = compat;
-        let flags = flags(&[("moe.att.norm_init", "1")]);
-        let subject = Subject::build(&flags, &setup, &reference_kernel()).unwrap();
-        let weight = &subject.trainable["unique_layers.0.self_attn.projections.v"];
-        let norms = weight.detach().norm_scalaropt_dim(2, 0, false);
-        let spread = (norms.max() / norms.min()).double_value(&[]) - 1.0;
-        assert_eq!(spread < 1e-12, is_normalized, "compat {compat}: {spread}");
+fn microbatches_add_up_to_the_batch() {
+    const MODES: [&str; 3] = ["step", "time", "layers_time"];
+    for model in MODELS {
+        let modes = MODES.map(|mode| [("moe.perplexity_reg_mode", mode)]);
+        let weights: &Flags = &[
+            ("moe.perplexity_reg", "0.1"),
+            ("moe.att.perplexity_reg", "0.2"),
+            ("transformer.act_loss", "0.1"),
+        ];
+        for mode in &modes {
+            let error = error_of_two_parts(&[model, weights, mode]);
+            assert!(error < 1e-11, "{model:?} {mode:?}: {error:e}");
+        }
     }
 }
 
-/// With bf16 products the logits stay near the exact ones and every gradient is finite and in single precision.
+/// An entropy, variance or balance over the tokens of all sequences is another number for half of them.
+#[test]
+fn regularizers_over_the_batch_depend_on_microbatches() {
+    let sut = ("transformer.variant", "actsut_universal");
+    for flags in [
+        &[
+            ("moe.perplexity_reg", "0.1"),
+            ("moe.perplexity_reg_mode", "global"),
+        ][..],
+        &[sut, ("moa.cvloss", "0.1")],
+        &[sut, ("moa.switchloss", "0.1")],
+        &[sut, ("moa.miloss", "0.1")],
+    ] {
+        let error = error_of_two_parts(&[flags]);
+        assert!(error > 1e-6, "{flags:?}: {error:e}");
+    }
+}
+
+/// With bf16 products the logits stay near the exact ones, and every gradient is finite and in single precision.
 #[test]
 fn mixed_precision_stays_near_full_precision() {
-    let mut setup = on_cpu(VOCAB as u64, DType::F32);
+    /// Rounding through four layers moved half of the tokens by up to 0.5 %.
+    const TOLERANCE: f64 = 0.03;
+    let mut setup = on_cpu(VOCAB.unsigned_abs(), DType::F32);
     setup.compute_dtype = DType::Bf16;
-    for kernel in plugins::kernels().unwrap() {
-        if !kernel.capabilities.cpu.contains(&DType::Bf16) {
-            continue;
-        }
-        let mut mixed = Subject::build(&flags(&[]), &setup, &kernel).unwrap();
-        let mut full = build(&[]);
-        for (name, value) in &full.trainable {
-            tch::no_grad(|| mixed.trainable[name].shallow_clone().copy_(value));
-        }
-        let tokens = tokens();
+    let kernels = plugins::kernels().unwrap().into_iter();
+    let able = kernels.filter(|kernel| kernel.capabilities.cpu.contains(&DType::Bf16));
+    for (kernel, model) in able.flat_map(|kernel| MODELS.map(|model| (kernel.clone(), model))) {
+        let mut full = build(&[model]);
+        let mut mixed = tiny::build_with(&[model], &setup, &kernel).unwrap();
+        copy_parameters(&full, &mixed, str::to_owned);
+        let tokens = tokens(SEQ_LEN, BATCH);
         let exact = logits(&mut full, &tokens);
         let rounded = {
             let _bf16 = Autocast::new(Device::Cpu, Some(Kind::BFloat16)).unwrap();
             logits(&mut mixed, &tokens)
         };
-        // A token near a routing boundary may choose another expert, which moves its logits more than rounding does.
-        let error = (rounded.to_kind(Kind::Double) - &exact)
-            .square()
-            .mean(Kind::Double)
-            .sqrt();
-        let scale = exact.square().mean(Kind::Double).sqrt();
-        let relative = (error / scale).double_value(&[]);
-        assert!(relative < 0.1, "{}: {relative}", kernel.name);
-        rounded
-            .to_kind(Kind::Float)
-            .square()
-            .mean(Kind::Float)
-            .backward();
+        let error = median_error(&rounded, &exact);
+        println!("{} {model:?}: {error:.1e}", kernel.name);
+        assert!(error < TOLERANCE, "{} {model:?}: {error}", kernel.name);
+        assert!(error > 1e-5, "{model:?}: nothing was rounded");
+        let loss = rounded.to_kind(Kind::Float).square().mean(Kind::Float);
+        loss.backward();
         for (name, parameter) in &mixed.trainable {
             let grad = parameter.grad();
-            assert_eq!(grad.kind(), Kind::Float, "{name}");
-            assert!(bool::try_from(grad.isfinite().all()).unwrap(), "{name}");
+            if grad.defined() {
+                assert_eq!(grad.kind(), Kind::Float, "{name}");
+                assert!(bool::try_from(grad.isfinite().all()).unwrap(), "{name}");
+            }
         }
     }
 }
 
-#[test]
-fn contradictory_arguments_are_refused_with_a_way_out() {
-    for (changes, message) in [
-        (
-            &[("pkm.n_heads", "7")][..],
-            "a token cannot use more experts than there are: `pkm.n_heads` is 7, but `moe.n_experts` is 6",
-        ),
-        (
-            &[("moe.att.k", "4")],
-            "a token cannot use more experts than there are: `moe.att.k` is 4, but `moe.att.n_experts` is 3",
-        ),
-        (
-            &[("transformer.encoder_n_layers", "5")],
-            "layers cannot be shared: `transformer.encoder_n_layers` is 5, which is no multiple of \
-             `transformer.universal.group_size` 2",
-        ),
-        (
-            &[("transformer.variant", "preln_moee")],
-            "the model has no such variant: `transformer.variant` is `preln_moee`",
-        ),
-        (
-            &[("dropout", "1.5")],
-            "the model cannot be built: `dropout` is 1.5, it must be a probability below 1",
-        ),
-        (
-            &[
-                ("transformer.head_projection_size", "none"),
-                ("transformer.n_heads", "3"),
-            ],
-            "the width of a head is unknown: `state_size` 16 is no multiple of `transformer.n_heads` 3",
-        ),
-        (
-            &[("state_size", "0")],
-            "the model cannot be built: `state_size` is 0, it must be at least 1",
-        ),
-    ] {
-        let setup = on_cpu(VOCAB as u64, DType::F64);
-        let Err(error) = Subject::build(&flags(changes), &setup, &reference_kernel()) else {
-            panic!("{changes:?} was accepted");
-        };
-        assert_eq!(error.to_string(), message);
-        let error = error
-            .downcast_ref::<moeut_plugin_api::PluginError>()
-            .unwrap();
-        assert!(error.fix.starts_with("set `-"), "{error:?}");
-    }
+/// `‖a − b‖ / ‖b‖` of a token's logits, the median over tokens: one near a routing boundary may choose another expert,
+/// which moves its logits far more than rounding does.
+fn median_error(a: &Tensor, b: &Tensor) -> f64 {
+    let norm = |x: &Tensor| x.norm_scalaropt_dim(2, -1, false);
+    let errors_tb = norm(&(a.to_kind(Kind::Double) - b)) / norm(b);
+    errors_tb.median().double_value(&[])
 }

@@ -8,7 +8,10 @@ use super::process::{N_STEPS, VALIDATION};
 
 /// Metrics of the run's own that differ from start to start.
 fn is_of_the_start(name: &str) -> bool {
-    name.starts_with("timing/") || ["step", "time", "n_params"].contains(&name)
+    ["timing/", "memory/"]
+        .iter()
+        .any(|group| name.starts_with(group))
+        || ["step", "time", "n_params"].contains(&name)
 }
 
 /// Metrics by step and name, and the tensors of the last checkpoint.

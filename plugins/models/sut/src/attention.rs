@@ -7,7 +7,7 @@
 use crate::experts::Experts;
 use crate::gate::{Gate, GateConfig};
 use crate::losses::Tally;
-use moeut_nn::{Context, Init, LayerPast, Params};
+use moeut_nn::{Context, Cost, Init, LayerPast, Params, Sequence};
 use moeut_plugin_api::PluginError;
 use tch::Tensor;
 
@@ -98,7 +98,7 @@ impl Attention {
     }
 
     /// One application: queries of `x_btd` `[B, T, D]` attend to `source_btd`, which ends with the same tokens, and to
-    /// what `past` caches. Tokens whose `alive_bt` is 0 get 0, but can be attended to.
+    /// what `earlier` caches. Tokens whose `alive_bt` is 0 get 0, but can be attended to.
     ///
     /// # Errors
     /// Whatever the kernel says.
@@ -107,7 +107,7 @@ impl Attention {
         x_btd: &Tensor,
         source_btd: &Tensor,
         alive_bt: Option<&Tensor>,
-        (pass, past): (&mut AttentionPass, &mut LayerPast),
+        (pass, earlier): (&mut AttentionPass, &mut LayerPast),
         ctx: &Context,
     ) -> Result<Tensor, PluginError> {
         let AttentionConfig {
@@ -135,9 +135,9 @@ impl Attention {
             let projected = source_btd.linear(weight_wd, None::<&Tensor>);
             projected.view([batch, -1, n_heads, d_head])
         };
-        let (k_bshd, v_bshd) = past.joined(heads(&self.k_wd) * scale, heads(&self.v_wd));
+        let (k_bshd, v_bshd) = earlier.joined(heads(&self.k_wd) * scale, heads(&self.v_wd));
 
-        let a = self.attend(&q, &k_bshd.transpose(1, 2), past, ctx);
+        let a = self.attend(&q, &k_bshd.transpose(1, 2), earlier, ctx);
         let mixed_bhktd = a
             .matmul(&v_bshd.transpose(1, 2))
             .view([batch, n_heads, top_k, seq_len, d_head]);
@@ -147,6 +147,58 @@ impl Attention {
         let gate = Some(&route.gate_nk);
         let y_nd = ctx.grouped_matmul(&mixed_mw, &pass.out_ewd, &route.routing, gate)?;
         Ok(y_nd.view_as(x_btd))
+    }
+
+    /// Of one application, where all products are counted, masked ones too:
+    ///
+    /// ```text
+    /// projections         2·T·D·W·K + 2·S·D·W
+    /// scores and values   2·K·W·T·S
+    /// positions           K·W·T·min(M, S)
+    /// ```
+    pub(crate) fn cost(&self, d_model: u64, of: Sequence) -> Cost {
+        let AttentionConfig {
+            gate,
+            n_heads,
+            d_head,
+            max_distance,
+            ..
+        } = self.config;
+        let [n_heads, width, top_k, max_distance] =
+            [n_heads, n_heads * d_head, gate.top_k, max_distance].map(i64::unsigned_abs);
+        let (n, n_keys) = (of.n_tokens, of.n_attended());
+        // Probabilities; queries, mixtures and outputs of each expert; keys and values.
+        let products =
+            n * n_heads * top_k * n_keys + n * top_k * (2 * width + d_model) + n_keys * 2 * width;
+        gate.cost("attention: router", d_model, of)
+            .macs(
+                "attention: projections",
+                2 * d_model * width * (n * top_k + n_keys),
+            )
+            .macs(
+                "attention: scores and values",
+                2 * top_k * width * n * n_keys,
+            )
+            .macs(
+                "attention: positions",
+                top_k * width * n * max_distance.min(n_keys),
+            )
+            .kept(
+                "attention",
+                n * d_model * of.stream_bytes + products * of.product_bytes,
+            )
+    }
+
+    /// `expert attention (2 of 5, 2 heads of 8)`.
+    pub(crate) fn describe(&self) -> String {
+        let AttentionConfig {
+            gate,
+            n_heads,
+            d_head,
+            ..
+        } = self.config;
+        let chosen = gate.describe();
+        format!("expert attention ({chosen}, {n_heads} heads of {d_head})")
     }
 
     /// Attention probabilities `[B, h, K·T, S]` of queries `[B, h, K·T, d]`.
@@ -226,10 +278,8 @@ mod tests {
     fn run(layer: &Attention, x: &Tensor, source: &Tensor, alive: Option<&Tensor>) -> Tensor {
         let ctx = testing::context(true);
         let mut pass = layer.begin(testing::tally(), &ctx);
-        let mut past = LayerPast::none(false);
-        layer
-            .forward(x, source, alive, (&mut pass, &mut past), &ctx)
-            .unwrap()
+        let seen = (&mut pass, &mut LayerPast::none(false));
+        layer.forward(x, source, alive, seen, &ctx).unwrap()
     }
 
     fn input(seq_len: i64) -> Tensor {
@@ -268,21 +318,21 @@ mod tests {
     fn the_layer_is_its_formula() {
         const SEQ_LEN: i64 = 4;
         let layer = layer(3);
-        let (x, source) = (input(SEQ_LEN), input(SEQ_LEN));
+        let (query, source) = (input(SEQ_LEN), input(SEQ_LEN));
         let ctx = testing::context(true);
         let gate_ne = layer
             .gate
-            .forward(&x.flatten(0, 1), None, &mut testing::tally(), &ctx)
+            .forward(&query.flatten(0, 1), None, &mut testing::tally(), &ctx)
             .unwrap()
             .gate_ne
             .view([BATCH, SEQ_LEN, 4]);
         let is_later = Tensor::ones([SEQ_LEN, SEQ_LEN], (Kind::Bool, Device::Cpu)).triu(1);
-        let mut expected = x.zeros_like();
+        let mut expected = query.zeros_like();
         for expert in 0..4 {
             let mut heads = Vec::new();
             for head in 0..2 {
                 let part = |w: &Tensor| w.narrow(0, head * 3, 3).tr();
-                let q = x.matmul(&layer.query.weight.get(expert).narrow(1, head * 3, 3));
+                let q = query.matmul(&layer.query.weight.get(expert).narrow(1, head * 3, 3));
                 let k = source.matmul(&part(&layer.k_wd));
                 let v = source.matmul(&part(&layer.v_wd));
                 let logits = q.matmul(&k.transpose(1, 2)) / 3f64.sqrt();
@@ -303,7 +353,7 @@ mod tests {
             let y = Tensor::cat(&heads, -1).matmul(&layer.out.weight.get(expert));
             expected += y * gate_ne.narrow(-1, expert, 1);
         }
-        let got = run(&layer, &x, &source, None);
+        let got = run(&layer, &query, &source, None);
         assert!(got.allclose(&expected, 0.0, 1e-12, false));
     }
 

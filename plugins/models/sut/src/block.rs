@@ -4,9 +4,9 @@ use crate::attention::{Attention, AttentionPass};
 use crate::config::Layers;
 use crate::feed_forward::{FeedForward, FeedForwardPass};
 use crate::halting::{Halting, HaltingState};
-use crate::losses::{LossWeights, MiFormula, Tally};
+use crate::losses::Tally;
 use moeut_nn::lm::{self, At, BlockReport};
-use moeut_nn::{Context, LayerNorm, LayerPast, Params, usage};
+use moeut_nn::{Context, Cost, LayerNorm, LayerPast, Params, Sequence, usage};
 use moeut_plugin_api::PluginError;
 use tch::Tensor;
 
@@ -27,11 +27,7 @@ pub(crate) struct Block {
     feed_forward: FeedForward,
     norm1: LayerNorm,
     norm2: LayerNorm,
-    is_pre_ln: bool,
-    dropout: f64,
-    losses: LossWeights,
-    formula: MiFormula,
-    act_loss: f64,
+    layers: Layers,
 }
 
 /// What a block gathers over its applications in one forward pass.
@@ -63,11 +59,7 @@ impl Block {
             feed_forward: FeedForward::new(&params.sub("moe"), d_model, layers.feed_forward),
             norm1: norm("self_attn_layer_norm"),
             norm2: norm("final_layer_norm"),
-            is_pre_ln: layers.is_pre_ln,
-            dropout: layers.dropout,
-            losses: layers.losses,
-            formula: layers.formula,
-            act_loss: layers.act_loss,
+            layers: *layers,
         }
     }
 
@@ -77,35 +69,41 @@ impl Block {
         h_btd: &Tensor,
         source_btd: Option<&Tensor>,
         alive_bt: Option<&Tensor>,
-        (pass, past): (&mut BlockPass, &mut LayerPast),
+        (pass, earlier): (&mut BlockPass, &mut LayerPast),
         ctx: &Context,
     ) -> Result<Tensor, PluginError> {
         let before = |norm: &LayerNorm, x: &Tensor| {
-            if self.is_pre_ln {
+            if self.layers.is_pre_ln {
                 norm.forward(x)
             } else {
                 x.shallow_clone()
             }
         };
-        let after = |norm: &LayerNorm, x: Tensor| if self.is_pre_ln { x } else { norm.forward(&x) };
+        let after = |norm: &LayerNorm, x: Tensor| {
+            if self.layers.is_pre_ln {
+                x
+            } else {
+                norm.forward(&x)
+            }
+        };
 
         let query = before(&self.norm1, h_btd);
         let source = source_btd.map_or_else(
             || query.shallow_clone(),
             |source| before(&self.norm1, source),
         );
-        let seen = (&mut pass.attention, past);
+        let seen = (&mut pass.attention, earlier);
         let y = self
             .attention
             .forward(&query, &source, alive_bt, seen, ctx)?;
-        let h = after(&self.norm1, h_btd + ctx.dropout(y, self.dropout));
+        let h = after(&self.norm1, h_btd + ctx.dropout(y, self.layers.dropout));
         let y = self.feed_forward.forward(
             &before(&self.norm2, &h),
             alive_bt,
             &mut pass.feed_forward,
             ctx,
         )?;
-        Ok(after(&self.norm2, &h + ctx.dropout(y, self.dropout)))
+        Ok(after(&self.norm2, &h + ctx.dropout(y, self.layers.dropout)))
     }
 }
 
@@ -114,7 +112,7 @@ impl lm::Block for Block {
     type Carry = HaltingState;
 
     fn begin(&self, ctx: &Context) -> BlockPass {
-        let tally = || Tally::new(self.losses, self.formula);
+        let tally = || Tally::new(self.layers.losses, self.layers.formula);
         BlockPass {
             attention: self.attention.begin(tally(), ctx),
             feed_forward: self.feed_forward.begin(tally(), ctx),
@@ -185,13 +183,37 @@ impl lm::Block for Block {
             }
         }
         if let Some(depth) = pass.depth {
-            let term = depth * self.act_loss;
+            let term = depth * self.layers.act_loss;
             report.regularizers.push(("act_loss".to_owned(), term));
         }
         if let (true, Some(depth)) = (pass.wants_stats, pass.last_depth) {
             report.stats.push(("halting/mean_depth".to_owned(), depth));
         }
         report
+    }
+
+    fn describe(&self) -> String {
+        format!(
+            "{} + {}, {}-layernorm{}",
+            self.attention.describe(),
+            self.feed_forward.describe(),
+            if self.layers.is_pre_ln { "pre" } else { "post" },
+            if self.halting.is_some() {
+                ", halting"
+            } else {
+                ""
+            },
+        )
+    }
+
+    fn cost(&self, of: Sequence) -> Cost {
+        let d_model = self.layers.d_model.unsigned_abs();
+        let cost = self.attention.cost(d_model, of);
+        let cost = cost.plus(&self.feed_forward.cost(d_model, of));
+        match self.halting {
+            Some(_) => cost.plus(&Halting::cost(d_model, of)),
+            None => cost,
+        }
     }
 }
 
@@ -200,9 +222,7 @@ mod tests {
     use super::*;
     use crate::testing;
     use moeut_nn::lm::Block as _;
-    use moeut_nn::params::InitStyle;
     use moeut_nn::past::Mask;
-    use moeut_nn::{Embedding, LmHead};
     use tch::{Device, Kind};
 
     const DOUBLE: (Kind, Device) = (Kind::Double, Device::Cpu);
@@ -248,25 +268,25 @@ mod tests {
     fn stack(
         block: &Block,
         x: &Tensor,
-        mut past: impl FnMut(usize) -> LayerPast,
+        mut earlier: impl FnMut(usize) -> LayerPast,
         is_training: bool,
     ) -> (Tensor, BlockReport, Vec<LayerPast>) {
         let ctx = testing::context(is_training);
-        let mut pass = block.begin(&ctx);
+        let mut gathered = block.begin(&ctx);
         let mut carry = HaltingState::default();
         let (mut x, mut pasts) = (x.shallow_clone(), Vec::new());
         for place in 0..N_LAYERS {
-            let mut past = past(place);
+            let mut past = earlier(place);
             let at = At {
                 place,
-                pass: &mut pass,
+                pass: &mut gathered,
                 carry: &mut carry,
                 past: &mut past,
             };
             x = block.forward(&x, at, &ctx).unwrap();
             pasts.push(past);
         }
-        (x, block.finish(pass), pasts)
+        (x, block.finish(gathered), pasts)
     }
 
     fn output(block: &Block, x: &Tensor) -> Tensor {
@@ -360,78 +380,5 @@ mod tests {
         assert_eq!(names("preln_sut_universal", true), both);
         assert_eq!(names("actsut_universal", true), format!("{both} act_loss"));
         assert_eq!(names("actsut_universal", false), "");
-    }
-
-    /// The sizes of the paper's four baselines, counted without storage: all parameters and those of the layers.
-    #[test]
-    fn parameter_counts_of_the_papers_sweeps() {
-        let shared = [
-            ("transformer.variant", "actsut_universal"),
-            ("lm.trafo.context_blocks", "0"),
-            ("moe.att.k", "2"),
-        ];
-        let small = [
-            ("state_size", "412"),
-            ("transformer.encoder_n_layers", "16"),
-            ("transformer.head_projection_size", "64"),
-            ("moe.n_experts", "152"),
-            ("moe.expert_size", "256"),
-            ("pkm.n_heads", "2"),
-            ("moe.att.n_experts", "24"),
-            ("moe.att.expert_size", "256"),
-        ];
-        let big = [
-            ("state_size", "1024"),
-            ("transformer.encoder_n_layers", "18"),
-            ("transformer.head_projection_size", "128"),
-            ("moe.n_experts", "192"),
-            ("moe.expert_size", "512"),
-            ("pkm.n_heads", "4"),
-            ("moe.att.n_experts", "21"),
-            ("moe.att.expert_size", "512"),
-        ];
-        for (name, flags, n_all, n_layers) in [
-            (
-                "c4_small_sut_lowreg2_fixed_44m",
-                small,
-                44_657_100,
-                38_057_100,
-            ),
-            (
-                "pes2o_small_sut_lowreg2_fixed_44m",
-                small,
-                44_657_100,
-                38_057_100,
-            ),
-            (
-                "c4_sut_big_lessloss2_ffflopmatch_attmatch_actloss",
-                big,
-                244_521_280,
-                228_129_280,
-            ),
-            (
-                "pes2o_sut_big_lessloss2_ffflopmatch_attmatch_actloss",
-                big,
-                244_521_280,
-                228_129_280,
-            ),
-        ] {
-            let config = testing::config(&[&shared[..], &flags].concat());
-            let (shell, layers) = config.resolve(false).unwrap();
-            let params = Params::new(Kind::Float, Device::Cpu).with_style(InitStyle::ShapeOnly);
-            let count = || -> usize {
-                let all = params.parameters().into_iter();
-                all.map(|parameter| {
-                    use moeut_torch::IntoTensor;
-                    parameter.tensor.into_tensor().numel()
-                })
-                .sum()
-            };
-            let _ = Block::new(&params, &layers);
-            assert_eq!(count(), n_layers, "layers of {name}");
-            let _ = Embedding::new(&params, 8000, layers.d_model, shell.config.d_embedding, 1.0);
-            let _ = LmHead::new(&params, 8000, layers.d_model, None, false, 0.0);
-            assert_eq!(count(), n_all, "{name}");
-        }
     }
 }

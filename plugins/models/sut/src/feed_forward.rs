@@ -5,7 +5,7 @@
 use crate::experts::Experts;
 use crate::gate::{Gate, GateConfig};
 use crate::losses::Tally;
-use moeut_nn::{Activation, Context, Params};
+use moeut_nn::{Activation, Context, Cost, Params, Sequence};
 use moeut_plugin_api::PluginError;
 use tch::Tensor;
 
@@ -80,24 +80,55 @@ impl FeedForward {
             .gate
             .forward(&x_nd, alive_n1.as_ref(), &mut pass.tally, ctx)?;
 
-        let mut hidden_ms = ctx.grouped_matmul(&x_nd, &pass.hidden_eds, &route.routing, None)?;
-        if let Some(bias_es) = &self.hidden.bias {
-            let of_selection = bias_es.index_select(0, &route.ids_nk.reshape([-1]));
-            hidden_ms += of_selection.to_kind(ctx.compute);
-        }
+        // Biases are not added in place: what a kernel gives may be a view with a backward pass of its own.
+        let product_ms = ctx.grouped_matmul(&x_nd, &pass.hidden_eds, &route.routing, None)?;
+        let hidden_ms = match &self.hidden.bias {
+            Some(bias_es) => {
+                let of_selection = bias_es.index_select(0, &route.ids_nk.reshape([-1]));
+                product_ms + of_selection.to_kind(ctx.compute)
+            }
+            None => product_ms,
+        };
         let hidden_ms = self.config.activation.forward(hidden_ms);
         let hidden_ms = ctx.dropout(hidden_ms, self.config.dropout);
-        let mut y_nd = ctx.grouped_matmul(
+        let y_nd = ctx.grouped_matmul(
             &hidden_ms,
             &pass.out_esd,
             &route.routing,
             Some(&route.gate_nk),
         )?;
-        if let Some(bias_ed) = &self.out.bias {
+        let y_nd = match &self.out.bias {
             // A token's biases, weighted by its gates, are a product with the dense gates.
-            y_nd += route.gate_ne.matmul(bias_ed);
-        }
+            Some(bias_ed) => y_nd + route.gate_ne.matmul(bias_ed),
+            None => y_nd,
+        };
         Ok(y_nd.view_as(x_btd))
+    }
+
+    /// Of one application: `2·T·D·S·K`, and the router. Halted tokens are computed, too.
+    pub(crate) fn cost(&self, d_model: u64, of: Sequence) -> Cost {
+        let FeedForwardConfig {
+            gate,
+            d_expert,
+            activation,
+            ..
+        } = self.config;
+        let [d_hidden, top_k] = [d_expert * gate.top_k, gate.top_k].map(i64::unsigned_abs);
+        let n = of.n_tokens;
+        // Input, hidden units, and the experts' outputs before they are weighted.
+        let products = activation.n_kept() * d_hidden + top_k * d_model;
+        gate.cost("feed-forward: router", d_model, of)
+            .macs("feed-forward: experts", 2 * n * d_model * d_hidden)
+            .kept(
+                "feed-forward: experts",
+                n * (d_model * of.stream_bytes + products * of.product_bytes),
+            )
+    }
+
+    /// `experts (3 of 7, width 6)`.
+    pub(crate) fn describe(&self) -> String {
+        let FeedForwardConfig { gate, d_expert, .. } = self.config;
+        format!("experts ({}, width {d_expert})", gate.describe())
     }
 }
 

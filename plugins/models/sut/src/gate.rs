@@ -3,7 +3,7 @@
 //! Shape letters: `N` tokens, `D` `d_model`, `E` experts, `K` experts per token.
 
 use crate::losses::{Decision, Tally};
-use moeut_nn::{Context, Init, Linear, Params, Routing};
+use moeut_nn::{Context, Cost, Init, Linear, Params, Routing, Sequence};
 use moeut_plugin_api::PluginError;
 use tch::Tensor;
 
@@ -23,6 +23,26 @@ pub(crate) struct GateConfig {
     pub(crate) n_drawn: i64,
     /// Dropout of the hidden layer.
     pub(crate) dropout: f64,
+}
+
+impl GateConfig {
+    /// Of one application: `T·D·D + T·D·E`. The backward pass reads the hidden layer, and logits, probabilities and
+    /// gates of all experts in at least single precision.
+    pub(crate) fn cost(&self, part: &'static str, d_model: u64, of: Sequence) -> Cost {
+        const EXPERT_BYTES: u64 = 3 * 4;
+        let (n, n_experts) = (of.n_tokens, self.n_experts.unsigned_abs());
+        Cost::default()
+            .macs(part, n * d_model * (d_model + n_experts))
+            .kept(
+                part,
+                n * (d_model * of.product_bytes + n_experts * EXPERT_BYTES),
+            )
+    }
+
+    /// `3 of 7`.
+    pub(crate) fn describe(&self) -> String {
+        format!("{} of {}", self.top_k, self.n_experts)
+    }
 }
 
 /// A two-layer router.
@@ -95,8 +115,8 @@ impl Gate {
         let ids_nk = tch::no_grad(|| self.select(&p_ne, ctx.is_training));
         let picked_nk = p_ne.gather(1, &ids_nk, false);
         let sum_n1 = picked_nk.sum_dim_intlist(1i64, true, None);
-        let gate_nk = picked_nk / (sum_n1 + SUM_FLOOR);
-        let gate_ne = p_ne.zeros_like().scatter(1, &ids_nk, &gate_nk);
+        let share_nk = picked_nk / (sum_n1 + SUM_FLOOR);
+        let gate_ne = p_ne.zeros_like().scatter(1, &ids_nk, &share_nk);
         if ctx.is_training {
             tally.add(&Decision {
                 logits_ne: &logits_ne,
@@ -108,7 +128,7 @@ impl Gate {
         Ok(Route {
             routing: Routing::new(&ids_nk, self.config.n_experts),
             ids_nk,
-            gate_nk,
+            gate_nk: share_nk,
             gate_ne,
         })
     }
@@ -168,9 +188,9 @@ mod tests {
             let mut best = row.clone();
             best.sort_by(|a, b| b.total_cmp(a));
             let sum: f64 = best[..3].iter().sum::<f64>() + 1e-6;
-            for (expert, p) in row.iter().enumerate() {
+            for (expert, p) in (0..).zip(&row) {
                 let expected = if *p >= best[2] { p / sum } else { 0.0 };
-                let got = route.gate_ne.double_value(&[token, expert as i64]);
+                let got = route.gate_ne.double_value(&[token, expert]);
                 assert!((got - expected).abs() < 1e-12, "{got} {expected}");
             }
         }
@@ -227,7 +247,7 @@ mod tests {
         assert!(fixed.ids_nk.equal(&route(false).ids_nk));
     }
 
-    /// Of weights (0, 1, 2, 5): P(first is e) = w_e / 8; a weight of zero is never drawn while there are others.
+    /// Of weights (0, 1, 2, 5): P(first is `e`) = `w_e / 8`; a weight of zero is never drawn while there are others.
     #[test]
     fn columns_are_drawn_by_weight_without_replacement() {
         const N: i64 = 40_000;

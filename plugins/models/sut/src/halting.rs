@@ -2,7 +2,7 @@
 //!
 //! Shape letters: `B` batch, `T` `seq_len`, `D` `d_model`.
 
-use moeut_nn::{Context, Init, Linear, Params};
+use moeut_nn::{Context, Cost, Init, Linear, Params, Sequence};
 use moeut_plugin_api::PluginError;
 use tch::{Kind, Tensor};
 
@@ -74,6 +74,16 @@ impl Halting {
             hidden: Linear::new(&params.sub("0"), d_model, d_model),
             out_2d: out.parameter("weight", &[2, d_model], Init::Zeros),
         }
+    }
+
+    /// Of one application: `T·D·D + 2·T·D`. The first layer does not ask who halts, which is not worth a case.
+    pub(crate) fn cost(d_model: u64, of: Sequence) -> Cost {
+        let n = of.n_tokens;
+        // The hidden layer before and after its non-linearity; what halted, and the mixture.
+        let kept_bytes = 2 * d_model * (of.product_bytes + of.stream_bytes);
+        Cost::default()
+            .macs("halting", n * d_model * (d_model + 2))
+            .kept("halting", n * kept_bytes)
     }
 
     /// Before the layer: decides how much of each token halts here. `x_btd` is the mixture so far.

@@ -1,8 +1,7 @@
 //! `sut`: the Sparse Universal Transformer, the paper's baseline with experts and shared layers.
 //!
 //! Differences from `moeut`: a softmax gate with renormalized shares, attention experts that project whole groups of
-//! heads, learned relative positions, and halting per token. There is no segment memory
-//! and no cache for generation.
+//! heads, learned relative positions, and halting per token.
 
 mod args;
 mod attention;
@@ -14,7 +13,6 @@ mod gate;
 mod halting;
 mod losses;
 mod model;
-mod summary;
 #[cfg(test)]
 mod testing;
 

@@ -80,6 +80,9 @@ struct MiSums {
     p_log_p: Tensor,
 }
 
+/// A term's name in the reference, its weight, and how it is computed.
+type Term<'a> = (&'static str, f64, &'a dyn Fn() -> Option<Tensor>);
+
 impl Tally {
     pub(crate) fn new(weights: LossWeights, formula: MiFormula) -> Self {
         Self {
@@ -145,13 +148,13 @@ impl Tally {
             let mass_e = self.total(|sums| Some(&sums.mass_e))?;
             Some(squared_variation(&shares(&mass_e)))
         };
-        let terms: [(&str, f64, &dyn Fn() -> Option<Tensor>); 4] = [
+        let terms: [Term; 4] = [
             ("cvloss", cv, &variation),
             ("switchloss", switch, &balance),
             ("zloss", z, &mean_log_z_squared),
             ("miloss", mi, &|| self.mi()),
         ];
-        let weighted = |(name, weight, value): (&'static str, f64, &dyn Fn() -> Option<Tensor>)| {
+        let weighted = |(name, weight, value): Term| {
             let value = if weight > 0.0 { value() } else { None };
             let zero = || Tensor::zeros([0i64; 0], (p_e.kind(), p_e.device()));
             (name, value.map_or_else(zero, |value| value * weight))

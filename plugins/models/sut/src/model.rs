@@ -2,8 +2,7 @@
 
 use crate::args::ARGS;
 use crate::block::Block;
-use crate::config::{Config, Layers};
-use crate::summary;
+use crate::config::Config;
 use moeut_nn::lm::{ExpertNeeds, LanguageModel};
 use moeut_plugin_api::{
     ArgSpec, ForwardInput, ForwardOutput, Host, LogLevel, Model, ModelAbilities, ModelSetup,
@@ -13,7 +12,6 @@ use moeut_plugin_api::{
 /// A Sparse Universal Transformer.
 pub(crate) struct Sut {
     lm: LanguageModel<Block>,
-    layers: Layers,
 }
 
 impl Model for Sut {
@@ -33,10 +31,8 @@ impl Model for Sut {
             is_router_rounded: false,
         };
         let block = |params: &_| Ok(Block::new(params, &layers));
-        Ok(Self {
-            lm: LanguageModel::build(shell, Some(experts), setup, host, block)?,
-            layers,
-        })
+        let lm = LanguageModel::build(shell, Some(experts), setup, host, block)?;
+        Ok(Self { lm })
     }
 
     fn parameters(&self) -> Vec<Parameter> {
@@ -64,6 +60,88 @@ impl Model for Sut {
     }
 
     fn summary(&self, seq_len: u64) -> ModelSummary {
-        summary::of(&self.layers, self.lm.order(), seq_len)
+        self.lm.summary(seq_len)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use moeut_nn::testing::{build, check_cache, check_segments};
+
+    fn sut(variant: &str, n_segments: &str) -> Sut {
+        build(&[
+            ("transformer.variant", variant),
+            ("transformer.encoder_n_layers", "3"),
+            ("transformer.head_projection_size", "8"),
+            ("lm.trafo.context_blocks", n_segments),
+            ("state_size", "10"),
+            ("moe.n_experts", "7"),
+            ("moe.expert_size", "6"),
+            ("pkm.n_heads", "3"),
+            ("moe.att.n_experts", "5"),
+            ("moe.att.k", "2"),
+            ("moe.att.expert_size", "16"),
+            ("sut.max_relative_positions", "4"),
+        ])
+        .unwrap()
+    }
+
+    fn summary(variant: &str, seq_len: u64) -> ModelSummary {
+        sut(variant, "0").summary(seq_len)
+    }
+
+    fn of(parts: &[(String, u64)], name: &str) -> u64 {
+        let part = parts.iter().find(|(part, _)| part == name);
+        part.unwrap_or_else(|| panic!("no {name} in {parts:?}")).1
+    }
+
+    /// One token, by hand: two experts of width 16 with q and o each, and k and v: 6 · 10 · 16.
+    #[test]
+    fn counts_by_hand() {
+        let one = summary("actsut_universal", 1).macs;
+        for (name, of_layer) in [
+            ("attention: projections", 960),
+            ("attention: scores and values", 2 * 2 * 16),
+            ("attention: positions", 2 * 16),
+            ("attention: router", 10 * (10 + 5)),
+            ("feed-forward: experts", 2 * 3 * 10 * 6),
+            ("feed-forward: router", 10 * (10 + 7)),
+            ("halting", 10 * 10 + 2 * 10),
+        ] {
+            assert_eq!(of(&one, name), 3 * of_layer, "{name}");
+        }
+        // Only products of queries with keys and values grow faster than the text; positions stop at four.
+        let long = summary("sut_universal", 1000).macs;
+        assert_eq!(long.len(), one.len() - 1);
+        let scores = of(&long, "attention: scores and values");
+        assert_eq!(scores, 3 * 2 * 2 * 16 * 1000 * 1000);
+        assert_eq!(of(&long, "attention: positions"), 3 * 2 * 16 * 1000 * 4);
+    }
+
+    #[test]
+    fn layers_say_what_they_are() {
+        let summary = summary("preln_actsut_universal", 8);
+        assert_eq!(summary.layers.len(), 3);
+        assert_eq!(summary.layers[2].unique_index, 0);
+        assert_eq!(
+            summary.layers[2].what,
+            "expert attention (2 of 5, 2 heads of 8) + experts (3 of 7, width 6), pre-layernorm, halting"
+        );
+        // Double precision: probabilities of 2 heads and 2 experts, 4 · 8 · 8; input 80; 16 rows of 16 + 16 + 10; k
+        // and v 256.
+        let attention = 256 + 80 + 16 * 42 + 256;
+        assert_eq!(
+            of(&summary.activation_bytes, "attention"),
+            3 * 8 * attention
+        );
+    }
+
+    #[test]
+    fn pieces_of_a_text_give_the_logits_of_the_whole() {
+        for variant in ["sut_universal", "preln_actsut_universal"] {
+            check_cache(&mut sut(variant, "0"));
+            check_segments(&mut sut(variant, "2"));
+        }
     }
 }

@@ -1,81 +1,12 @@
-//! What the tests of several layers need: a kernel that is obviously right, contexts, and finite differences.
+//! What the tests of several layers need beyond [`moeut_nn::testing`]: parameters by name, and finite differences.
 
 use crate::args::ARGS;
 use crate::config::Config;
 use crate::losses::{LossWeights, MiFormula, Tally};
-use moeut_nn::{Context, Params};
-use moeut_plugin_api::abi::client::KernelClient;
-use moeut_plugin_api::{
-    ArgDef, Capabilities, DType, GroupedMatmul, Host, Kernel, PluginError, TensorHandle, args,
-};
-use moeut_torch::{IntoHandle, IntoTensor};
-use serde::Deserialize;
-use std::rc::Rc;
-use tch::{Kind, Tensor};
-
-/// Copies each selection's weight and multiplies.
-struct Copies;
-
-impl Kernel for Copies {
-    const NAME: &'static str = "copies";
-    const SUMMARY: &'static str = "For tests";
-
-    fn new(_host: &Host) -> Result<Self, PluginError> {
-        Ok(Self)
-    }
-
-    fn capabilities() -> Capabilities {
-        Capabilities {
-            cpu: vec![DType::F64],
-            cuda: Vec::new(),
-            speed_rank: 0,
-            is_deterministic: true,
-            ..Capabilities::default()
-        }
-    }
-
-    fn grouped_matmul(&self, call: GroupedMatmul) -> Result<TensorHandle, PluginError> {
-        let (x, weight) = (call.x.into_tensor(), call.weight.into_tensor());
-        let (ends, inverse) = (
-            call.selection.ends.into_tensor(),
-            call.selection.inverse.into_tensor(),
-        );
-        let n_selections = inverse.size()[0];
-        let positions = Tensor::arange(n_selections, (Kind::Int, x.device()));
-        let sorted = positions.searchsorted(&ends, false, true, "right", None::<Tensor>);
-        let experts = sorted.index_select(0, &inverse);
-        let x = x.repeat_interleave_self_int(n_selections / x.size()[0], 0, None);
-        let y = x
-            .unsqueeze(1)
-            .bmm(&weight.index_select(0, &experts))
-            .squeeze_dim(1);
-        let Some(gate) = call.gate.map(IntoTensor::into_tensor) else {
-            return Ok(y.into_handle());
-        };
-        let n = gate.size()[1];
-        let y = y.view([-1, n, y.size()[1]]) * gate.unsqueeze(-1);
-        Ok(y.sum_dim_intlist(1i64, false, None).into_handle())
-    }
-}
-
-/// A full-precision context with the test kernel.
-///
-/// # Panics
-/// If the kernel cannot be made, which is a fault of the test.
-pub(crate) fn context(is_training: bool) -> Context {
-    let kernel = match KernelClient::in_process(Copies) {
-        Ok(kernel) => kernel,
-        Err(error) => panic!("{error}"),
-    };
-    Context {
-        kernel: Some(Rc::new(kernel)),
-        compute: Kind::Double,
-        is_mixed: false,
-        is_router_rounded: false,
-        is_training,
-        wants_stats: false,
-    }
-}
+use moeut_nn::Params;
+pub(crate) use moeut_nn::testing::context;
+use moeut_torch::IntoTensor;
+use tch::Tensor;
 
 /// The parameter of this name, shared with its layer.
 ///
@@ -140,19 +71,5 @@ pub(crate) fn check_gradients(inputs: &[(&str, &Tensor)], loss: &dyn Fn() -> Ten
 /// # Panics
 /// If a flag is unknown or its value malformed.
 pub(crate) fn config(flags: &[(&str, &str)]) -> Config {
-    let defs: Vec<ArgDef> = ARGS.iter().map(ArgDef::from).collect();
-    let parse = |&(flag, raw): &(&str, &str)| {
-        let def = defs.iter().find(|def| def.name == flag);
-        match def.map(|def| def.parse(raw)) {
-            Some(Ok(value)) => (flag.to_owned(), value),
-            other => panic!("`{flag}` {raw}: {other:?}"),
-        }
-    };
-    match args::configuration(&defs, &flags.iter().map(parse).collect()) {
-        Ok(config) => match Config::deserialize(config) {
-            Ok(config) => config,
-            Err(error) => panic!("{error}"),
-        },
-        Err(error) => panic!("{error}"),
-    }
+    moeut_nn::testing::config(ARGS, flags)
 }

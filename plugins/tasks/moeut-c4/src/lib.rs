@@ -177,6 +177,7 @@ const DEMO: &[(&str, &str)] = &[
     ("data.source", "embedded"),
     ("sentencepiece.n_pieces", "8000"),
     ("lm.unroll", "128"),
+    ("lm.trafo.context_blocks", "0"),
     ("batch_size", "16"),
     ("stop_after", "400"),
     ("test_interval", "100"),

@@ -3,6 +3,7 @@
 use super::TrainError;
 use super::memory::Memory;
 use super::run::Run;
+use super::throughput::Throughput;
 use super::train_step;
 use std::fmt::Write;
 use std::time::Instant;
@@ -46,12 +47,17 @@ pub fn dry_run(run: &mut Run) -> Result<String, TrainError> {
             ),
         );
     }
+    let n_tokens = run.tokens_per_step as f64;
+    line(
+        "arithmetic",
+        arithmetic(run.monitor.throughput(), n_tokens, seconds),
+    );
     line("memory", Memory::of(run).to_string());
     line(
         "first step",
         format!(
             "{seconds:.2} s, {:.0} tokens/s; later steps are faster",
-            run.tokens_per_step as f64 / seconds
+            n_tokens / seconds
         ),
     );
     Ok(text)
@@ -61,6 +67,18 @@ fn steps(first: u64, n_steps: u64) -> String {
     match n_steps {
         u64::MAX => format!("from {first}, without an end: `-stop_after` is not given"),
         n_steps => format!("from {first} to {n_steps}"),
+    }
+}
+
+/// Operations of the step, and the share of the device's peak if that is known.
+fn arithmetic(throughput: Throughput, n_tokens: f64, seconds: f64) -> String {
+    let operations = format!(
+        "{:.3} TFLOP a step",
+        throughput.flops_per_token * n_tokens / 1e12
+    );
+    match throughput.mfu(n_tokens / seconds) {
+        Some(mfu) => format!("{operations}; {:.1} % of the peak in this one", mfu * 100.0),
+        None => operations,
     }
 }
 
@@ -90,6 +108,20 @@ mod tests {
         assert_eq!(
             steps(0, u64::MAX),
             "from 0, without an end: `-stop_after` is not given"
+        );
+    }
+
+    #[test]
+    fn arithmetic_of_a_step() {
+        let mut throughput = Throughput {
+            flops_per_token: 2e9,
+            peak_flops: None,
+        };
+        assert_eq!(arithmetic(throughput, 1000.0, 0.5), "2.000 TFLOP a step");
+        throughput.peak_flops = Some(1e13);
+        assert_eq!(
+            arithmetic(throughput, 1000.0, 0.5),
+            "2.000 TFLOP a step; 40.0 % of the peak in this one"
         );
     }
 }

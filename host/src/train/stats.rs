@@ -1,0 +1,63 @@
+//! What a step leaves behind for the logs, as tensors that nobody has waited for.
+
+use super::Output;
+use super::optimizer::GradNorms;
+use std::collections::BTreeMap;
+use tch::Tensor;
+
+/// Results of a step, still on the device: nobody has waited for them.
+#[derive(Debug, Default)]
+pub struct StepStats {
+    /// Weighted sums over the microbatches, by metric; to be averaged over steps.
+    pub averaged: BTreeMap<String, Tensor>,
+    /// The same of metrics that are logged as they are.
+    pub single: BTreeMap<String, Tensor>,
+    /// Loss and regularizers of the whole batch.
+    pub objective: Option<Tensor>,
+    /// Norm of all gradients before clipping.
+    pub grad_norm: Option<Tensor>,
+    /// One float, 1 if the step is not finite.
+    pub is_bad: Option<Tensor>,
+}
+
+impl StepStats {
+    /// Adds what a microbatch gave: `share` is its part of the objective, `loss` its mean.
+    pub(super) fn add(&mut self, weight: f64, share: &Tensor, loss: &Tensor, output: Output) {
+        let regularizers = output
+            .regularizers
+            .into_iter()
+            .map(|(name, value)| (format!("train/reg_loss/{name}"), value));
+        let loss = ("train/loss".to_owned(), loss.shallow_clone());
+        for (name, value) in std::iter::once(loss).chain(regularizers) {
+            accumulate(&mut self.averaged, name, value.detach() * weight);
+        }
+        for (name, value) in output.stats {
+            accumulate(&mut self.single, name, value.detach() * weight);
+        }
+        let share = share.detach();
+        self.objective = Some(match self.objective.take() {
+            Some(sum) => sum + share,
+            None => share,
+        });
+    }
+
+    /// Adds the norms of the gradients.
+    pub(super) fn note_grads(&mut self, norms: GradNorms, loss_scale: Option<Tensor>) {
+        self.grad_norm = Some(norms.total);
+        let by_parameter = norms
+            .by_parameter
+            .into_iter()
+            .map(|(name, norm)| (format!("model/grad_norms/{name}"), norm));
+        self.single.extend(by_parameter);
+        let loss_scale = loss_scale.map(|scale| ("amp/loss_scale".to_owned(), scale));
+        self.single.extend(loss_scale);
+    }
+}
+
+fn accumulate(sums: &mut BTreeMap<String, Tensor>, name: String, share: Tensor) {
+    let sum = match sums.remove(&name) {
+        Some(sum) => sum + share,
+        None => share,
+    };
+    sums.insert(name, sum);
+}
