@@ -355,7 +355,7 @@ const RULES: &[Rule] = &[
     ("min_lr_multiplier", "a number between 0 and 1", is_share),
     (
         "name",
-        "the name of one folder, which `save_dir` is to have",
+        "a plain folder name, without `/` and neither `.` nor `..`",
         is_folder_name,
     ),
     ("peak_tflops", "a number above 0", is_positive),

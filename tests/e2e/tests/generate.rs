@@ -130,7 +130,7 @@ fn what_is_missing_is_said() {
     --- stderr
     Error:   × no checkpoint in `save/b`
       ╰─▶ No such file or directory (os error 2)
-      help: give `-restore` a `model-<step>` folder or a folder that holds such folders
+      help: give `-restore` a `model-<step>` folder or that of a run: `-restore save/<name>`
     "#);
     assert_snapshot!(generate(&sandbox, &["-name", "a", "-state_size", "64"]), @r#"
     exit: 2
@@ -145,7 +145,7 @@ fn what_is_missing_is_said() {
     --- stdout
     --- stderr
     Error:   × invalid value for `-sample_top_p`
-      ╰─▶ `0` is not more than 0 and at most 1 (from: command line)
-      help: set `-sample_top_p` to more than 0 and at most 1
+      ╰─▶ `0` is not a number above 0 and at most 1 (from: command line)
+      help: set `-sample_top_p` to a number above 0 and at most 1
     "#);
 }
