@@ -1,31 +1,20 @@
 //! The model behind the plugin boundary: arguments in, a language model of [`Block`]s out.
 
 use crate::block::Block;
-use moeut_nn::lm::{LanguageModel, SHELL_ARGS, Shell, ShellConfig, Variant};
-use moeut_plugin_api::{
-    ArgSpec, ForwardInput, ForwardOutput, Host, Model, ModelAbilities, ModelSetup, ModelSummary,
-    NamedTensor, Parameter, PluginError,
-};
+use moeut_nn::lm::{LanguageModel, SHELL_ARGS, Shell, ShellConfig};
+use moeut_plugin_api::{ArgSpec, Host, Model, ModelSetup, PluginError};
 use serde::Deserialize;
 
 /// The variant whose attention and feed-forward layer read the same.
 const PARALLEL: &str = "preln_rope_parallel";
 
-const VARIANTS: &[Variant] = &[
-    variant("rope", false, false),
-    variant("preln_rope", true, false),
-    variant(PARALLEL, true, false),
-    variant("rope_universal", false, true),
-    variant("preln_rope_universal", true, true),
+const VARIANTS: &[&str] = &[
+    "rope",
+    "preln_rope",
+    PARALLEL,
+    "rope_universal",
+    "preln_rope_universal",
 ];
-
-const fn variant(name: &'static str, is_pre_ln: bool, is_universal: bool) -> Variant {
-    Variant {
-        name,
-        is_pre_ln,
-        is_universal,
-    }
-}
 
 /// All arguments; the table is [`SHELL_ARGS`].
 #[derive(Debug, Clone, Deserialize)]
@@ -53,40 +42,14 @@ impl Model for Dense {
         Ok(Self { lm })
     }
 
-    fn parameters(&self) -> Vec<Parameter> {
-        self.lm.parameters()
-    }
-
-    fn forward(&mut self, input: ForwardInput) -> Result<ForwardOutput, PluginError> {
-        self.lm.forward(input)
-    }
-
-    fn graph_safe(&self) -> bool {
-        self.lm.graph_safe()
-    }
-
-    fn abilities(&self) -> ModelAbilities {
-        self.lm.abilities()
-    }
-
-    fn memory(&self) -> Vec<NamedTensor> {
-        self.lm.memory()
-    }
-
-    fn set_memory(&mut self, memory: Vec<NamedTensor>) -> Result<(), PluginError> {
-        self.lm.set_memory(memory)
-    }
-
-    fn summary(&self, seq_len: u64) -> ModelSummary {
-        self.lm.summary(seq_len)
-    }
+    moeut_nn::hand_on_to_language_model!();
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use moeut_nn::testing::{VOCAB, build, check_cache, check_segments, logits, size, tokens};
-    use moeut_plugin_api::Past;
+    use moeut_plugin_api::{NamedTensor, Past};
     use moeut_torch::{IntoHandle, IntoTensor};
     use std::collections::BTreeMap;
     use tch::{Device, Kind, Tensor};
@@ -108,26 +71,20 @@ mod tests {
     #[test]
     fn a_cache_gives_the_logits_of_the_whole_text() {
         for variant in VARIANTS {
-            check_cache(&mut dense(
-                variant.name,
-                &[("lm.trafo.context_blocks", "0")],
-            ));
-            check_cache(&mut dense(variant.name, &[]));
+            check_cache(&mut dense(variant, &[("lm.trafo.context_blocks", "0")]));
+            check_cache(&mut dense(variant, &[]));
         }
     }
 
     #[test]
     fn segments_that_are_all_kept_give_the_logits_of_the_whole_text() {
         for variant in VARIANTS {
-            check_segments(&mut dense(
-                variant.name,
-                &[("lm.trafo.context_blocks", "2")],
-            ));
+            check_segments(&mut dense(variant, &[("lm.trafo.context_blocks", "2")]));
             let in_eval = [
                 ("lm.trafo.context_blocks", "0"),
                 ("lm.trafo.test_context_blocks", "2"),
             ];
-            check_segments(&mut dense(variant.name, &in_eval));
+            check_segments(&mut dense(variant, &in_eval));
         }
     }
 

@@ -1,28 +1,20 @@
 //! Typed arguments, their checks, and what they mean for the layers.
 
 use moeut_nn::balance::{BalanceConfig, BalanceMode};
-use moeut_nn::lm::{Shell, ShellConfig, Variant, check_positive, check_probabilities};
+use moeut_nn::lm::{Shell, ShellConfig, check_positive, check_probabilities};
 use moeut_nn::switchhead::ExpertSides;
 use moeut_nn::{MoeConfig, Norm, Scoring, SwitchHeadConfig};
 use moeut_plugin_api::PluginError;
 use serde::Deserialize;
 
 /// What `transformer.variant` may be. The reference's `preln_moe_parallel` is not parallel.
-const VARIANTS: &[Variant] = &[
-    variant("moe", false, false),
-    variant("preln_moe", true, false),
-    variant("moe_universal", false, true),
-    variant("preln_moe_universal", true, true),
-    variant("preln_moe_parallel", true, false),
+const VARIANTS: &[&str] = &[
+    "moe",
+    "preln_moe",
+    "moe_universal",
+    "preln_moe_universal",
+    "preln_moe_parallel",
 ];
-
-const fn variant(name: &'static str, is_pre_ln: bool, is_universal: bool) -> Variant {
-    Variant {
-        name,
-        is_pre_ln,
-        is_universal,
-    }
-}
 
 /// All arguments; see the table in `args.rs`.
 #[derive(Debug, Clone, Deserialize)]

@@ -4,7 +4,7 @@ use crate::attention::AttentionConfig;
 use crate::feed_forward::FeedForwardConfig;
 use crate::gate::GateConfig;
 use crate::losses::{LossWeights, MiFormula};
-use moeut_nn::lm::{Shell, ShellConfig, Variant, check_positive, check_probabilities};
+use moeut_nn::lm::{Shell, ShellConfig, check_positive, check_probabilities};
 use moeut_plugin_api::PluginError;
 use serde::Deserialize;
 
@@ -43,20 +43,12 @@ struct AttentionArgs {
 }
 
 /// The accepted values of `transformer.variant`.
-const VARIANTS: &[Variant] = &[
-    variant("sut_universal", false),
-    variant("preln_sut_universal", true),
-    variant("actsut_universal", false),
-    variant("preln_actsut_universal", true),
+const VARIANTS: &[&str] = &[
+    "sut_universal",
+    "preln_sut_universal",
+    "actsut_universal",
+    "preln_actsut_universal",
 ];
-
-const fn variant(name: &'static str, is_pre_ln: bool) -> Variant {
-    Variant {
-        name,
-        is_pre_ln,
-        is_universal: true,
-    }
-}
 
 /// What a block is made of.
 #[derive(Debug, Clone, Copy)]

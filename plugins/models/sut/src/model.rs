@@ -4,10 +4,7 @@ use crate::args::ARGS;
 use crate::block::Block;
 use crate::config::Config;
 use moeut_nn::lm::{ExpertNeeds, LanguageModel};
-use moeut_plugin_api::{
-    ArgSpec, ForwardInput, ForwardOutput, Host, LogLevel, Model, ModelAbilities, ModelSetup,
-    ModelSummary, NamedTensor, Parameter, PluginError,
-};
+use moeut_plugin_api::{ArgSpec, Host, LogLevel, Model, ModelSetup, PluginError};
 
 /// A Sparse Universal Transformer.
 pub(crate) struct Sut {
@@ -35,39 +32,14 @@ impl Model for Sut {
         Ok(Self { lm })
     }
 
-    fn parameters(&self) -> Vec<Parameter> {
-        self.lm.parameters()
-    }
-
-    fn forward(&mut self, input: ForwardInput) -> Result<ForwardOutput, PluginError> {
-        self.lm.forward(input)
-    }
-
-    fn graph_safe(&self) -> bool {
-        self.lm.graph_safe()
-    }
-
-    fn abilities(&self) -> ModelAbilities {
-        self.lm.abilities()
-    }
-
-    fn memory(&self) -> Vec<NamedTensor> {
-        self.lm.memory()
-    }
-
-    fn set_memory(&mut self, memory: Vec<NamedTensor>) -> Result<(), PluginError> {
-        self.lm.set_memory(memory)
-    }
-
-    fn summary(&self, seq_len: u64) -> ModelSummary {
-        self.lm.summary(seq_len)
-    }
+    moeut_nn::hand_on_to_language_model!();
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use moeut_nn::testing::{build, check_cache, check_segments};
+    use moeut_plugin_api::ModelSummary;
 
     fn sut(variant: &str, n_segments: &str) -> Sut {
         build(&[

@@ -153,7 +153,7 @@ enum ActivationFunction {
     Softmax,
 }
 
-/// One accepted value of `transformer.variant`.
+/// A value of `transformer.variant` and what its name says: the reference looks for the same parts in it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Variant {
     /// As a user types it.
@@ -162,6 +162,17 @@ pub struct Variant {
     pub is_pre_ln: bool,
     /// Layers are shared.
     pub is_universal: bool,
+}
+
+impl Variant {
+    /// Reads a name.
+    pub fn of(name: &'static str) -> Self {
+        Self {
+            name,
+            is_pre_ln: name.contains("preln"),
+            is_universal: name.contains("universal"),
+        }
+    }
 }
 
 /// Checked arguments and what follows from them.
@@ -178,17 +189,14 @@ impl Shell {
     ///
     /// # Errors
     /// For the first argument that makes no sense.
-    pub fn new(config: ShellConfig, variants: &[Variant]) -> Result<Self, PluginError> {
-        let found = variants
-            .iter()
-            .find(|variant| variant.name == config.variant);
-        let Some(&variant) = found else {
-            let names: Vec<&str> = variants.iter().map(|variant| variant.name).collect();
+    pub fn new(config: ShellConfig, variants: &[&'static str]) -> Result<Self, PluginError> {
+        let found = variants.iter().find(|&&name| name == config.variant);
+        let Some(name) = found else {
             return Err(PluginError::new("the model has no such variant")
                 .why(format!("`transformer.variant` is `{}`", config.variant))
                 .fix(format!(
                     "set `-transformer.variant` to one of {}",
-                    names.join(", ")
+                    variants.join(", ")
                 )));
         };
         let (memory, n_kept) = (config.memory, config.activation.n_kept);
@@ -237,6 +245,7 @@ impl Shell {
                 ))
                 .fix("set `-transformer.head_projection_size`"));
         }
+        let variant = Variant::of(name);
         Ok(Self { config, variant })
     }
 
@@ -345,11 +354,7 @@ pub fn check_probabilities(values: &[(&str, f64)]) -> Result<(), PluginError> {
 mod tests {
     use super::*;
 
-    const VARIANTS: &[Variant] = &[Variant {
-        name: "preln_moe_universal",
-        is_pre_ln: true,
-        is_universal: true,
-    }];
+    const VARIANTS: &[&str] = &["preln_moe_universal"];
 
     #[derive(Deserialize)]
     #[serde(deny_unknown_fields)]

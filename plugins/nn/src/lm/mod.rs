@@ -24,6 +24,48 @@ use std::collections::BTreeMap;
 use std::rc::Rc;
 use tch::{Kind, Tensor};
 
+/// The calls of [`moeut_plugin_api::Model`], but `build`, for a model whose field `lm` is a [`LanguageModel`]; stands in its
+/// `impl Model`.
+#[macro_export]
+macro_rules! hand_on_to_language_model {
+    () => {
+        fn parameters(&self) -> ::std::vec::Vec<::moeut_plugin_api::Parameter> {
+            self.lm.parameters()
+        }
+
+        fn forward(
+            &mut self,
+            input: ::moeut_plugin_api::ForwardInput,
+        ) -> ::std::result::Result<::moeut_plugin_api::ForwardOutput, ::moeut_plugin_api::PluginError>
+        {
+            self.lm.forward(input)
+        }
+
+        fn graph_safe(&self) -> bool {
+            self.lm.graph_safe()
+        }
+
+        fn abilities(&self) -> ::moeut_plugin_api::ModelAbilities {
+            self.lm.abilities()
+        }
+
+        fn memory(&self) -> ::std::vec::Vec<::moeut_plugin_api::NamedTensor> {
+            self.lm.memory()
+        }
+
+        fn set_memory(
+            &mut self,
+            memory: ::std::vec::Vec<::moeut_plugin_api::NamedTensor>,
+        ) -> ::std::result::Result<(), ::moeut_plugin_api::PluginError> {
+            self.lm.set_memory(memory)
+        }
+
+        fn summary(&self, seq_len: u64) -> ::moeut_plugin_api::ModelSummary {
+            self.lm.summary(seq_len)
+        }
+    };
+}
+
 /// One distinct layer, which may run at several places of the stack.
 pub trait Block {
     /// What one forward pass keeps of a distinct layer between its applications: router logits for the regularizer,
