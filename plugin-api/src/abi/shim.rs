@@ -13,7 +13,9 @@ use crate::{ComponentInfo, ComponentKind, Host, PluginError, Task, TokenDataset}
 use abi_stable::sabi_trait::TD_Opaque;
 use abi_stable::std_types::{RResult, RSlice, RSliceMut, RStr, RString, RVec};
 use serde::{Serialize, de::DeserializeOwned};
-use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::cell::{Cell, RefCell};
+use std::panic::{AssertUnwindSafe, catch_unwind, set_hook, take_hook};
+use std::sync::Once;
 
 /// Which plugin and component a call belongs to, for errors.
 #[derive(Debug, Clone, Copy)]
@@ -24,13 +26,43 @@ pub struct Origin {
     pub component: &'static str,
 }
 
+thread_local! {
+    /// How many guarded calls this thread is in.
+    static DEPTH: Cell<u32> = const { Cell::new(0) };
+    /// Where the last panic inside one of them was.
+    static PLACE: RefCell<Option<String>> = const { RefCell::new(None) };
+}
+
+/// Keeps panics of guarded calls off stderr: they reach the user as errors, and libtorch's texts fill pages. With
+/// `RUST_BACKTRACE` set, and outside of guarded calls, they are printed as usual.
+fn quiet_guarded_panics() {
+    static ONCE: Once = Once::new();
+    ONCE.call_once(|| {
+        if std::env::var_os("RUST_BACKTRACE").is_some() {
+            return;
+        }
+        let usual = take_hook();
+        set_hook(Box::new(move |info| {
+            if DEPTH.get() == 0 {
+                usual(info);
+            } else {
+                PLACE.set(info.location().map(ToString::to_string));
+            }
+        }));
+    });
+}
+
 /// Runs a plugin's code so that neither error nor panic leaves it unnamed.
 pub(super) fn guard<T>(
     origin: Origin,
     call: &str,
     body: impl FnOnce() -> Result<T, PluginError>,
 ) -> RawResult<T> {
-    match catch_unwind(AssertUnwindSafe(body)) {
+    quiet_guarded_panics();
+    DEPTH.set(DEPTH.get() + 1);
+    let outcome = catch_unwind(AssertUnwindSafe(body));
+    DEPTH.set(DEPTH.get() - 1);
+    match outcome {
         Ok(Ok(value)) => RResult::ROk(value),
         Ok(Err(error)) => RResult::RErr(error.into()),
         Err(payload) => {
@@ -43,7 +75,10 @@ pub(super) fn guard<T>(
             let error = PluginError::new(format!(
                 "`{component}` of plugin `{plugin}` panicked in `{call}`"
             ))
-            .why(reason)
+            .why(match PLACE.take() {
+                Some(place) => format!("{reason} (at {place})"),
+                None => reason.to_owned(),
+            })
             .fix(format!(
                 "this is a defect of `{plugin}`: report it to its authors"
             ));

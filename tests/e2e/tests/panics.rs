@@ -26,7 +26,7 @@ fn a_panic_in_new_names_plugin_component_and_call() {
     assert_eq!(code, Some(2));
     assert_snapshot!(text, @r"
     Error:   × `panics_in_new` of plugin `moeut-task-panicky` panicked in `new`
-      ╰─▶ index 3 of a list of 2
+      ╰─▶ index 3 of a list of 2 (at plugins/tasks/panicky/src/lib.rs:19:9)
       help: this is a defect of `moeut-task-panicky`: report it to its authors
     ");
 }
@@ -37,7 +37,7 @@ fn a_panic_in_plan_whose_payload_panics_again_is_an_error_too() {
     assert_eq!(code, Some(2));
     assert_snapshot!(text, @r"
     Error:   × `panics_in_plan` of plugin `moeut-task-panicky` panicked in `plan`
-      ╰─▶ no message
+      ╰─▶ no message (at plugins/tasks/panicky/src/lib.rs:49:9)
       help: this is a defect of `moeut-task-panicky`: report it to its authors
     ");
 }
