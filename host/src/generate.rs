@@ -324,6 +324,7 @@ mod tests {
                 request("other", "b", Some(1)),
             ],
             prompts: Vec::new(),
+            evaluations: Vec::new(),
         };
         assert_eq!(least_data(&plan), request("part", "a", Some(64)));
         plan.validation.clear();

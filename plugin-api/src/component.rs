@@ -1,4 +1,4 @@
-//! What a plugin tells about each component, and the four kinds there are.
+//! What a plugin tells about each component, and the five kinds there are.
 
 use crate::args::{ArgDef, ArgSpec, Profile, ProfileDef};
 use crate::kernel::Capabilities;
@@ -12,6 +12,8 @@ pub enum ComponentKind {
     Task,
     /// A source of tokens.
     Dataset,
+    /// Questions of an evaluation.
+    ChoiceDataset,
     /// A language model.
     Model,
     /// A grouped matrix product.
@@ -23,6 +25,7 @@ impl std::fmt::Display for ComponentKind {
         f.pad(match self {
             Self::Task => "task",
             Self::Dataset => "dataset",
+            Self::ChoiceDataset => "choices",
             Self::Model => "model",
             Self::Kernel => "kernel",
         })

@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize, de::DeserializeOwned};
 /// A stream of tokens cut into windows of `seq_len + 1` ids that overlap by one.
 ///
 /// Window `i` holds tokens `i·seq_len ..= (i+1)·seq_len`: the inputs are its first `seq_len` ids, the targets its last.
+/// A stream with [`StreamInfo::has_documents`] has one document in each window instead, and zeros behind its end.
 pub trait TokenDataset: Sized + Send + Sync + 'static {
     /// The name that tasks use; `snake_case`.
     const NAME: &'static str;
@@ -46,6 +47,44 @@ pub trait TokenDataset: Sized + Send + Sync + 'static {
     /// # Errors
     /// If an id is outside the vocabulary.
     fn decode(&self, ids: &[i32]) -> Result<String, PluginError>;
+
+    /// Tokens in each of the windows `first..first + lengths.len()`, without the zeros behind a document's end: 2 to
+    /// `seq_len + 1`. Asked only of a stream with [`StreamInfo::has_documents`].
+    ///
+    /// # Errors
+    /// If a window does not exist.
+    fn lengths(&self, first: u64, lengths: &mut [u32]) -> Result<(), PluginError> {
+        let _ = (first, lengths);
+        Err(
+            PluginError::new(format!("`{}` has no documents", Self::NAME))
+                .why("its windows are cut from one stream of tokens"),
+        )
+    }
+
+    /// Reads all documents of a split and counts them, without a tokenizer.
+    ///
+    /// # Errors
+    /// If the data is missing, unreadable or malformed, or the dataset cannot count.
+    fn count(
+        config: Self::Config,
+        request: &StreamRequest,
+        host: &Host,
+    ) -> Result<DocumentCount, PluginError> {
+        let _ = (config, request, host);
+        Err(PluginError::new(format!(
+            "`{}` cannot count its documents",
+            Self::NAME
+        )))
+    }
+}
+
+/// Documents of a split.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct DocumentCount {
+    /// Documents with text.
+    pub n_documents: u64,
+    /// Documents that are empty and so left out.
+    pub n_skipped: u64,
 }
 
 /// Which part of a corpus.
@@ -86,4 +125,7 @@ pub struct StreamInfo {
     pub n_tokens: u64,
     /// UTF-8 bytes of document text per token, for losses in bits per byte; `None` if nobody counted.
     pub utf8_bytes_per_token: Option<f64>,
+    /// Whether each window is one document, shorter or cut; else windows are cut from one stream.
+    #[serde(default)]
+    pub has_documents: bool,
 }

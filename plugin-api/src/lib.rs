@@ -1,11 +1,12 @@
 //! The stable plugin ABI of moeut-host, and the safe traits that plugin authors implement.
 //!
-//! An author writes a `cdylib` crate that implements [`Task`], [`TokenDataset`], [`Model`] or [`Kernel`], registers it
-//! with `register_task!` and its sisters, and writes `export_plugin!()` once. The host finds the library at run time.
+//! An author writes a `cdylib` crate that implements [`Task`], [`TokenDataset`], [`ChoiceDataset`], [`Model`] or
+//! [`Kernel`], registers it with `register_task!` and its sisters, and writes `export_plugin!()` once. The host finds the library at run time.
 //! This crate knows nothing about libtorch: tensors are opaque [`TensorHandle`]s that `moeut-torch` opens.
 
 pub mod abi;
 pub mod args;
+pub mod choice;
 pub mod component;
 pub mod dataset;
 pub mod error;
@@ -17,8 +18,9 @@ pub mod tensor;
 pub mod testing;
 
 pub use args::{ArgDef, ArgKind, ArgSpec, Profile};
+pub use choice::{ChoiceDataset, ChoiceInfo, Question, ScoringRule};
 pub use component::{ComponentInfo, ComponentKind};
-pub use dataset::{Split, StreamInfo, StreamRequest, TokenDataset};
+pub use dataset::{DocumentCount, Split, StreamInfo, StreamRequest, TokenDataset};
 pub use error::PluginError;
 pub use host::{Host, HostInfo, LogLevel};
 pub use kernel::{Capabilities, GroupedMatmul, Kernel, Selection};
@@ -26,7 +28,7 @@ pub use model::{
     ForwardInput, ForwardOutput, LayerSummary, Model, ModelAbilities, ModelSetup, ModelSummary,
     NamedTensor, Parameter, Past,
 };
-pub use task::{RunFacts, Task, TaskPlan};
+pub use task::{EvaluationRequest, RunFacts, Task, TaskPlan};
 pub use tensor::{DType, Device, TensorHandle};
 
 /// What the macros of this crate expand to; not for authors.

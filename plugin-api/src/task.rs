@@ -51,4 +51,18 @@ pub struct TaskPlan {
     pub validation: Vec<StreamRequest>,
     /// Beginnings of text to continue when training ends, to show what was learned.
     pub prompts: Vec<String>,
+    /// Choice datasets to score with each validation.
+    #[serde(default)]
+    pub evaluations: Vec<EvaluationRequest>,
+}
+
+/// A task's wish for a downstream evaluation.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct EvaluationRequest {
+    /// Name of the choice dataset, under which results are reported.
+    pub dataset: String,
+    /// Batch size, as a multiple of that of the validation.
+    pub batch_multiplier: u64,
+    /// Only after the last step, because it takes long.
+    pub is_end_only: bool,
 }

@@ -3,9 +3,9 @@
 //! The host uses all of it; a model plugin uses [`KernelClient`], which the host hands on from another plugin.
 
 use super::{
-    HostObject, KernelObject, ModelObject, PluginModuleRef, RawForwardInput, RawGroupedMatmul,
-    RawHost, RawHost_TO, RawMoeMlp, RawMoeProject, RawNamed, RawResult, RawRoute, RawRouted,
-    TaskObject, TokenDatasetObject,
+    ChoiceDatasetObject, HostObject, KernelObject, ModelObject, PluginModuleRef, RawForwardInput,
+    RawGroupedMatmul, RawHost, RawHost_TO, RawMoeMlp, RawMoeProject, RawNamed, RawResult, RawRoute,
+    RawRouted, TaskObject, TokenDatasetObject, older_dataset,
 };
 use crate::host::{HostInfo, LogLevel};
 use crate::kernel::{
@@ -17,8 +17,8 @@ use crate::model::{
     Past,
 };
 use crate::{
-    ComponentInfo, DType, Device, PluginError, RunFacts, StreamInfo, StreamRequest, TaskPlan,
-    TensorHandle,
+    ChoiceInfo, ComponentInfo, DType, Device, DocumentCount, PluginError, Question, RunFacts,
+    StreamInfo, StreamRequest, TaskPlan, TensorHandle,
 };
 use abi_stable::StableAbi;
 use abi_stable::abi_stability::abi_checking::check_layout_compatibility;
@@ -195,6 +195,53 @@ impl PluginClient {
         })
     }
 
+    /// Counts the documents of a dataset's split; see [`crate::TokenDataset::count`].
+    ///
+    /// # Errors
+    /// Whatever the plugin says.
+    pub fn count_documents(
+        &self,
+        name: &str,
+        config: &serde_json::Value,
+        request: &StreamRequest,
+        services: &Arc<dyn HostServices>,
+    ) -> Result<DocumentCount, PluginError> {
+        let call = self
+            .module
+            .count_documents()
+            .ok_or_else(|| PluginError::from(older_dataset("cannot count its documents")))?;
+        let (config, request) = (config.to_string(), encode(request)?);
+        let counted = call(
+            name.into(),
+            config.as_str().into(),
+            request.as_str().into(),
+            host_object(services),
+        );
+        decode(result(counted)?.as_str())
+    }
+
+    /// Opens a choice dataset.
+    ///
+    /// # Errors
+    /// Whatever the plugin says.
+    pub fn new_choice_dataset(
+        &self,
+        name: &str,
+        config: &serde_json::Value,
+        services: &Arc<dyn HostServices>,
+    ) -> Result<ChoiceDatasetClient, PluginError> {
+        // A plugin that is older has none to be asked for.
+        let call = self
+            .module
+            .new_choice_dataset()
+            .ok_or_else(|| PluginError::from(older_dataset("has no questions")))?;
+        let config = config.to_string();
+        let made = call(name.into(), config.as_str().into(), host_object(services));
+        Ok(ChoiceDatasetClient {
+            object: result(made)?,
+        })
+    }
+
     /// Builds a model.
     ///
     /// # Errors
@@ -283,6 +330,37 @@ impl TokenDatasetClient {
     /// Whatever the plugin says.
     pub fn decode(&self, ids: &[i32]) -> Result<String, PluginError> {
         Ok(result(self.object.decode(ids.into()))?.into())
+    }
+
+    /// See [`crate::TokenDataset::lengths`].
+    ///
+    /// # Errors
+    /// Whatever the plugin says.
+    pub fn lengths(&self, first: u64, lengths: &mut [u32]) -> Result<(), PluginError> {
+        result(self.object.lengths(first, lengths.into()))
+    }
+}
+
+/// A choice dataset in a plugin.
+pub struct ChoiceDatasetClient {
+    object: ChoiceDatasetObject,
+}
+
+impl ChoiceDatasetClient {
+    /// See [`crate::ChoiceDataset::info`].
+    ///
+    /// # Errors
+    /// If the plugin panics.
+    pub fn info(&self) -> Result<ChoiceInfo, PluginError> {
+        decode(result(self.object.info())?.as_str())
+    }
+
+    /// See [`crate::ChoiceDataset::read`].
+    ///
+    /// # Errors
+    /// Whatever the plugin says.
+    pub fn read(&self, first: u64, n: u64) -> Result<Vec<Question>, PluginError> {
+        decode(result(self.object.read(first, n))?.as_str())
     }
 }
 

@@ -30,6 +30,8 @@ pub fn module(manifest: extern "C" fn() -> RString) -> PluginModuleRef {
         new_token_dataset: shim::new_token_dataset,
         new_model: shim::new_model,
         new_kernel: shim::new_kernel,
+        new_choice_dataset: shim::new_choice_dataset,
+        count_documents: shim::count_documents,
     }
     .leak_into_prefix()
 }

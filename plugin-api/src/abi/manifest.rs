@@ -116,7 +116,7 @@ macro_rules! export_plugin {
         $crate::__manifest_record!(
             MOEUT_PLUGIN_RECORD,
             &[
-                "{\"record\":\"plugin\",\"abi\":\"1.1\",\"name\":\"",
+                "{\"record\":\"plugin\",\"abi\":\"1.2\",\"name\":\"",
                 env!("CARGO_PKG_NAME"),
                 "\",\"version\":\"",
                 env!("CARGO_PKG_VERSION"),
@@ -194,6 +194,19 @@ macro_rules! register_task {
 macro_rules! register_token_dataset {
     ($dataset:ty) => {
         $crate::__register!($dataset, $crate::TokenDataset, "dataset", token_dataset);
+    };
+}
+
+/// Registers a [`crate::ChoiceDataset`].
+#[macro_export]
+macro_rules! register_choice_dataset {
+    ($dataset:ty) => {
+        $crate::__register!(
+            $dataset,
+            $crate::ChoiceDataset,
+            "choice_dataset",
+            choice_dataset
+        );
     };
 }
 

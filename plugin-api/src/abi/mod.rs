@@ -37,7 +37,7 @@ use std::ffi::c_void;
 /// Major version of the ABI: another one is refused.
 pub const ABI_MAJOR: u32 = 1;
 /// Minor version of the ABI: raised when something is appended.
-pub const ABI_MINOR: u32 = 1;
+pub const ABI_MINOR: u32 = 2;
 
 /// One `at::Tensor` of the process's libtorch, owned; opaque outside `moeut-torch`.
 #[repr(C)]
@@ -223,7 +223,7 @@ pub trait RawTask: Send {
     fn plan(&self, facts_json: RStr<'_>) -> RawResult<RString>;
 }
 
-/// A token dataset inside a plugin.
+/// A token dataset inside a plugin. What follows `decode` came with ABI 1.2.
 #[sabi_trait]
 pub trait RawTokenDataset: Send + Sync {
     fn info(&self) -> RawResult<RString>;
@@ -231,6 +231,26 @@ pub trait RawTokenDataset: Send + Sync {
     fn encode(&self, text: RStr<'_>) -> RawResult<RVec<i32>>;
     #[sabi(last_prefix_field)]
     fn decode(&self, ids: RSlice<'_, i32>) -> RawResult<RString>;
+    fn lengths(&self, _first: u64, _lengths: RSliceMut<'_, u32>) -> RawResult<()> {
+        RResult::RErr(older_dataset("has no documents"))
+    }
+}
+
+fn older_dataset(what: &str) -> RawError {
+    PluginError::new(format!("the dataset {what}"))
+        .why("its plugin was built against a version of the plugin interface before 1.2")
+        .fix("build the plugin anew against this version")
+        .into()
+}
+
+/// A choice dataset inside a plugin; ABI 1.2.
+#[sabi_trait]
+pub trait RawChoiceDataset: Send + Sync {
+    /// JSON of [`crate::ChoiceInfo`].
+    fn info(&self) -> RawResult<RString>;
+    /// JSON array of [`crate::Question`].
+    #[sabi(last_prefix_field)]
+    fn read(&self, first: u64, n: u64) -> RawResult<RString>;
 }
 
 /// A model inside a plugin. What follows `graph_safe` came with ABI 1.1; the bodies are what older plugins do.
@@ -301,6 +321,8 @@ pub type HostObject = RawHost_TO<'static, RBox<()>>;
 pub type TaskObject = RawTask_TO<'static, RBox<()>>;
 /// A token dataset as a boxed object.
 pub type TokenDatasetObject = RawTokenDataset_TO<'static, RBox<()>>;
+/// A choice dataset as a boxed object.
+pub type ChoiceDatasetObject = RawChoiceDataset_TO<'static, RBox<()>>;
 /// A model as a boxed object.
 pub type ModelObject = RawModel_TO<'static, RBox<()>>;
 /// A kernel as a boxed object.
@@ -327,6 +349,14 @@ pub struct PluginModule {
     /// Makes the kernel `name`.
     #[sabi(last_prefix_field)]
     pub new_kernel: extern "C" fn(RStr<'_>, HostObject) -> RawResult<KernelObject>,
+    /// Opens the choice dataset `name` from its configuration. This and what follows came with ABI 1.2.
+    #[sabi(missing_field(option))]
+    pub new_choice_dataset:
+        extern "C" fn(RStr<'_>, RStr<'_>, HostObject) -> RawResult<ChoiceDatasetObject>,
+    /// JSON of the [`crate::DocumentCount`] of the dataset `name`: configuration, request.
+    #[sabi(missing_field(option))]
+    pub count_documents:
+        extern "C" fn(RStr<'_>, RStr<'_>, RStr<'_>, HostObject) -> RawResult<RString>,
 }
 
 impl RootModule for PluginModuleRef {
@@ -359,7 +389,7 @@ mod tests {
         fields.iter().map(|field| field.name().to_owned()).collect()
     }
 
-    /// The frozen calls of ABI 1.0 and what 1.1 appended: a failure here means that published plugins would be refused.
+    /// The frozen calls of ABI 1.0 and what later versions appended: a failure here means that published plugins would be refused.
     #[test]
     fn layout_of_the_calls_is_pinned() {
         assert_eq!(
@@ -370,8 +400,30 @@ mod tests {
                 "new_task",
                 "new_token_dataset",
                 "new_model",
-                "new_kernel"
+                "new_kernel",
+                // ABI 1.2.
+                "new_choice_dataset",
+                "count_documents",
             ]
+        );
+        assert_eq!(
+            fields(<RawTokenDataset_trait::VTable_Prefix<(), RBox<()>> as PrefixStableAbi>::LAYOUT),
+            [
+                "_sabi_tys",
+                "_sabi_vtable",
+                "info",
+                "read",
+                "encode",
+                "decode",
+                // ABI 1.2.
+                "lengths",
+            ]
+        );
+        assert_eq!(
+            fields(
+                <RawChoiceDataset_trait::VTable_Prefix<(), RBox<()>> as PrefixStableAbi>::LAYOUT
+            ),
+            ["_sabi_tys", "_sabi_vtable", "info", "read"]
         );
         assert_eq!(
             fields(<RawModel_trait::VTable_Prefix<(), RBox<()>> as PrefixStableAbi>::LAYOUT),

@@ -1,15 +1,16 @@
 //! The plugin's side of the boundary: author traits in, guarded objects out.
 
 use super::{
-    HostObject, KernelObject, ModelObject, RawError, RawForwardInput, RawForwardOutput,
-    RawGroupedMatmul, RawKernel, RawKernel_TO, RawModel, RawModel_TO, RawMoeMlp, RawMoeProject,
-    RawNamed, RawProjected, RawResult, RawRoute, RawRouted, RawTask, RawTask_TO, RawTokenDataset,
-    RawTokenDataset_TO, TaskObject, TensorHandle, TokenDatasetObject,
+    ChoiceDatasetObject, HostObject, KernelObject, ModelObject, RawChoiceDataset,
+    RawChoiceDataset_TO, RawError, RawForwardInput, RawForwardOutput, RawGroupedMatmul, RawKernel,
+    RawKernel_TO, RawModel, RawModel_TO, RawMoeMlp, RawMoeProject, RawNamed, RawProjected,
+    RawResult, RawRoute, RawRouted, RawTask, RawTask_TO, RawTokenDataset, RawTokenDataset_TO,
+    TaskObject, TensorHandle, TokenDatasetObject,
 };
 use crate::args::read_configuration;
 use crate::kernel::{GroupedMatmul, Kernel, MoeMlp, MoeProject, Route, Routed, Selection};
 use crate::model::{ForwardInput, ForwardOutput, Model, NamedTensor, Past};
-use crate::{ComponentInfo, ComponentKind, Host, PluginError, Task, TokenDataset};
+use crate::{ChoiceDataset, ComponentInfo, ComponentKind, Host, PluginError, Task, TokenDataset};
 use abi_stable::sabi_trait::TD_Opaque;
 use abi_stable::std_types::{RResult, RSlice, RSliceMut, RStr, RString, RVec};
 use serde::{Serialize, de::DeserializeOwned};
@@ -103,7 +104,11 @@ pub struct Registration {
 #[derive(Clone, Copy)]
 enum Maker {
     Task(fn(Origin, &str, Host) -> Result<TaskObject, PluginError>),
-    Dataset(fn(Origin, &str, &str, Host) -> Result<TokenDatasetObject, PluginError>),
+    Dataset {
+        open: fn(Origin, &str, &str, Host) -> Result<TokenDatasetObject, PluginError>,
+        count: fn(&str, &str, Host) -> Result<RString, PluginError>,
+    },
+    Choice(fn(Origin, &str, Host) -> Result<ChoiceDatasetObject, PluginError>),
     Model(fn(Origin, &str, &str, Host) -> Result<ModelObject, PluginError>),
     Kernel(fn(Origin, Host) -> Result<KernelObject, PluginError>),
 }
@@ -150,10 +155,47 @@ impl Registration {
             },
             record,
             info: || ComponentInfo::new(ComponentKind::Dataset, D::NAME, D::SUMMARY).args(D::ARGS),
-            maker: Maker::Dataset(|origin, config, request, host| {
-                let request = decode(request, "request")?;
-                let dataset = D::open(read_configuration(config, D::ARGS)?, &request, &host)?;
-                Ok(RawTokenDataset_TO::from_value(
+            maker: Maker::Dataset {
+                open: |origin, config, request, host| {
+                    let request = decode(request, "request")?;
+                    let dataset = D::open(read_configuration(config, D::ARGS)?, &request, &host)?;
+                    Ok(RawTokenDataset_TO::from_value(
+                        Shim {
+                            origin,
+                            inner: dataset,
+                        },
+                        TD_Opaque,
+                    ))
+                },
+                count: |config, request, host| {
+                    let request = decode(request, "request")?;
+                    encode(&D::count(
+                        read_configuration(config, D::ARGS)?,
+                        &request,
+                        &host,
+                    )?)
+                },
+            },
+        }
+    }
+
+    /// Registers a choice dataset.
+    pub const fn choice_dataset<D: ChoiceDataset>(
+        plugin: &'static str,
+        record: &'static [u8],
+    ) -> Self {
+        Self {
+            origin: Origin {
+                plugin,
+                component: D::NAME,
+            },
+            record,
+            info: || {
+                ComponentInfo::new(ComponentKind::ChoiceDataset, D::NAME, D::SUMMARY).args(D::ARGS)
+            },
+            maker: Maker::Choice(|origin, config, host| {
+                let dataset = D::open(read_configuration(config, D::ARGS)?, &host)?;
+                Ok(RawChoiceDataset_TO::from_value(
                     Shim {
                         origin,
                         inner: dataset,
@@ -243,7 +285,7 @@ pub extern "C" fn new_task(
 ) -> RawResult<TaskObject> {
     make(name, host, |origin, maker, host| match maker {
         Maker::Task(make) => Some(make(origin, config.as_str(), host)),
-        Maker::Dataset(_) | Maker::Model(_) | Maker::Kernel(_) => None,
+        _ => None,
     })
 }
 
@@ -255,8 +297,33 @@ pub extern "C" fn new_token_dataset(
     host: HostObject,
 ) -> RawResult<TokenDatasetObject> {
     make(name, host, |origin, maker, host| match maker {
-        Maker::Dataset(make) => Some(make(origin, config.as_str(), request.as_str(), host)),
-        Maker::Task(_) | Maker::Model(_) | Maker::Kernel(_) => None,
+        Maker::Dataset { open, .. } => Some(open(origin, config.as_str(), request.as_str(), host)),
+        _ => None,
+    })
+}
+
+/// Behind [`super::PluginModule::count_documents`].
+pub extern "C" fn count_documents(
+    name: RStr<'_>,
+    config: RStr<'_>,
+    request: RStr<'_>,
+    host: HostObject,
+) -> RawResult<RString> {
+    make(name, host, |_, maker, host| match maker {
+        Maker::Dataset { count, .. } => Some(count(config.as_str(), request.as_str(), host)),
+        _ => None,
+    })
+}
+
+/// Behind [`super::PluginModule::new_choice_dataset`].
+pub extern "C" fn new_choice_dataset(
+    name: RStr<'_>,
+    config: RStr<'_>,
+    host: HostObject,
+) -> RawResult<ChoiceDatasetObject> {
+    make(name, host, |origin, maker, host| match maker {
+        Maker::Choice(make) => Some(make(origin, config.as_str(), host)),
+        _ => None,
     })
 }
 
@@ -269,7 +336,7 @@ pub extern "C" fn new_model(
 ) -> RawResult<ModelObject> {
     make(name, host, |origin, maker, host| match maker {
         Maker::Model(make) => Some(make(origin, config.as_str(), setup.as_str(), host)),
-        Maker::Task(_) | Maker::Dataset(_) | Maker::Kernel(_) => None,
+        _ => None,
     })
 }
 
@@ -277,7 +344,7 @@ pub extern "C" fn new_model(
 pub extern "C" fn new_kernel(name: RStr<'_>, host: HostObject) -> RawResult<KernelObject> {
     make(name, host, |origin, maker, host| match maker {
         Maker::Kernel(make) => Some(make(origin, host)),
-        Maker::Task(_) | Maker::Dataset(_) | Maker::Model(_) => None,
+        _ => None,
     })
 }
 
@@ -349,6 +416,22 @@ impl<D: TokenDataset> RawTokenDataset for Shim<D> {
         guard(self.origin, "decode", || {
             Ok(self.inner.decode(ids.as_slice())?.into())
         })
+    }
+
+    fn lengths(&self, first: u64, mut lengths: RSliceMut<'_, u32>) -> RawResult<()> {
+        guard(self.origin, "lengths", || {
+            self.inner.lengths(first, lengths.as_mut_slice())
+        })
+    }
+}
+
+impl<D: ChoiceDataset> RawChoiceDataset for Shim<D> {
+    fn info(&self) -> RawResult<RString> {
+        guard(self.origin, "info", || encode(&self.inner.info()))
+    }
+
+    fn read(&self, first: u64, n: u64) -> RawResult<RString> {
+        guard(self.origin, "read", || encode(&self.inner.read(first, n)?))
     }
 }
 

@@ -134,6 +134,7 @@ impl TokenDataset for C4 {
             n_windows: self.stream.len(),
             n_tokens: self.stream.n_tokens(),
             utf8_bytes_per_token: self.stream.utf8_bytes_per_token(),
+            has_documents: false,
         }
     }
 

@@ -123,6 +123,7 @@ impl Task for MoeutC4 {
                 Some(self.validation_limit()),
             )],
             prompts: ["The", "In order to", "If you"].map(String::from).into(),
+            evaluations: Vec::new(),
         })
     }
 }
