@@ -357,6 +357,29 @@ fn insert(node: &mut Map<String, Value>, path: &str, value: Value) {
     }
 }
 
+/// Joins tables of arguments, or of a profile's pairs, at compile time:
+/// `&joined::<_, { SHARED.len() + OWN.len() }>(SHARED, OWN)`.
+///
+/// # Panics
+/// At compile time, if `first` is empty or `N` is not the sum of the lengths.
+pub const fn joined<T: Copy, const N: usize>(first: &[T], second: &[T]) -> [T; N] {
+    assert!(
+        first.len() + second.len() == N,
+        "N is not the sum of the lengths"
+    );
+    let mut all = [first[0]; N];
+    let mut at = 0;
+    while at < N {
+        all[at] = if at < first.len() {
+            first[at]
+        } else {
+            second[at - first.len()]
+        };
+        at += 1;
+    }
+    all
+}
+
 /// A named bundle of ordinary arguments: `-profile demo` stands for all of `args`.
 #[derive(Debug, Clone, Copy)]
 pub struct Profile {

@@ -17,7 +17,7 @@ pub mod task;
 pub mod tensor;
 pub mod testing;
 
-pub use args::{ArgDef, ArgKind, ArgSpec, Profile};
+pub use args::{ArgDef, ArgKind, ArgSpec, Profile, joined};
 pub use choice::{ChoiceDataset, ChoiceInfo, Question, ScoringRule};
 pub use component::{ComponentInfo, ComponentKind};
 pub use dataset::{DocumentCount, Split, StreamInfo, StreamRequest, TokenDataset};

@@ -48,3 +48,21 @@ pub fn check_args<Config: DeserializeOwned>(specs: &[ArgSpec], profiles: &[Profi
         Err(error) => panic!("{error}"),
     }
 }
+
+/// What `specs` make of flags as a user types them; the rest are defaults.
+///
+/// # Panics
+/// If a flag is unknown or its value malformed.
+pub fn config<C: DeserializeOwned>(specs: &[ArgSpec], flags: &[(&str, &str)]) -> C {
+    let defs: Vec<ArgDef> = specs.iter().map(ArgDef::from).collect();
+    let parse = |&(flag, raw): &(&str, &str)| {
+        let def = defs.iter().find(|def| def.name == flag);
+        match def.map(|def| def.parse(raw)) {
+            Some(Ok(value)) => (flag.to_owned(), value),
+            other => panic!("`{flag}` {raw}: {other:?}"),
+        }
+    };
+    let config = configuration(&defs, &flags.iter().map(parse).collect());
+    let config = config.unwrap_or_else(|error| panic!("{error}"));
+    C::deserialize(config).unwrap_or_else(|error| panic!("{error}"))
+}

@@ -257,7 +257,6 @@ const HOST_ARGS: &[ArgSpec] = &[
     ArgSpec::retired(ArgKind::Int, "debug_plot_interval", NO_PLOTS),
     ArgSpec::retired(ArgKind::Int, "details_log_interval", "layers report with every record; see `-log_interval`"),
     // Of the paper's sweeps.
-    ArgSpec::retired(ArgKind::Bool, "lm.eval.enabled", "not implemented yet: evaluations other than validation"),
     ArgSpec::retired(ArgKind::StrList, "thestack.languages", "not implemented yet: The Stack"),
 ];
 

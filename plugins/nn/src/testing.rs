@@ -3,12 +3,12 @@
 
 use crate::Context;
 use moeut_plugin_api::abi::client::{HostServices, KernelClient, host_in_process};
+pub use moeut_plugin_api::testing::config;
 use moeut_plugin_api::{
-    ArgDef, ArgSpec, Capabilities, DType, Device, ForwardInput, GroupedMatmul, Host, HostInfo,
-    Kernel, LogLevel, Model, ModelSetup, Past, PluginError, TensorHandle, args,
+    Capabilities, DType, Device, ForwardInput, GroupedMatmul, Host, HostInfo, Kernel, LogLevel,
+    Model, ModelSetup, Past, PluginError, TensorHandle,
 };
 use moeut_torch::{IntoHandle, IntoTensor};
-use serde::de::DeserializeOwned;
 use std::rc::Rc;
 use std::sync::Arc;
 use tch::{Kind, Tensor};
@@ -114,24 +114,6 @@ pub fn build_with<M: Model>(
     change(&mut setup);
     let services: Arc<dyn HostServices> = Arc::new(TestHost);
     M::build(config, &setup, &host_in_process(&services)?)
-}
-
-/// What `specs` make of flags as a user types them; the rest are defaults.
-///
-/// # Panics
-/// If a flag is unknown or its value malformed.
-pub fn config<C: DeserializeOwned>(specs: &[ArgSpec], flags: &[(&str, &str)]) -> C {
-    let defs: Vec<ArgDef> = specs.iter().map(ArgDef::from).collect();
-    let parse = |&(flag, raw): &(&str, &str)| {
-        let def = defs.iter().find(|def| def.name == flag);
-        match def.map(|def| def.parse(raw)) {
-            Some(Ok(value)) => (flag.to_owned(), value),
-            other => panic!("`{flag}` {raw}: {other:?}"),
-        }
-    };
-    let config = args::configuration(&defs, &flags.iter().map(parse).collect());
-    let config = config.unwrap_or_else(|error| panic!("{error}"));
-    C::deserialize(config).unwrap_or_else(|error| panic!("{error}"))
 }
 
 /// A double-precision pass with the kernel, for layers by themselves.

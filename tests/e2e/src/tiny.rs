@@ -12,6 +12,7 @@ const TINY: &[&str] = &[
     "-data.source", "embedded",
     "-sentencepiece.n_pieces", "500",
     "-lmds.valid_ratio", "1e-6",
+    "-lm.eval.enabled", "0",
     "-lm.unroll", "32",
     "-lm.trafo.context_blocks", "0",
     "-batch_size", "4",

@@ -1,11 +1,11 @@
 //! The argument table: the reference's flags and defaults beside the fields of [`crate::config::Config`].
 
-use moeut_nn::lm::{SHELL_ARGS, joined};
+use moeut_nn::lm::SHELL_ARGS;
 use moeut_plugin_api::{ArgKind, ArgSpec};
 
 /// All arguments of the model.
 pub(crate) const ARGS: &[ArgSpec] =
-    &joined::<{ SHELL_ARGS.len() + OWN_ARGS.len() }>(SHELL_ARGS, OWN_ARGS);
+    &joined::<_, { SHELL_ARGS.len() + OWN_ARGS.len() }>(SHELL_ARGS, OWN_ARGS);
 
 /// Those of the experts.
 const OWN_ARGS: &[ArgSpec] = &[

@@ -1,10 +1,10 @@
 //! The argument table: the reference's flags and defaults beside the fields of [`crate::config::Config`].
 
-use moeut_nn::lm::{SHELL_ARGS, joined};
+use moeut_nn::lm::SHELL_ARGS;
 use moeut_plugin_api::ArgSpec;
 
 /// All arguments of the model.
-pub(crate) const ARGS: &[ArgSpec] = &joined::<{ SHELL_ARGS.len() + OWN.len() }>(SHELL_ARGS, OWN);
+pub(crate) const ARGS: &[ArgSpec] = &joined::<_, { SHELL_ARGS.len() + OWN.len() }>(SHELL_ARGS, OWN);
 
 const OWN: &[ArgSpec] = &[
     ArgSpec::text("moe.kernel", "auto").field("kernel").help("grouped matrix product; auto: the fastest that fits"),

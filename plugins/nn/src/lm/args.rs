@@ -39,28 +39,6 @@ pub const SHELL_ARGS: &[ArgSpec] = &[
     ArgSpec::retired(ArgKind::Float, "transformer.attention_dropout", "the reference never passes it to a model"),
 ];
 
-/// Joins argument tables at compile time: `&joined::<{ SHELL_ARGS.len() + OWN.len() }>(SHELL_ARGS, OWN)`.
-///
-/// # Panics
-/// At compile time, if `N` is not the sum of the lengths.
-pub const fn joined<const N: usize>(first: &[ArgSpec], second: &[ArgSpec]) -> [ArgSpec; N] {
-    assert!(
-        first.len() + second.len() == N,
-        "N is not the sum of the lengths"
-    );
-    let mut all = [ArgSpec::flag("", "0"); N];
-    let mut at = 0;
-    while at < N {
-        all[at] = if at < first.len() {
-            first[at]
-        } else {
-            second[at - first.len()]
-        };
-        at += 1;
-    }
-    all
-}
-
 /// What [`SHELL_ARGS`] fill.
 #[derive(Debug, Clone, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields)]

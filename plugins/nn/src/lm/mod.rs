@@ -6,9 +6,7 @@
 pub mod args;
 mod memory;
 
-pub use args::{
-    SHELL_ARGS, Shell, ShellConfig, Variant, check_positive, check_probabilities, joined,
-};
+pub use args::{SHELL_ARGS, Shell, ShellConfig, Variant, check_positive, check_probabilities};
 
 use crate::cost::{Cost, Sequence, element_bytes};
 use crate::params::InitStyle;
