@@ -28,6 +28,7 @@ LOG_INTERVAL = WARMUP_STEPS = 20
 
 SHARED_FLAGS = {
     "task": "moeut_c4", "data.source": "embedded", "sentencepiece.n_pieces": VOCAB, "lm.unroll": SEQ_LEN,
+    "lm.eval.enabled": 0,
     "batch_size": BATCH, "state_size": D_MODEL, "transformer.encoder_n_layers": N_LAYERS,
     "transformer.n_heads": N_HEADS, "lm.trafo.context_blocks": 0, "lr": 1e-4, "wd": 0.01, "grad_clip": 0.25,
     "seed": 1, "gpu": "none", "log": "none", "save_interval": "none", "test_interval": 1_000_000, "n_samples": 0,

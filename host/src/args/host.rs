@@ -92,6 +92,8 @@ pub struct HostConfig {
     pub memory_drop_probability: f64,
     /// Length of the training data, batches; all of it if absent.
     pub n_batches: Option<u64>,
+    /// Whether documents of about the same length come together.
+    pub is_bucketed: bool,
     /// Learning rate over time.
     pub schedule: ScheduleConfig,
     /// How gradients become updates.

@@ -166,6 +166,9 @@ const HOST_ARGS: &[ArgSpec] = &[
         .field("memory_drop_probability")
         .unit("fraction")
         .help("Share of microbatches that start with an empty segment memory (`-lm.trafo.context_blocks`)"),
+    ArgSpec::flag("length_bucketed_sampling", "0")
+        .field("is_bucketed")
+        .help("Put documents of about the same length into a batch; for datasets of documents, not of one stream"),
     ArgSpec::int("overfit_batches", "none")
         .optional()
         .field("n_batches")
@@ -246,8 +249,7 @@ const HOST_ARGS: &[ArgSpec] = &[
     ArgSpec::retired(ArgKind::Bool, "wandb_bug_workaround", NO_WANDB),
     ArgSpec::retired(ArgKind::Bool, "wandb_sync_checkpoints", NO_WANDB),
     ArgSpec::retired(ArgKind::Str, "fs_cache_pattern", "data is mapped from where it is: put `-data.cache_dir` on a local disk"),
-    ArgSpec::retired(ArgKind::Bool, "length_bucketed_sampling", ONE_LENGTH),
-    ArgSpec::retired(ArgKind::Int, "max_length_per_batch", ONE_LENGTH),
+    ArgSpec::retired(ArgKind::Int, "max_length_per_batch", "only sequence-to-sequence tasks of the reference read it; see `-length_bucketed_sampling`"),
     ArgSpec::retired(ArgKind::Int, "lm.unroll_eval", "only a task that the reference cannot start reads it"),
     ArgSpec::retired(ArgKind::Int, "lm.example_context", "the reference never shows its examples; see `-n_samples`"),
     ArgSpec::retired(ArgKind::Int, "lm.example_window", "the reference never shows its examples; see `-sample_length`"),
@@ -262,4 +264,3 @@ const HOST_ARGS: &[ArgSpec] = &[
 
 const NO_WANDB: &str = "Weights & Biases is not there yet";
 const NO_PLOTS: &str = "attention maps are not drawn";
-const ONE_LENGTH: &str = "all sequences of a token stream have one length";

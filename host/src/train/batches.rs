@@ -1,18 +1,13 @@
-//! Batches of token windows in a fixed order, read ahead by a thread, with an exact position.
+//! Batches of token windows in the order of a [`Sampler`], read ahead by a thread, with an exact position.
 //!
-//! ```text
-//! n = ⌊n_windows / batch_size⌋ batches an epoch;  lane j of batch p reads window p + j·n
-//! ```
-//! so each lane walks through one contiguous part of the stream; `-overfit_batches` ends each epoch earlier. What is stored in a checkpoint is the position of
-//! the last batch that was *consumed*, whatever the thread has read ahead.
-//!
-//! Source: reference `framework/loader/sampler.py`, `MultibatchSequentialSampler`.
+//! What is stored in a checkpoint is the position of the last batch that was *consumed*, whatever the thread has read
+//! ahead. `-overfit_batches` ends each epoch early.
 
 use super::TrainError;
+use super::sampler::Sampler;
+use super::stream::Stream;
 use moeut_plugin_api::PluginError;
-use moeut_plugin_api::abi::client::TokenDatasetClient;
 use serde::{Deserialize, Serialize};
-use std::sync::Arc;
 use std::sync::mpsc::{Receiver, sync_channel};
 use tch::Tensor;
 
@@ -77,11 +72,15 @@ impl BatchShape {
 
 /// Part of a batch on its way to the model.
 pub struct Microbatch {
-    /// Token ids, int64 `[seq_len + 1, size]` on the CPU.
+    /// Token ids, int64 `[T + 1, size]` on the CPU, where `T` is `seq_len`, or less if all its documents are shorter;
+    /// [`super::stream::BEHIND_END`] behind a document's end.
     pub tokens: Tensor,
-    /// Its share of the batch, 0 to 1.
+    /// Tokens to be predicted.
+    pub n_targets: usize,
+    /// Its share of the batch's targets, 0 to 1.
     pub weight: f64,
-    /// Whether its rows do not go on from where the same rows of the last batch ended: a pass over the data begins.
+    /// Whether its rows do not go on from where the same rows of the last batch ended: a pass over the data begins, or
+    /// rows are documents.
     pub is_start: bool,
 }
 
@@ -91,6 +90,7 @@ impl Microbatch {
     pub fn share(&self) -> Self {
         Self {
             tokens: self.tokens.shallow_clone(),
+            n_targets: self.n_targets,
             weight: self.weight,
             is_start: self.is_start,
         }
@@ -107,6 +107,7 @@ pub struct Batches {
     queue: Receiver<Result<Batch, PluginError>>,
     shape: BatchShape,
     position: Position,
+    n_targets: usize,
 }
 
 impl Batches {
@@ -115,37 +116,44 @@ impl Batches {
     /// # Errors
     /// If the stream does not fill one batch.
     pub fn start(
-        dataset: Arc<TokenDatasetClient>,
-        n_windows: u64,
+        stream: Stream,
+        mut sampler: Sampler,
         shape: BatchShape,
         position: Position,
     ) -> Result<Self, TrainError> {
-        let batches_per_epoch = n_windows / shape.batch_size as u64;
-        if batches_per_epoch == 0 {
+        if sampler.n_batches() == 0 {
             return Err(
                 PluginError::new("the training data does not fill one batch")
                     .why(format!(
-                        "it has {n_windows} sequences of {} tokens, and `batch_size` is {}",
-                        shape.seq_len, shape.batch_size
+                        "it has {} sequences of {} tokens, and `batch_size` is {}",
+                        stream.n_windows(),
+                        shape.seq_len,
+                        shape.batch_size
                     ))
                     .fix("lower `-batch_size` or `-lm.unroll`, or give it more text")
                     .into(),
             );
         }
-        let order = Order {
-            stride: batches_per_epoch,
-            n_batches: shape.n_batches.unwrap_or(u64::MAX).min(batches_per_epoch),
-        };
-        let position = position.within(order.n_batches);
+        let n_batches = shape
+            .n_batches
+            .map_or(sampler.n_batches(), |most| most.min(sampler.n_batches()));
+        let position = position.within(n_batches);
         let (sender, queue) = sync_channel(READ_AHEAD);
         std::thread::Builder::new()
             .name("batches".into())
             .spawn(move || {
                 let mut position = position;
                 loop {
-                    let batch = read_batch(&dataset, shape, order, position);
+                    let after = position.next(n_batches);
+                    let batch =
+                        read_batch(&stream, &mut sampler, shape, position).map(|microbatches| {
+                            Batch {
+                                microbatches,
+                                after,
+                            }
+                        });
                     let has_failed = batch.is_err();
-                    position = position.next(order.n_batches);
+                    position = after;
                     // The receiver is gone when training ends.
                     if sender.send(batch).is_err() || has_failed {
                         return;
@@ -157,6 +165,7 @@ impl Batches {
             queue,
             shape,
             position,
+            n_targets: 0,
         })
     }
 
@@ -170,6 +179,7 @@ impl Batches {
                 .why("it reported its reason a step before")
         })??;
         self.position = batch.after;
+        self.n_targets = batch.microbatches.iter().map(|part| part.n_targets).sum();
         Ok(batch.microbatches)
     }
 
@@ -178,61 +188,39 @@ impl Batches {
         &self.shape
     }
 
+    /// Tokens to be predicted in the last consumed batch.
+    pub fn n_targets(&self) -> usize {
+        self.n_targets
+    }
+
     /// Position behind the last consumed batch.
     pub fn position(&self) -> Position {
         self.position
     }
 }
 
-/// Which windows make a batch, and how many batches an epoch has.
-#[derive(Debug, Clone, Copy)]
-struct Order {
-    /// Windows between the same batch's lanes: `n` of the equation above.
-    stride: u64,
-    /// Batches of an epoch, at most `stride`.
-    n_batches: u64,
-}
-
 fn read_batch(
-    dataset: &TokenDatasetClient,
+    stream: &Stream,
+    sampler: &mut Sampler,
     shape: BatchShape,
-    order: Order,
     position: Position,
-) -> Result<Batch, PluginError> {
-    let window = |lane: usize| position.batch + lane as u64 * order.stride;
-    let mut lane = 0;
+) -> Result<Vec<Microbatch>, PluginError> {
+    let windows = sampler.windows(position);
+    let n_targets = stream.n_targets(&windows);
+    let mut rest = &windows[..];
     let mut microbatches = Vec::new();
     for size in shape.microbatch_sizes() {
-        let windows: Vec<u64> = (lane..lane + size).map(window).collect();
-        lane += size;
+        let (part, others) = rest.split_at(size);
+        rest = others;
+        let read = stream.read(part)?;
         microbatches.push(Microbatch {
-            tokens: read_windows(dataset, &windows, shape.seq_len)?,
-            weight: size as f64 / shape.batch_size as f64,
-            is_start: position.batch == 0,
+            tokens: read.tokens_tb,
+            n_targets: read.n_targets,
+            weight: read.n_targets as f64 / n_targets as f64,
+            is_start: position.batch == 0 || !sampler.has_lanes(),
         });
     }
-    Ok(Batch {
-        microbatches,
-        after: position.next(order.n_batches),
-    })
-}
-
-/// Reads windows as int64 `[seq_len + 1, windows]`, time-major.
-///
-/// # Errors
-/// If the data cannot be read.
-pub fn read_windows(
-    dataset: &TokenDatasetClient,
-    windows: &[u64],
-    seq_len: usize,
-) -> Result<Tensor, PluginError> {
-    let mut ids = vec![0_i32; windows.len() * (seq_len + 1)];
-    dataset.read(windows, &mut ids)?;
-    let by_window = Tensor::from_slice(&ids).view([-1, super::int(seq_len) + 1]);
-    Ok(by_window
-        .transpose(0, 1)
-        .to_kind(tch::Kind::Int64)
-        .contiguous())
+    Ok(microbatches)
 }
 
 #[cfg(test)]

@@ -12,11 +12,13 @@ use super::optimizer::Optimizer;
 use super::pretrained;
 use super::regularizers::Regularizers;
 use super::run::{Named, RNG_CPU, RNG_CUDA, Run, Samples};
+use super::sampler::Sampler;
 use super::sampling::Choice;
 use super::scaler::Scaler;
 use super::schedule::Schedule;
 use super::segments::Segments;
 use super::state::{Rows, TrainState};
+use super::stream::Stream;
 use super::throughput::{self, Throughput};
 use crate::args::{Arguments, HostConfig, LogSink, SampleConfig, Speedtest};
 use crate::checkpoint::{Checkpoints, Loaded};
@@ -100,8 +102,8 @@ pub fn build(
     let shape = batch_shape(&blueprint.config, plan.train.seq_len)?;
     let mut subject = site.subject(&plan.model, &data.info, placement)?;
     site.recall(&mut subject, &mut state, shape)?;
-    let train_stream = Arc::clone(&data.train);
-    let batches = Batches::start(train_stream, data.info.n_windows, shape, state.position)?;
+    let sampler = sampler(&blueprint.config, &data.train, state.seed, terminal);
+    let batches = Batches::start(data.train.clone(), sampler, shape, state.position)?;
     state.position = batches.position();
 
     let n_steps = n_steps.unwrap_or(u64::MAX);
@@ -167,8 +169,7 @@ pub fn build(
         is_pretrained: config.pretrained.is_some() && restored.is_none(),
         parameters: subject.parameters,
         args: arguments.raw_map(),
-        samples: samples(plan.prompts, data.train, &config, shape.seq_len),
-        tokens_per_step: (shape.batch_size * shape.seq_len) as u64,
+        samples: samples(plan.prompts, data.tokenizer, &config, shape.seq_len),
         last_saved: restored
             .filter(|loaded| is_below(&loaded.path, &checkpoint_dir))
             .map(|loaded| loaded.snapshot.step),
@@ -228,7 +229,8 @@ pub(crate) struct Site<'a> {
 
 /// The opened streams.
 struct Data {
-    train: Arc<TokenDatasetClient>,
+    tokenizer: Arc<TokenDatasetClient>,
+    train: Stream,
     info: StreamInfo,
     validation: Vec<EvalStream>,
 }
@@ -256,14 +258,16 @@ impl Site<'_> {
     fn data(&self, plan: &TaskPlan) -> Result<Data, PluginError> {
         // Before hours of downloading: a missing model is found out now.
         self.registry.find(ComponentKind::Model, &plan.model)?;
-        let train = self.stream(&plan.train)?;
-        let info = train.info()?;
+        let tokenizer = self.stream(&plan.train)?;
+        let info = tokenizer.info()?;
+        let train = Stream::new(Arc::clone(&tokenizer), size(plan.train.seq_len)?, &info)?;
         let validation = plan
             .validation
             .iter()
             .map(|request| eval_stream(self.stream(request)?, request))
             .collect::<Result<_, PluginError>>()?;
         Ok(Data {
+            tokenizer,
             train,
             info,
             validation,
@@ -456,11 +460,22 @@ fn eval_stream(
     let info = dataset.info()?;
     Ok(EvalStream {
         name: request.name.clone(),
-        dataset,
-        n_windows: info.n_windows,
-        seq_len: size(request.seq_len)?,
+        stream: Stream::new(dataset, size(request.seq_len)?, &info)?,
         utf8_bytes_per_token: info.utf8_bytes_per_token,
     })
+}
+
+/// Which windows make a batch.
+fn sampler(config: &HostConfig, stream: &Stream, seed: u64, terminal: &Terminal) -> Sampler {
+    let batch_size = config.batch_size;
+    if let Some(lengths) = stream.lengths() {
+        return Sampler::documents(Arc::clone(lengths), batch_size, seed, config.is_bucketed);
+    }
+    if config.is_bucketed {
+        let text = "`-length_bucketed_sampling 1` has no effect: all sequences of this stream have one length";
+        terminal.message(crate::log::Level::Warning, text);
+    }
+    Sampler::lanes(stream.n_windows(), batch_size)
 }
 
 fn batch_shape(config: &HostConfig, seq_len: u64) -> Result<BatchShape, PluginError> {

@@ -38,7 +38,7 @@ pub fn dry_run(run: &mut Run) -> Result<String, TrainError> {
     line("steps", steps(first, run.n_steps));
     line("batch", batch(run));
     for stream in &run.validation {
-        let n_tokens = stream.n_windows * stream.seq_len as u64;
+        let n_tokens = stream.stream.n_windows() * stream.stream.seq_len() as u64;
         line(
             "validation",
             format!(
@@ -47,7 +47,7 @@ pub fn dry_run(run: &mut Run) -> Result<String, TrainError> {
             ),
         );
     }
-    let n_tokens = run.tokens_per_step as f64;
+    let n_tokens = run.batches.n_targets() as f64;
     line(
         "arithmetic",
         arithmetic(run.monitor.throughput(), n_tokens, seconds),
@@ -93,7 +93,7 @@ fn batch(run: &Run) -> String {
         "{} sequences of {} tokens, {} tokens a step; microbatches of {}",
         shape.batch_size,
         shape.seq_len,
-        run.tokens_per_step,
+        run.batches.n_targets(),
         sizes.join(", ")
     )
 }

@@ -1,14 +1,13 @@
 //! Validation: token-exact loss over every window of a stream, in the parameters' own precision.
 
-use super::batches::read_windows;
-use super::loss::token_losses;
+use super::loss::{inputs_and_targets, token_losses};
 use super::segments::Segments;
+use super::stream::Stream;
 use super::{TrainError, forward, int};
 use crate::signals::Signals;
 use moeut_plugin_api::ForwardInput;
-use moeut_plugin_api::abi::client::{ModelClient, TokenDatasetClient};
+use moeut_plugin_api::abi::client::ModelClient;
 use moeut_torch::IntoHandle;
-use std::sync::Arc;
 use tch::{Device, Kind};
 
 /// A stream to validate on.
@@ -16,11 +15,7 @@ pub struct EvalStream {
     /// Name in the logs, such as `val`.
     pub name: String,
     /// The data.
-    pub dataset: Arc<TokenDatasetClient>,
-    /// Its windows.
-    pub n_windows: u64,
-    /// Tokens per window.
-    pub seq_len: usize,
+    pub stream: Stream,
     /// UTF-8 bytes of text per token, if known.
     pub utf8_bytes_per_token: Option<f64>,
 }
@@ -71,19 +66,27 @@ fn score(
     signals: &Signals,
 ) -> Result<Option<Scores>, TrainError> {
     let _no_grad = tch::no_grad_guard();
-    let order = Order::new(stream.n_windows, batch_size as u64, segments.is_on());
+    let order = Order::new(
+        stream.stream.n_windows(),
+        batch_size as u64,
+        segments.is_on(),
+    );
     let (mut loss, mut n_right, mut n_tokens) = (0.0, 0.0, 0.0);
     for index in 0..order.n_batches {
         if signals.is_ending() {
             return Ok(None);
         }
         let batch = order.batch(index);
-        let tokens = read_windows(&stream.dataset, &batch.windows, stream.seq_len)?;
-        let tokens = tokens.to_device(device);
+        let tokens_tb = stream
+            .stream
+            .read(&batch.windows)?
+            .tokens_tb
+            .to_device(device);
+        let (inputs, targets) = inputs_and_targets(&tokens_tb);
         let output = forward(
             model,
             ForwardInput {
-                tokens_tb: tokens.narrow(0, 0, int(stream.seq_len)).share(),
+                tokens_tb: inputs.share(),
                 is_training: false,
                 wants_stats: false,
                 past: segments.validation(index == 0),
@@ -91,15 +94,13 @@ fn score(
         )?;
         let n_scored = int(batch.n_scored);
         let logits = output.logits.narrow(1, 0, n_scored);
-        let targets = tokens
-            .narrow(0, 1, int(stream.seq_len))
-            .narrow(1, 0, n_scored);
+        let targets = targets.narrow(1, 0, n_scored);
         loss += token_losses(&logits, &targets)?
             .sum(Kind::Double)
             .double_value(&[]);
         let right = logits.argmax(-1, false).eq_tensor(&targets);
         n_right += right.sum(Kind::Double).double_value(&[]);
-        n_tokens += targets.numel() as f64;
+        n_tokens += stream.stream.n_targets(&batch.windows[..batch.n_scored]) as f64;
     }
     let loss = loss / n_tokens;
     Ok(Some(Scores {

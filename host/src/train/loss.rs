@@ -1,10 +1,11 @@
 //! The loss of next-token prediction: which tokens a model must say, and how surprised it is.
 
+use super::stream::BEHIND_END;
 use moeut_plugin_api::PluginError;
 use moeut_torch::OrPluginError;
 use tch::{Kind, Reduction, Tensor};
 
-/// Cross-entropy of each target, in nats, at least in float32; `[seq_len · batch]`.
+/// Cross-entropy of each target, in nats, at least in float32; `[seq_len · batch]`. 0 behind the end of a document.
 ///
 /// # Errors
 /// If memory does not suffice: it is the largest tensor of a step.
@@ -22,23 +23,30 @@ pub(super) fn token_losses(
                 &targets_tb.f_reshape([-1])?,
                 None::<&Tensor>,
                 Reduction::None,
-                -100,
+                BEHIND_END,
                 0.0,
             )
         })
         .or_plugin_error("the loss cannot be computed")
 }
 
-/// The mean of [`token_losses`], a scalar.
-pub(super) fn mean_loss(logits_tbv: &Tensor, targets_tb: &Tensor) -> Result<Tensor, PluginError> {
+/// The mean of [`token_losses`] over the `n_targets` that are not behind the end of a document; a scalar.
+pub(super) fn mean_loss(
+    logits_tbv: &Tensor,
+    targets_tb: &Tensor,
+    n_targets: usize,
+) -> Result<Tensor, PluginError> {
     let losses = token_losses(logits_tbv, targets_tb)?;
-    Ok(losses.mean(losses.kind()))
+    Ok(losses.sum(losses.kind()) / n_targets as f64)
 }
 
-/// Cuts `[seq_len + 1, batch]` into what the model sees and what it must say.
-pub(super) fn inputs_and_targets(tokens: &Tensor) -> (Tensor, Tensor) {
-    let seq_len = tokens.size()[0] - 1;
-    (tokens.narrow(0, 0, seq_len), tokens.narrow(0, 1, seq_len))
+/// Cuts `[seq_len + 1, batch]` into what the model sees, with token 0 behind the end of a document, and what it must say.
+pub(super) fn inputs_and_targets(tokens_tb: &Tensor) -> (Tensor, Tensor) {
+    let seq_len = tokens_tb.size()[0] - 1;
+    (
+        tokens_tb.narrow(0, 0, seq_len).clamp_min(0),
+        tokens_tb.narrow(0, 1, seq_len),
+    )
 }
 
 /// The wider of two floating-point types.

@@ -15,12 +15,14 @@ mod post_mortem;
 pub mod pretrained;
 pub mod regularizers;
 pub mod run;
+pub mod sampler;
 pub mod sampling;
 pub mod scaler;
 pub mod schedule;
 pub mod segments;
 pub mod state;
 mod stats;
+pub mod stream;
 pub mod throughput;
 pub mod timing;
 pub mod validation;
@@ -119,7 +121,7 @@ fn forward_backward(run: &mut Run, batch: &[Microbatch]) -> Result<StepStats, Tr
             };
             forward(&mut run.model, input)?
         };
-        let loss = mean_loss(&output.logits, &targets)?;
+        let loss = mean_loss(&output.logits, &targets, microbatch.n_targets)?;
         run.inspector.output(index, &output, &loss);
         let regularizers = run
             .regularizers

@@ -84,7 +84,6 @@ pub struct Run {
     pub(super) parameters: Vec<(String, Tensor)>,
     pub(super) args: BTreeMap<String, String>,
     pub(super) samples: Samples,
-    pub(super) tokens_per_step: u64,
     pub(super) last_saved: Option<u64>,
 }
 
@@ -133,7 +132,7 @@ impl Run {
     /// Notes that a step is done.
     pub fn advance(&mut self) {
         self.state.step += 1;
-        self.state.n_tokens += self.tokens_per_step;
+        self.state.n_tokens += self.batches.n_targets() as u64;
         self.state.position = self.batches.position();
         for warning in self
             .checkpoints

@@ -120,6 +120,16 @@ impl Uniform {
         Self(seed)
     }
 
+    /// A number of `0..n`; the bias of at most `n / 2⁵³` is of no concern here.
+    #[expect(
+        clippy::cast_possible_truncation,
+        clippy::cast_sign_loss,
+        reason = "a number below `n`"
+    )]
+    pub fn below(&mut self, n: usize) -> usize {
+        ((self.next() * n as f64) as usize).min(n.saturating_sub(1))
+    }
+
     /// The next number in `[0, 1)`.
     fn next(&mut self) -> f64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);

@@ -198,7 +198,7 @@ fn an_unknown_profile() {
     --- stdout
     --- stderr
     Error:   × unknown profile `dmeo`
-      ╰─▶ known profiles: `demo`
+      ╰─▶ known profiles: `demo`, `small`
       help: run `moeut-host --help` with this `-task` for its profiles
     ");
 }

@@ -37,6 +37,7 @@ const ARGS: &[&str] = &[
     "-data.cache_dir", "cache",
     "-sentencepiece.n_pieces", "300",
     "-lmds.valid_ratio", "1e-5",
+    "-lm.eval.enabled", "0",
     "-lm.unroll", "16",
     "-batch_size", "4",
     "-state_size", "16",

@@ -1,7 +1,7 @@
 //! The argument table: the reference's flags and defaults beside the fields of [`crate::config::Config`].
 
 use moeut_nn::lm::SHELL_ARGS;
-use moeut_plugin_api::{ArgKind, ArgSpec};
+use moeut_plugin_api::{ArgKind, ArgSpec, joined};
 
 /// All arguments of the model.
 pub(crate) const ARGS: &[ArgSpec] =
