@@ -16,13 +16,15 @@ mod pth;
 mod running;
 mod sandbox;
 mod tiny;
+mod web;
 
 pub use build::{Flavor, build_as, build_crate, cached_data, shared_data, staged_plugins};
 pub use metrics::{checkpoint_files, losses, steps_seen};
 pub use pth::{RawTensor, RawTensors, ReferenceRun, read_safetensors};
 pub use running::Running;
 pub use sandbox::{DEADLINE, Outcome, Sandbox, patch, read, wait_until};
-pub use tiny::{Args, tiny};
+pub use tiny::{Args, tiny, tiny_on};
+pub use web::{Fault, Request, Web};
 
 /// The plugin file of the main task.
 pub const TASK: &str = "libmoeut_task_moeut_c4.so";

@@ -1,15 +1,13 @@
-//! The smallest run that learns: the embedded corpus and a model of 40,000 parameters; a step takes milliseconds.
+//! The smallest run that learns: a model of 40,000 parameters; a step takes milliseconds.
 
 use crate::cached_data;
 
 /// Arguments of every training test; a later argument wins.
 #[rustfmt::skip] // one argument a line
 const TINY: &[&str] = &[
-    "-task", "moeut_c4",
     "-seed", "1",
     "-gpu", "none",
     "-threads", "1",
-    "-data.source", "embedded",
     "-sentencepiece.n_pieces", "500",
     "-lmds.valid_ratio", "1e-6",
     "-lm.eval.enabled", "0",
@@ -38,14 +36,19 @@ impl Args {
     }
 }
 
-/// A tiny run called `name`, with `more` arguments.
+/// A tiny run called `name` on the embedded corpus, with `more` arguments.
 pub fn tiny(name: &str, more: &[&str]) -> Args {
     let cache = cached_data();
     let cache = cache.to_str().expect("the path is UTF-8");
-    let own = ["-name", name, "-data.cache_dir", cache];
+    let embedded = ["-data.source", "embedded", "-data.cache_dir", cache];
+    tiny_on("moeut_c4", name, &[&embedded, more].concat())
+}
+
+/// A tiny run of a task, whose data `more` must say; its cache is in the working folder.
+pub fn tiny_on(task: &str, name: &str, more: &[&str]) -> Args {
     Args(
         TINY.iter()
-            .chain(&own)
+            .chain(&["-task", task, "-name", name])
             .chain(more)
             .map(|&arg| arg.to_owned())
             .collect(),
