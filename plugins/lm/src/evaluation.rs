@@ -5,32 +5,39 @@
 use moeut_plugin_api::{ArgSpec, EvaluationRequest};
 use serde::Deserialize;
 
-/// The table that fills [`Evaluations`], below `evaluations`.
+/// Rows of [`args`].
+pub const N_ARGS: usize = 18;
+
+/// The table that fills [`Evaluations`], below `evaluations`. Whether anything is scored if nobody says so is a matter of
+/// the task: `1` is the reference's default.
 ///
 /// # Source
 /// Reference code `tasks/lm_eval_mixin.py`; LAMBADA is on with the whole, as there.
-pub const ARGS: &[ArgSpec] = &[
-    ArgSpec::flag("lm.eval.enabled", "1")
-        .field("evaluations.is_enabled")
-        .help("Score LAMBADA, and the sets that are enabled below, with each validation"),
-    set_flag("lm.eval.blimp.enabled", "1").field("evaluations.blimp.is_enabled"),
-    set_flag("lm.eval.cbt.enabled", "0").field("evaluations.cbt.is_enabled"),
-    set_flag("lm.eval.hellaswag.enabled", "0").field("evaluations.hellaswag.is_enabled"),
-    set_flag("lm.eval.piqa.enabled", "0").field("evaluations.piqa.is_enabled"),
-    set_flag("lm.eval.ai2arc.enabled", "0").field("evaluations.ai2arc.is_enabled"),
-    multiplier("lm.eval.lambada.batch_mul", "1").field("evaluations.lambada.batch_multiplier"),
-    multiplier("lm.eval.blimp.batch_mul", "16").field("evaluations.blimp.batch_multiplier"),
-    multiplier("lm.eval.cbt.batch_mul", "1").field("evaluations.cbt.batch_multiplier"),
-    multiplier("lm.eval.hellaswag.batch_mul", "16").field("evaluations.hellaswag.batch_multiplier"),
-    multiplier("lm.eval.piqa.batch_mul", "16").field("evaluations.piqa.batch_multiplier"),
-    multiplier("lm.eval.ai2arc.batch_mul", "4").field("evaluations.ai2arc.batch_multiplier"),
-    end_only("lm.eval.lambada.end_only", "0").field("evaluations.lambada.is_end_only"),
-    end_only("lm.eval.blimp.end_only", "0").field("evaluations.blimp.is_end_only"),
-    end_only("lm.eval.cbt.end_only", "1").field("evaluations.cbt.is_end_only"),
-    end_only("lm.eval.hellaswag.end_only", "0").field("evaluations.hellaswag.is_end_only"),
-    end_only("lm.eval.piqa.end_only", "0").field("evaluations.piqa.is_end_only"),
-    end_only("lm.eval.ai2arc.end_only", "0").field("evaluations.ai2arc.is_end_only"),
-];
+pub const fn args(is_enabled: &'static str) -> [ArgSpec; N_ARGS] {
+    [
+        ArgSpec::flag("lm.eval.enabled", is_enabled)
+            .field("evaluations.is_enabled")
+            .help("Score LAMBADA, and the sets that are enabled below, with each validation"),
+        set_flag("lm.eval.blimp.enabled", "1").field("evaluations.blimp.is_enabled"),
+        set_flag("lm.eval.cbt.enabled", "0").field("evaluations.cbt.is_enabled"),
+        set_flag("lm.eval.hellaswag.enabled", "0").field("evaluations.hellaswag.is_enabled"),
+        set_flag("lm.eval.piqa.enabled", "0").field("evaluations.piqa.is_enabled"),
+        set_flag("lm.eval.ai2arc.enabled", "0").field("evaluations.ai2arc.is_enabled"),
+        multiplier("lm.eval.lambada.batch_mul", "1").field("evaluations.lambada.batch_multiplier"),
+        multiplier("lm.eval.blimp.batch_mul", "16").field("evaluations.blimp.batch_multiplier"),
+        multiplier("lm.eval.cbt.batch_mul", "1").field("evaluations.cbt.batch_multiplier"),
+        multiplier("lm.eval.hellaswag.batch_mul", "16")
+            .field("evaluations.hellaswag.batch_multiplier"),
+        multiplier("lm.eval.piqa.batch_mul", "16").field("evaluations.piqa.batch_multiplier"),
+        multiplier("lm.eval.ai2arc.batch_mul", "4").field("evaluations.ai2arc.batch_multiplier"),
+        end_only("lm.eval.lambada.end_only", "0").field("evaluations.lambada.is_end_only"),
+        end_only("lm.eval.blimp.end_only", "0").field("evaluations.blimp.is_end_only"),
+        end_only("lm.eval.cbt.end_only", "1").field("evaluations.cbt.is_end_only"),
+        end_only("lm.eval.hellaswag.end_only", "0").field("evaluations.hellaswag.is_end_only"),
+        end_only("lm.eval.piqa.end_only", "0").field("evaluations.piqa.is_end_only"),
+        end_only("lm.eval.ai2arc.end_only", "0").field("evaluations.ai2arc.is_end_only"),
+    ]
+}
 
 const fn set_flag(name: &'static str, default: &'static str) -> ArgSpec {
     ArgSpec::flag(name, default).help("Score this set, too")
@@ -115,7 +122,7 @@ mod tests {
     }
 
     fn requests(given: &[(&str, &str)]) -> Vec<EvaluationRequest> {
-        moeut_plugin_api::testing::config::<Config>(ARGS, given)
+        moeut_plugin_api::testing::config::<Config>(&args("1"), given)
             .evaluations
             .requests()
     }

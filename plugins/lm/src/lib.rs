@@ -31,9 +31,13 @@ pub struct LmConfig {
     evaluations: Evaluations,
 }
 
-/// The table that fills [`LmConfig`].
+/// The table that fills [`LmConfig`], for the paper's corpora.
 pub const ARGS: &[ArgSpec] =
-    &joined::<_, { OWN.len() + evaluation::ARGS.len() }>(OWN, evaluation::ARGS);
+    &joined::<_, { OWN.len() + evaluation::N_ARGS }>(OWN, &evaluation::args("1"));
+
+/// The same for text of a user's own: downstream evaluations, whose files have to be fetched, are only made on request.
+pub const OWN_TEXT_ARGS: &[ArgSpec] =
+    &joined::<_, { OWN.len() + evaluation::N_ARGS }>(OWN, &evaluation::args("0"));
 
 const OWN: &[ArgSpec] = &[
     ArgSpec::text("transformer.variant", "preln_moe_universal")
@@ -150,6 +154,7 @@ impl LmConfig {
 ///         aliases: [],
 ///         summary: "Language modelling on verses",
 ///         data: moeut_lm::Data { dataset: "text_files", n_validation_tokens: None },
+///         args: moeut_lm::OWN_TEXT_ARGS,
 ///         profiles: [],
 ///     }
 /// }
@@ -162,6 +167,7 @@ macro_rules! lm_task {
         aliases: [$($alias:literal),*],
         summary: $summary:literal,
         data: $data:expr,
+        args: $args:expr,
         profiles: [$($profile:expr),* $(,)?] $(,)?
     }) => {
         moeut_plugin_api::register_task!($task);
@@ -173,7 +179,7 @@ macro_rules! lm_task {
             const NAME: &'static str = $name;
             const ALIASES: &'static [&'static str] = &[$($alias),*];
             const SUMMARY: &'static str = $summary;
-            const ARGS: &'static [moeut_plugin_api::ArgSpec] = $crate::ARGS;
+            const ARGS: &'static [moeut_plugin_api::ArgSpec] = $args;
             const PROFILES: &'static [moeut_plugin_api::Profile] = &[$($profile),*];
             type Config = $crate::LmConfig;
 

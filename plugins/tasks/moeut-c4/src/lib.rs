@@ -18,6 +18,7 @@ moeut_lm::lm_task! {
         aliases: ["c4_transformer"],
         summary: "Language modelling with MoEUT on C4",
         data: DATA,
+        args: moeut_lm::ARGS,
         profiles: [
             Profile {
                 name: "demo",

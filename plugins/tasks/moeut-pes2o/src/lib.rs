@@ -17,6 +17,7 @@ moeut_lm::lm_task! {
         aliases: ["pes2o_transformer"],
         summary: "Language modelling with MoEUT on peS2o",
         data: DATA,
+        args: moeut_lm::ARGS,
         profiles: [SMALL_PROFILE],
     }
 }

@@ -17,6 +17,7 @@ moeut_lm::lm_task! {
         aliases: ["slimpajama_transformer"],
         summary: "Language modelling with MoEUT on SlimPajama",
         data: DATA,
+        args: moeut_lm::ARGS,
         profiles: [SMALL_PROFILE],
     }
 }

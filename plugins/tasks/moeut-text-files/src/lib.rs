@@ -16,6 +16,7 @@ moeut_lm::lm_task! {
         aliases: [],
         summary: "Language modelling with MoEUT on text files of your own",
         data: DATA,
+        args: moeut_lm::OWN_TEXT_ARGS,
         profiles: [SMALL_PROFILE],
     }
 }

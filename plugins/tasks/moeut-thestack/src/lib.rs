@@ -17,6 +17,7 @@ moeut_lm::lm_task! {
         aliases: ["thestack_transformer"],
         summary: "Language modelling with MoEUT on The Stack",
         data: DATA,
+        args: moeut_lm::ARGS,
         profiles: [SMALL_PROFILE],
     }
 }
