@@ -6,7 +6,6 @@
 //! Python that texts must be built with to be those of the reference, [`error`] is what a user hears.
 
 pub mod archive;
-mod download;
 pub mod error;
 pub mod file;
 pub mod published;

@@ -8,12 +8,11 @@ use std::{
 };
 
 use moeut_plugin_api::{ArgSpec, Host, LogLevel, PluginError};
-use moeut_text::{Progress, Watch};
+use moeut_text::{Progress, Watch, download::fetch};
 use serde::Deserialize;
 
 use crate::{
     archive::{is_meant, tar_gz_members, zip_members},
-    download::fetch,
     error::ChoicesError,
     file::SetFile,
     questions::Questions,
@@ -251,7 +250,11 @@ fn report(host: &Host, news: &Progress) {
                 path.display()
             ),
         ),
+        Progress::Downloading { url, done, total } => {
+            host.progress(&format!("downloading {url}"), *done, *total);
+        }
         Progress::Warning(text) => host.log(LogLevel::Warning, text),
+        // `Progress` is open, and the rest of it is about tokens.
         _ => {}
     }
 }
