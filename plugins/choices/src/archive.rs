@@ -11,7 +11,7 @@ use crate::{error::ChoicesError, file::SetFile};
 
 /// Members of an archive; the published ones have less than a hundred.
 const MAX_MEMBERS: usize = 100_000;
-/// Bytes of the members that are kept: 1 GiB, thirty times those of BLiMP.
+/// Bytes of the members that are kept: 1 GiB, thirty times the largest published ones.
 const MAX_KEPT_BYTES: u64 = 1 << 30;
 /// Bytes of an unpacked tar archive, most of which are passed over: 8 GiB, several times `CBTest.tgz`.
 const MAX_TAR_BYTES: u64 = 8 << 30;

@@ -11,7 +11,15 @@ use moeut_text::TextError;
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum ChoicesError {
-    /// A folder or file of `-data.dir` cannot be read.
+    /// The folder that the user names cannot be read.
+    #[error("{source}")]
+    Folder {
+        /// Which.
+        dir: PathBuf,
+        /// The system's answer.
+        source: io::Error,
+    },
+    /// A file that was found cannot be read.
     #[error("cannot read `{}`: {source}", path.display())]
     Io {
         /// Which.
@@ -20,7 +28,7 @@ pub enum ChoicesError {
         source: io::Error,
     },
     /// A file is neither in the folder nor below it.
-    #[error("`{}` has no file named {}", dir.display(), join(names))]
+    #[error("no file in `{}` or below is named {}", dir.display(), join(names))]
     Missing {
         /// The set.
         set: &'static str,
@@ -78,7 +86,7 @@ pub enum ChoicesError {
         url: &'static str,
     },
     /// Every question was left out.
-    #[error("its files have {n_skipped} questions, and its rules leave all of them out")]
+    #[error("its rules leave out all questions of its files: {n_skipped}")]
     NothingLeft {
         /// The set.
         set: &'static str,
@@ -99,7 +107,8 @@ impl ChoicesError {
     /// What failed, in the user's words.
     pub fn what(&self) -> String {
         match self {
-            Self::Io { .. } => "`-data.dir` cannot be searched for questions".to_owned(),
+            Self::Folder { dir, .. } => format!("`-data.dir {}` cannot be used", dir.display()),
+            Self::Io { .. } => "a file of questions cannot be read".to_owned(),
             Self::Missing { set, .. } => format!("the questions of `{set}` are missing"),
             Self::Twice { set, .. } => format!("the questions of `{set}` are there twice"),
             Self::NotInArchive { .. } | Self::BadLine { .. } | Self::BadFile { .. } => {
@@ -113,12 +122,13 @@ impl ChoicesError {
     /// Something to do about it.
     pub fn help(&self) -> String {
         match self {
-            Self::Io { path, .. } => format!(
-                "name a folder that you may read, check it with `ls -l {}`",
-                path.display()
-            ),
+            Self::Folder { .. } => {
+                "name a folder that you may read, or leave out `-data.dir` to have files downloaded"
+                    .to_owned()
+            }
+            Self::Io { path, .. } => format!("check it with `ls -l {}`", path.display()),
             Self::Missing { url, .. } => format!(
-                "put it there, it is published as {url}; or leave out `-data.dir` to have it downloaded"
+                "get it from {url} and put it there, or leave out `-data.dir` to have it downloaded"
             ),
             Self::Twice { .. } => {
                 "name a folder with one of them only, or move the other one away".to_owned()

@@ -67,12 +67,13 @@ impl SetFile {
         let text = match str::from_utf8(&self.bytes) {
             Ok(text) => text.strip_prefix('\u{feff}').unwrap_or(text),
             Err(error) => {
-                let (whole, rest) = self.bytes.split_at(error.valid_up_to());
-                let start = whole.iter().rposition(|&byte| byte == b'\n');
-                let number = 1 + whole.iter().filter(|&&byte| byte == b'\n').count();
-                let line = [&whole[start.map_or(0, |end| end + 1)..], rest].concat();
-                let text = String::from_utf8_lossy(&line[..line.len().min(4 * N_EXCERPT)]);
-                return Err(self.bad_line(number, &text, "it is not UTF-8".to_owned()));
+                let bytes = &self.bytes[error.valid_up_to()..];
+                let start = String::from_utf8_lossy(&self.bytes[..error.valid_up_to()]);
+                let number = start.matches('\n').count() + 1;
+                let line = start.rsplit('\n').next().unwrap_or_default();
+                let rest = String::from_utf8_lossy(&bytes[..bytes.len().min(N_EXCERPT)]);
+                let reason = "it is not UTF-8".to_owned();
+                return Err(self.bad_line(number, &format!("{line}{rest}"), reason));
             }
         };
         if text.trim().is_empty() {

@@ -87,34 +87,30 @@ impl Published {
         cache_dir: &Path,
         watch: Watch<'_>,
     ) -> Result<Vec<SetFile>, ChoicesError> {
-        match dir {
-            Some(dir) => {
-                let found = search(dir, self.files, watch)?;
-                let files = found.iter().map(|path| self.read_file(path));
-                self.in_order(files.collect::<Result<_, _>>()?, |names, url| {
-                    ChoicesError::Missing {
-                        set: self.set,
-                        dir: dir.to_owned(),
-                        names,
-                        url,
-                    }
-                })
-            }
-            None => {
-                let folder = cache_dir.join(self.cache_folder);
-                let mut files = Vec::new();
-                for url in self.urls {
-                    let path = folder.join(last_part(url));
-                    fetch(url, &path, watch)?;
-                    files.extend(self.read_download(&path, url, watch)?);
-                }
-                self.in_order(files, |names, url| ChoicesError::NotInArchive {
-                    archive: folder.join(last_part(url)),
+        if let Some(dir) = dir {
+            let found = search(dir, self.files, watch)?;
+            let files = found.iter().map(|path| self.read_file(path));
+            return self.in_order(files.collect::<Result<_, _>>()?, |names, url| {
+                ChoicesError::Missing {
+                    set: self.set,
+                    dir: dir.to_owned(),
                     names,
                     url,
-                })
-            }
+                }
+            });
         }
+        let folder = cache_dir.join(self.cache_folder);
+        let mut files = Vec::new();
+        for url in self.urls {
+            let path = folder.join(last_part(url));
+            fetch(url, &path, watch)?;
+            files.extend(self.read_download(&path, url, watch)?);
+        }
+        self.in_order(files, |names, url| ChoicesError::NotInArchive {
+            archive: folder.join(last_part(url)),
+            names,
+            url,
+        })
     }
 
     /// Where the file at a position of [`Published::files`] is published: by itself, or in an archive of them all.
@@ -211,8 +207,8 @@ fn search(dir: &Path, names: &[&str], watch: Watch<'_>) -> Result<Vec<PathBuf>, 
         let mut paths = match entries {
             Ok(paths) => paths,
             Err(source) if folder == dir => {
-                return Err(ChoicesError::Io {
-                    path: folder,
+                return Err(ChoicesError::Folder {
+                    dir: folder,
                     source,
                 });
             }
@@ -261,6 +257,13 @@ fn report(host: &Host, news: &Progress) {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::{Arc, Mutex};
+
+    use moeut_plugin_api::{
+        DType, Device, HostInfo,
+        abi::client::{HostServices, KernelClient, host_in_process},
+    };
+
     use super::*;
 
     const PAIR: Published = Published {
@@ -316,8 +319,8 @@ mod tests {
             parts(&read(&PAIR, dir).unwrap_err(), dir),
             [
                 "the questions of `pair` are missing",
-                "`DIR` has no file named `valid-*.lst`",
-                "put it there, it is published as https://a/valid-labels.lst; or leave out `-data.dir` to have it downloaded"
+                "no file in `DIR` or below is named `valid-*.lst`",
+                "get it from https://a/valid-labels.lst and put it there, or leave out `-data.dir` to have it downloaded"
             ]
         );
         let any = Published {
@@ -328,7 +331,7 @@ mod tests {
         fs::remove_file(dir.join("valid.jsonl")).unwrap();
         let error = read(&any, dir).unwrap_err().to_string();
         assert!(
-            error.ends_with("no file named `valid.jsonl` or `valid-*.lst`"),
+            error.ends_with(" is named `valid.jsonl` or `valid-*.lst`"),
             "{error}"
         );
     }
@@ -356,11 +359,82 @@ mod tests {
         assert_eq!(
             parts(&read(&PAIR, &dir).unwrap_err(), &dir),
             [
-                "`-data.dir` cannot be searched for questions",
-                "cannot read `DIR`: No such file or directory (os error 2)",
-                "name a folder that you may read, check it with `ls -l DIR`"
+                "`-data.dir DIR` cannot be used",
+                "No such file or directory (os error 2)",
+                "name a folder that you may read, or leave out `-data.dir` to have files downloaded"
             ]
         );
+    }
+
+    /// A host that keeps what it is told.
+    struct Listener {
+        cache_dir: PathBuf,
+        is_cancelled: bool,
+        news: Mutex<Vec<String>>,
+    }
+
+    impl HostServices for Listener {
+        fn info(&self) -> HostInfo {
+            HostInfo {
+                cache_dir: self.cache_dir.clone(),
+                n_threads: 1,
+                compat: false,
+            }
+        }
+
+        fn log(&self, _: LogLevel, text: &str) {
+            self.news.lock().unwrap().push(text.to_owned());
+        }
+
+        fn progress(&self, label: &str, done: u64, total: u64) {
+            self.log(LogLevel::Info, &format!("{label} {done}/{total}"));
+        }
+
+        fn is_cancelled(&self) -> bool {
+            self.is_cancelled
+        }
+
+        fn kernel(&self, _: &str, _: Device, _: DType) -> Result<KernelClient, PluginError> {
+            Err(PluginError::new("no kernels"))
+        }
+    }
+
+    #[test]
+    fn the_host_listens_stops_and_hears_when_nothing_is_left() {
+        let folder = tempfile::tempdir().unwrap();
+        write(folder.path(), "valid.jsonl", "questions");
+        write(folder.path(), "valid-labels.lst", "labels");
+        let open = |is_cancelled| {
+            let listener = Arc::new(Listener {
+                cache_dir: folder.path().join("cache"),
+                is_cancelled,
+                news: Mutex::default(),
+            });
+            let services: Arc<dyn HostServices> = listener.clone();
+            let host = host_in_process(&services).unwrap();
+            let opened = PAIR.open(Some(folder.path()), &host, |_, watch| {
+                watch.tell(Progress::Warning("two are odd".to_owned()));
+                watch.tell(Progress::Downloading {
+                    url: "https://a".to_owned(),
+                    done: 1,
+                    total: 2,
+                });
+                Ok(Questions {
+                    n_skipped: 2,
+                    ..Questions::default()
+                })
+            });
+            (opened.unwrap_err(), listener.news.lock().unwrap().clone())
+        };
+        let (error, news) = open(false);
+        assert_eq!(news, ["two are odd", "downloading https://a 1/2"]);
+        assert_eq!(error.what, "`pair` has no questions");
+        assert_eq!(
+            error.why,
+            "its rules leave out all questions of its files: 2"
+        );
+        let (error, news) = open(true);
+        assert_eq!((&*error.why, news.len()), ("the run was cancelled", 0));
     }
 
     /// A download that is there is not fetched again, so these need no network.

@@ -30,7 +30,7 @@ mod tests {
 
     use super::*;
 
-    /// Results of CPython 3.11.
+    /// Results of Python 3.11.
     #[test]
     fn capitalized_texts_are_those_of_python() {
         for (text, capitalized) in [

@@ -71,6 +71,7 @@ struct Choice {
 fn read(files: &[SetFile]) -> Result<Questions, ChoicesError> {
     let mut questions = Questions::default();
     for file in files {
+        let group = file.name.strip_suffix("-Test.jsonl").unwrap_or(&file.name);
         for row in file.rows::<Row>()? {
             let (line, row) = row?;
             let Stem { stem, choices } = row.question;
@@ -86,7 +87,7 @@ fn read(files: &[SetFile]) -> Result<Questions, ChoicesError> {
             }
             let options = choices.iter().map(|choice| format!(" {}", choice.text));
             questions.list.push(Question {
-                group: file.name.trim_end_matches("-Test.jsonl").to_owned(),
+                group: group.to_owned(),
                 prefix: format!("Question: {stem}\nAnswer:"),
                 options: options.collect(),
                 answer,

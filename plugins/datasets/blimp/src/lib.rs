@@ -70,7 +70,7 @@ fn read(files: &[SetFile], watch: Watch<'_>) -> Result<Questions, ChoicesError> 
         }
         members.sort_by(|a, b| a.name.cmp(&b.name));
         for member in &members {
-            let group = member.name.trim_end_matches(".jsonl");
+            let group = member.name.strip_suffix(".jsonl").unwrap_or(&member.name);
             for row in member.rows::<Row>()? {
                 let (_, row) = row?;
                 questions.list.push(Question {

@@ -115,12 +115,12 @@ fn read(
     questions.n_skipped = n_malformed + n_long;
     if n_malformed > 0 {
         watch.tell(Progress::Warning(format!(
-            "`cbt` leaves {n_malformed} questions out that do not have {N_OPTIONS} different options"
+            "`cbt` leaves out questions that do not have {N_OPTIONS} different options: {n_malformed}"
         )));
     }
     if let Some(max_words) = max_words.filter(|_| n_long > 0) {
         watch.tell(Progress::Warning(format!(
-            "`cbt` leaves {n_long} questions out that are longer than {max_words} words"
+            "`cbt` leaves out questions longer than {max_words} words: {n_long}"
         )));
     }
     Ok(questions)
@@ -260,7 +260,7 @@ mod tests {
         let file = set_file("cbtest_V_test_3ex.txt", text.as_bytes());
         let questions = read(&[file], None, watch).unwrap();
         assert_eq!((questions.list.len(), questions.n_skipped), (1, 2));
-        let text = "`cbt` leaves 2 questions out that do not have 10 different options";
+        let text = "`cbt` leaves out questions that do not have 10 different options: 2";
         assert_eq!(*warnings.borrow(), [Progress::Warning(text.to_owned())]);
     }
 

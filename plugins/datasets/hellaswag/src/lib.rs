@@ -28,7 +28,7 @@ struct Config {
     clean: Clean,
 }
 
-/// What becomes of tags in brackets, artifacts of WikiHow; `[title]` is always the end of a sentence.
+/// What becomes of tags in brackets, which come from how-to pages; `[title]` is always the end of a sentence.
 #[derive(Debug, Clone, Copy, Deserialize)]
 #[serde(rename_all = "snake_case")]
 enum Clean {
@@ -188,7 +188,7 @@ mod tests {
         }
     }
 
-    /// Results of CPython's `re.sub` with the two expressions.
+    /// Results of Python's `re.sub` with the two expressions.
     #[test]
     fn what_is_deleted_is_what_the_expressions_delete() {
         for (text, reference, brackets) in [

@@ -1,6 +1,6 @@
 //! `lambada`: passages of novels whose last word needs the whole passage to be guessed.
 //!
-//! This hands out the passages, in the form in which OpenAI published them; the rule that judges the last word is the
+//! This hands out the passages, in the form published with GPT-2; the rule that judges the last word is the
 //! host's.
 
 use moeut_choices::{ChoicesError, DATA_DIR, DataDir, Published, Questions, SetFile};

@@ -80,11 +80,10 @@ fn read(files: &[SetFile]) -> Result<Questions, ChoicesError> {
         });
     }
     if answers.len() != questions.list.len() {
+        let (n_labels, n_questions) = (answers.len(), questions.list.len());
         return Err(labels.is_bad(format!(
-            "has {} labels, but `{}` has {} questions",
-            answers.len(),
-            rows.place,
-            questions.list.len()
+            "does not fit `{}`: labels {n_labels}, questions {n_questions}",
+            rows.place
         )));
     }
     Ok(questions)
@@ -134,7 +133,7 @@ mod tests {
             ),
             (
                 "0\n1\n",
-                "`labels` has 2 labels, but `valid` has 1 questions",
+                "`labels` does not fit `valid`: labels 2, questions 1",
             ),
             ("\n", "`labels` is empty"),
         ] {
@@ -143,7 +142,7 @@ mod tests {
         let twice = format!("{LINE}\n{LINE}");
         assert_eq!(
             why(read_texts(twice.as_bytes(), "0")),
-            "`labels` has 1 labels, but `valid` has 2 questions"
+            "`labels` does not fit `valid`: labels 1, questions 2"
         );
     }
 
