@@ -62,6 +62,32 @@ pub enum TextError {
         url: String,
         /// The HTTP status.
         status: u16,
+        /// Whether there is a token of the hub to send.
+        has_token: bool,
+    },
+    /// The hub is to be left alone.
+    #[error("`{url}` is not on this machine, and `HF_HUB_OFFLINE` is set")]
+    Offline {
+        /// The address.
+        url: String,
+    },
+    /// The file is another one than when its reading began.
+    #[error("`{url}` changed on the server when {position} bytes of it had been read")]
+    FileChanged {
+        /// The address.
+        url: String,
+        /// Bytes read of the file that it was.
+        position: u64,
+    },
+    /// A downloaded file is not the one that the server announced.
+    #[error("`{url}` has SHA-256 {found}, but the server announced {expected}")]
+    Checksum {
+        /// The address.
+        url: String,
+        /// Of what was received.
+        found: String,
+        /// Of what should have been.
+        expected: String,
     },
     /// The connection failed again and again.
     #[error("`{url}` failed {attempts} times in a row at byte {position}: {reason}")]
@@ -147,13 +173,25 @@ impl TextError {
         }
     }
 
+    /// The error that a download hides in its reader's, or else one about reading `file`.
+    pub(crate) fn from_reader(error: io::Error, file: &str) -> Self {
+        match error.downcast::<Self>() {
+            Ok(inner) => inner,
+            Err(source) => Self::io("read", Path::new(file), source),
+        }
+    }
+
     /// What failed, in the user's words.
     pub fn what(&self) -> &'static str {
         match self {
             Self::Io { .. } => "a file of the dataset cannot be used",
             Self::BrokenShard { .. } | Self::MalformedLine { .. } => "a shard of text is damaged",
             Self::NoShards { .. } => "the dataset has no text",
-            Self::HttpStatus { .. } | Self::Network { .. } => "the dataset cannot be downloaded",
+            Self::HttpStatus { .. }
+            | Self::Network { .. }
+            | Self::Offline { .. }
+            | Self::FileChanged { .. }
+            | Self::Checksum { .. } => "the dataset cannot be downloaded",
             Self::BadModel { .. } | Self::VocabSize { .. } => "the tokenizer cannot be used",
             Self::Train { .. } => "the tokenizer cannot be trained",
             Self::Encode { .. } | Self::IdOutOfRange { .. } => "the text cannot be tokenized",
@@ -177,8 +215,20 @@ impl TextError {
             Self::NoShards { pattern, split, .. } => {
                 format!("put at least one {split} shard there, named like `{pattern}`")
             }
-            Self::HttpStatus { status: 401 | 403, .. } => {
+            Self::HttpStatus { status: 401 | 403, has_token: false, .. } => {
                 "accept the dataset's terms on its page, then `export HF_TOKEN=…` with a token that may read it".to_owned()
+            }
+            Self::HttpStatus { status: 401 | 403, .. } => {
+                "accept the dataset's terms on its page, and check that the token of `HF_TOKEN` is valid and may read it"
+                    .to_owned()
+            }
+            Self::Offline { .. } => {
+                "`unset HF_HUB_OFFLINE`, or download the files elsewhere and name their folder".to_owned()
+            }
+            Self::FileChanged { .. } => "start again: the file is then read from its beginning".to_owned(),
+            Self::Checksum { .. } => {
+                "start again: the file is then downloaded anew; if it stays wrong, `export HF_ENDPOINT=https://…` with another mirror"
+                    .to_owned()
             }
             Self::HttpStatus { .. } => {
                 "check the address in a browser; for a mirror `export HF_ENDPOINT=https://…`, or download the shards and name their folder".to_owned()
@@ -234,6 +284,7 @@ mod tests {
         let error = TextError::HttpStatus {
             url: "https://hub/a".to_owned(),
             status: 403,
+            has_token: false,
         };
         let plugin_error = PluginError::from(error);
         assert_eq!(plugin_error.what, "the dataset cannot be downloaded");

@@ -36,9 +36,7 @@ pub(crate) struct AtomicFile {
 impl AtomicFile {
     /// Starts `<path>.tmp`. The caller holds the cache's lock, so nobody else writes it.
     pub(crate) fn create(path: &Path) -> Result<Self, TextError> {
-        let mut name = path.as_os_str().to_owned();
-        name.push(".tmp");
-        let temporary = PathBuf::from(name);
+        let temporary = beside(path, ".tmp");
         let file = File::create(&temporary)
             .map_err(|source| TextError::io("create", &temporary, source))?;
         Ok(Self {
@@ -66,12 +64,7 @@ impl AtomicFile {
             let file = writer
                 .into_inner()
                 .map_err(std::io::IntoInnerError::into_error)?;
-            file.sync_all()?;
-            fs::rename(&self.temporary, &self.path)?;
-            // The name itself is on the disk only once the folder is.
-            self.path
-                .parent()
-                .map_or(Ok(()), |folder| File::open(folder)?.sync_all())
+            give_name(&file, &self.temporary, &self.path)
         };
         let outcome: std::io::Result<()> = named();
         outcome.map_err(|source| {
@@ -91,17 +84,37 @@ impl Drop for AtomicFile {
     }
 }
 
-/// Holds `<folder>/lock` until dropped; the system frees it if the process dies.
+/// `<path><suffix>`
+pub(crate) fn beside(path: &Path, suffix: &str) -> PathBuf {
+    let mut name = path.as_os_str().to_owned();
+    name.push(suffix);
+    PathBuf::from(name)
+}
+
+/// Brings a written file to the disk, and then under its final name.
+pub(crate) fn give_name(file: &File, temporary: &Path, path: &Path) -> std::io::Result<()> {
+    file.sync_all()?;
+    fs::rename(temporary, path)?;
+    // The name itself is on the disk only once the folder is.
+    path.parent()
+        .map_or(Ok(()), |folder| File::open(folder)?.sync_all())
+}
+
+/// Holds a lock file until dropped; the system frees it if the process dies.
 #[derive(Debug)]
-pub(crate) struct FolderLock {
+pub(crate) struct FileLock {
     _file: File,
 }
 
-impl FolderLock {
-    /// Waits until nobody else holds the lock.
-    pub(crate) fn acquire(folder: &Path, watch: Watch<'_>) -> Result<Self, TextError> {
+impl FileLock {
+    /// Waits until nobody else holds `<folder>/lock`. The folder is created.
+    pub(crate) fn of_folder(folder: &Path, watch: Watch<'_>) -> Result<Self, TextError> {
         create_folder(folder)?;
-        let path = folder.join("lock");
+        Self::acquire(folder.join("lock"), watch)
+    }
+
+    /// Waits until nobody else holds the lock file at `path`.
+    pub(crate) fn acquire(path: PathBuf, watch: Watch<'_>) -> Result<Self, TextError> {
         let cannot_lock = |source| TextError::io("lock", &path, source);
         let file = OpenOptions::new()
             .create(true)
@@ -149,7 +162,7 @@ mod tests {
     #[test]
     fn the_second_waits_says_so_once_and_can_be_cancelled() {
         let folder = tempfile::tempdir().unwrap();
-        let first = FolderLock::acquire(folder.path(), Watch::nobody()).unwrap();
+        let first = FileLock::of_folder(folder.path(), Watch::nobody()).unwrap();
         let n_asked = Cell::new(0);
         let is_cancelled = || {
             n_asked.set(n_asked.get() + 1);
@@ -161,7 +174,7 @@ mod tests {
             is_cancelled: &is_cancelled,
         };
         assert!(matches!(
-            FolderLock::acquire(folder.path(), watch),
+            FileLock::of_folder(folder.path(), watch),
             Err(TextError::Cancelled)
         ));
         assert_eq!(news.get(), 1);
@@ -170,7 +183,7 @@ mod tests {
         thread::scope(|scope| {
             let second = scope.spawn(|| {
                 let tell = move |_| waits.send(()).unwrap();
-                FolderLock::acquire(
+                FileLock::of_folder(
                     folder.path(),
                     Watch {
                         progress: &tell,

@@ -1,8 +1,10 @@
-//! A file on a Hugging Face hub as a plain reader that survives broken connections.
-//! It streams: nothing is stored, and nothing is known about what the bytes mean.
+//! A file on a web server, such as a Hugging Face hub, as a plain reader that survives broken connections.
+//! Nothing is stored here, and nothing is known about what the bytes mean; [`crate::download`] stores files.
 
 use std::{
+    collections::hash_map::RandomState,
     env,
+    hash::BuildHasher,
     io::{self, Read},
     path::PathBuf,
     thread,
@@ -13,49 +15,92 @@ use ureq::{Agent, Body, http::Response};
 
 use crate::error::TextError;
 
-/// How to reach a hub.
+/// Where files of the hub are, unless `$HF_ENDPOINT` names a mirror.
+pub const PUBLIC_ENDPOINT: &str = "https://huggingface.co";
+
+/// The longest pause that a server may ask for.
+const LONGEST_PAUSE: Duration = Duration::from_mins(5);
+/// The longest pause that we make by ourselves.
+const LONGEST_OWN_PAUSE: Duration = Duration::from_secs(30);
+const MAX_REDIRECTS: usize = 10;
+
+/// How to reach a hub, and any other server with the same manners.
+///
+/// Proxies are those of `$HTTPS_PROXY`, `$HTTP_PROXY`, `$ALL_PROXY` and `$NO_PROXY`.
 #[derive(Debug, Clone)]
 pub struct Hub {
     /// Address without a slash at its end.
     pub endpoint: String,
-    /// Sent as a bearer token to the endpoint, and never to a host that it redirects to.
+    /// Sent as a bearer token to the endpoint, and never to another host, also if the endpoint redirects to it.
     pub token: Option<String>,
+    /// Whether `$HF_HUB_OFFLINE` forbids any connection.
+    pub is_offline: bool,
     /// Attempts without one new byte before giving up.
     pub max_attempts: u32,
-    /// Pause before the second attempt; doubles for each further one, up to 30 s.
+    /// Pause before the second attempt; doubles for each further one, up to 30 s, less up to a half by chance, so
+    /// that many processes do not come back at the same moment.
     pub first_pause: Duration,
 }
 
 impl Hub {
-    /// `$HF_ENDPOINT`, or huggingface.co; `$HF_TOKEN`, or the file that `huggingface-cli login` wrote.
+    /// `$HF_ENDPOINT`, or huggingface.co; `$HF_TOKEN`, or the file that `hf auth login` wrote; `$HF_HUB_OFFLINE`.
     pub fn from_env() -> Self {
-        let endpoint = env::var("HF_ENDPOINT")
-            .ok()
-            .filter(|value| !value.trim().is_empty());
+        let set = |name| {
+            let value = env::var(name).ok()?.trim().to_owned();
+            (!value.is_empty()).then_some(value)
+        };
         Self {
-            endpoint: endpoint
-                .unwrap_or_else(|| "https://huggingface.co".to_owned())
-                .trim()
+            endpoint: set("HF_ENDPOINT")
+                .unwrap_or_else(|| PUBLIC_ENDPOINT.to_owned())
                 .trim_end_matches('/')
                 .to_owned(),
-            token: env::var("HF_TOKEN")
-                .ok()
-                .or_else(stored_token)
-                .map(|token| token.trim().to_owned())
-                .filter(|token| !token.is_empty()),
+            token: set("HF_TOKEN").or_else(stored_token),
+            is_offline: set("HF_HUB_OFFLINE").is_some_and(|value| {
+                ["1", "on", "yes", "true"].contains(&value.to_lowercase().as_str())
+            }),
             max_attempts: 6,
             first_pause: Duration::from_secs(1),
         }
     }
 
-    /// Opens `<endpoint>/<file>`.
+    /// The address of a file, given as a path on the hub or as an address; one on the public hub is moved to the
+    /// endpoint.
+    pub fn url(&self, file: &str) -> String {
+        match file.strip_prefix(PUBLIC_ENDPOINT) {
+            Some(path) => format!("{}{path}", self.endpoint),
+            None if file.contains("://") => file.to_owned(),
+            None => format!("{}/{file}", self.endpoint),
+        }
+    }
+
+    /// Opens a file, given as for [`Self::url`], at its beginning.
     ///
     /// # Errors
-    /// The server refuses, or cannot be reached in [`Self::max_attempts`] attempts.
+    /// The server refuses, cannot be reached in [`Self::max_attempts`] attempts, or the hub is to be left alone.
     pub fn open(&self, file: &str) -> Result<HubFile, TextError> {
+        self.open_at(file, 0, None)
+    }
+
+    /// Opens a file at byte `position`, if `validator` shows that it is still the file that the bytes before came
+    /// from; else at its beginning. [`HubFile::position`] tells which.
+    ///
+    /// # Errors
+    /// As [`Self::open`].
+    pub fn open_at(
+        &self,
+        file: &str,
+        position: u64,
+        validator: Option<String>,
+    ) -> Result<HubFile, TextError> {
+        let url = self.url(file);
+        if self.is_offline {
+            return Err(TextError::Offline { url });
+        }
         let agent = Agent::new_with_config(
             Agent::config_builder()
                 .http_status_as_error(false)
+                // Redirects are followed here, where it is known who may see the token.
+                .max_redirects(0)
                 // A compressed transfer would make lengths and ranges those of other bytes.
                 .accept_encoding("identity")
                 .user_agent(concat!("moeut-host/", env!("CARGO_PKG_VERSION")))
@@ -66,15 +111,18 @@ impl Hub {
         );
         let mut opened = HubFile {
             hub: self.clone(),
-            url: format!("{}/{file}", self.endpoint),
+            url,
             agent,
             body: None,
-            position: 0,
+            position: if validator.is_some() { position } else { 0 },
+            is_fresh: true,
             length: None,
-            etag: None,
+            validator,
+            sha256: None,
             failures: 0,
         };
         opened.connect()?;
+        opened.is_fresh = false;
         Ok(opened)
     }
 }
@@ -83,10 +131,12 @@ fn stored_token() -> Option<String> {
     let home = env::var_os("HF_HOME")
         .map(PathBuf::from)
         .or_else(|| Some(PathBuf::from(env::var_os("HOME")?).join(".cache/huggingface")))?;
-    std::fs::read_to_string(home.join("token")).ok()
+    let token = std::fs::read_to_string(home.join("token")).ok()?;
+    let token = token.trim();
+    (!token.is_empty()).then(|| token.to_owned())
 }
 
-/// A file of a hub, read from its beginning to its end.
+/// A file of a server, read to its end.
 ///
 /// A cut connection is resumed with a range request; a mirror that ignores ranges is read again up to the place.
 /// The end is only believed if the announced length was reached.
@@ -96,9 +146,20 @@ pub struct HubFile {
     agent: Agent,
     body: Option<Box<dyn Read + Send>>,
     position: u64,
+    /// Nothing has been handed out, so that a file that is another one now may be taken from its beginning.
+    is_fresh: bool,
     length: Option<u64>,
-    etag: Option<String>,
+    /// What tells one content of the address from another: a strong `ETag`, or else `Last-Modified`.
+    validator: Option<String>,
+    sha256: Option<String>,
     failures: u32,
+}
+
+/// What became of one good answer.
+enum Accepted {
+    Body,
+    /// The file is another one than that of the bytes before.
+    Changed,
 }
 
 impl HubFile {
@@ -107,15 +168,44 @@ impl HubFile {
         &self.url
     }
 
+    /// Bytes before the next one to be read.
+    pub fn position(&self) -> u64 {
+        self.position
+    }
+
+    /// Bytes of the whole file, if the server says.
+    pub fn length(&self) -> Option<u64> {
+        self.length
+    }
+
+    /// What [`Hub::open_at`] needs to go on with this content later; none if the server does not tell contents apart.
+    pub fn validator(&self) -> Option<&str> {
+        self.validator.as_deref()
+    }
+
+    /// SHA-256 of the whole file in hexadecimal, if the server says: the hub does for large files.
+    pub fn sha256(&self) -> Option<&str> {
+        self.sha256.as_deref()
+    }
+
     /// Connects until an answer with a body is there that continues at `position`.
     fn connect(&mut self) -> Result<(), TextError> {
         loop {
             match self.request() {
                 Ok(response) => match response.status().as_u16() {
                     200 | 206 => match self.accept(response) {
-                        Ok(()) => return Ok(()),
+                        Ok(Accepted::Body) => return Ok(()),
+                        Ok(Accepted::Changed) if self.is_fresh => self.forget(),
+                        Ok(Accepted::Changed) => {
+                            return Err(TextError::FileChanged {
+                                url: self.url.clone(),
+                                position: self.position,
+                            });
+                        }
                         Err(reason) => self.pause_or_give_up(reason, None)?,
                     },
+                    // What was kept is longer than the file is.
+                    416 if self.is_fresh && self.position > 0 => self.forget(),
                     status @ (408 | 429 | 500..=599) => {
                         let pause = retry_after(&response);
                         self.pause_or_give_up(format!("the server answered {status}"), pause)?;
@@ -124,6 +214,7 @@ impl HubFile {
                         return Err(TextError::HttpStatus {
                             url: self.url.clone(),
                             status,
+                            has_token: self.hub.token.is_some(),
                         });
                     }
                 },
@@ -135,36 +226,50 @@ impl HubFile {
         }
     }
 
-    fn request(&self) -> Result<Response<Body>, ureq::Error> {
-        let mut request = self.agent.get(&self.url);
-        if let Some(token) = &self.hub.token {
-            request = request.header("Authorization", format!("Bearer {token}"));
-        }
-        if self.position > 0 {
-            request = request.header("Range", format!("bytes={}-", self.position));
-            // A weak tag is not allowed here; without the header, the length still tells a changed file.
-            if let Some(etag) = self.etag.as_deref().filter(|etag| !etag.starts_with("W/")) {
-                request = request.header("If-Range", etag);
+    /// One request, through all redirects.
+    fn request(&mut self) -> Result<Response<Body>, ureq::Error> {
+        let mut url = self.url.clone();
+        for _ in 0..MAX_REDIRECTS {
+            let mut request = self.agent.get(&url);
+            if let Some(token) = &self.hub.token
+                && origin(&url) == origin(&self.hub.endpoint)
+            {
+                request = request.header("Authorization", format!("Bearer {token}"));
+            }
+            if self.position > 0 {
+                request = request.header("Range", format!("bytes={}-", self.position));
+                // Without one, the length still tells many a changed file.
+                if let Some(validator) = &self.validator {
+                    request = request.header("If-Range", validator);
+                }
+            }
+            let response = request.call()?;
+            if origin(&url) == origin(&self.hub.endpoint) {
+                self.sha256 = sha256_of(&response);
+            }
+            match header(&response, "location") {
+                Some(location) if response.status().is_redirection() => {
+                    url = redirected(&url, location);
+                }
+                _ => return Ok(response),
             }
         }
-        request.call()
+        Err(ureq::Error::TooManyRedirects)
     }
 
     /// Takes the body of a good answer, positioned where the reader stands.
-    fn accept(&mut self, response: Response<Body>) -> Result<(), String> {
-        let header = |name: &str| {
-            response
-                .headers()
-                .get(name)
-                .and_then(|value| value.to_str().ok())
-        };
+    fn accept(&mut self, response: Response<Body>) -> Result<Accepted, String> {
         let is_partial = response.status().as_u16() == 206;
-        let announced = header("content-length").and_then(|text| text.parse::<u64>().ok());
-        let start = if is_partial {
-            let range = header("content-range").and_then(parse_content_range);
-            range.ok_or("a partial answer without a `Content-Range`")?.0
+        let announced = header(&response, "content-length").and_then(|text| text.parse().ok());
+        let (start, length) = if is_partial {
+            let range = header(&response, "content-range").and_then(parse_content_range);
+            let (start, total) = range.ok_or("a partial answer without a `Content-Range`")?;
+            (
+                start,
+                total.or(announced.and_then(|rest: u64| rest.checked_add(start))),
+            )
         } else {
-            0
+            (0, announced)
         };
         if start > self.position {
             return Err(format!(
@@ -172,31 +277,36 @@ impl HubFile {
                 self.position
             ));
         }
-        let length = match header("content-range")
-            .filter(|_| is_partial)
-            .and_then(parse_content_range)
-        {
-            Some((_, Some(total))) => Some(total),
-            _ => announced.and_then(|rest| rest.checked_add(start)),
-        };
-        let etag = header("etag").map(str::to_owned);
-        // Not every answer of a mirror has both; what is known must agree.
-        if differ(self.length, length) || differ(self.etag.as_deref(), etag.as_deref()) {
-            return Err("the file changed on the server meanwhile".to_owned());
+        let validator = validator_of(&response);
+        // Not every answer of a mirror has both; what is known must agree. A range was asked for on condition that
+        // the file is the same, so that a whole answer means another one, or a server that knows no ranges.
+        if differ(self.length, length) || differ(self.validator.as_deref(), validator.as_deref()) {
+            return Ok(Accepted::Changed);
+        }
+        if self.is_fresh && self.position > 0 && validator.is_none() {
+            return Ok(Accepted::Changed);
         }
         self.length = self.length.or(length);
-        self.etag = self.etag.take().or(etag);
+        self.validator = self.validator.take().or(validator);
         let mut body = response.into_body().into_reader();
         let already_read = self.position - start;
         let skipped = io::copy(&mut body.by_ref().take(already_read), &mut io::sink());
         match skipped {
             Ok(n) if n == already_read => {
                 self.body = Some(Box::new(body));
-                Ok(())
+                Ok(Accepted::Body)
             }
             Ok(n) => Err(format!("the connection ended at byte {}", start + n)),
             Err(error) => Err(error.to_string()),
         }
+    }
+
+    /// Starts over at the beginning of whatever the server has.
+    fn forget(&mut self) {
+        self.position = 0;
+        self.length = None;
+        self.validator = None;
+        self.sha256 = None;
     }
 
     fn pause_or_give_up(
@@ -211,8 +321,12 @@ impl HubFile {
         let doubled = self
             .hub
             .first_pause
-            .saturating_mul(1 << (self.failures - 1).min(10));
-        thread::sleep(asked.unwrap_or(doubled).min(Duration::from_secs(30)));
+            .saturating_mul(1 << (self.failures - 1).min(10))
+            .min(LONGEST_OWN_PAUSE);
+        // A hasher with keys of chance is the chance that the standard library has.
+        let chance = RandomState::new().hash_one(self.failures) as f64 / u64::MAX as f64;
+        let own = doubled.mul_f64(1.0 - chance / 2.0);
+        thread::sleep(asked.map_or(own, |asked| asked.min(LONGEST_PAUSE)));
         Ok(())
     }
 
@@ -241,7 +355,7 @@ impl Read for HubFile {
             let reason = match body.read(buffer) {
                 Ok(0) if self.length.is_none_or(|length| self.position == length) => return Ok(0),
                 Ok(0) => format!(
-                    "the connection ended at byte {} of {:?}",
+                    "the connection ended at byte {} of {}",
                     self.position,
                     self.length.unwrap_or(0)
                 ),
@@ -265,6 +379,54 @@ fn differ<T: PartialEq>(first: Option<T>, second: Option<T>) -> bool {
         .is_some_and(|(first, second)| first != second)
 }
 
+fn header<'a>(response: &'a Response<Body>, name: &str) -> Option<&'a str> {
+    response.headers().get(name)?.to_str().ok()
+}
+
+/// A weak `ETag` must not be used for ranges.
+fn validator_of(response: &Response<Body>) -> Option<String> {
+    header(response, "etag")
+        .filter(|etag| !etag.starts_with("W/"))
+        .or_else(|| header(response, "last-modified"))
+        .map(str::to_owned)
+}
+
+/// The hub names the checksum of a large file in its redirect, or as the `ETag` itself. The `ETag` of the server that
+/// it redirects to looks alike and may be another hash.
+fn sha256_of(response: &Response<Body>) -> Option<String> {
+    ["x-linked-etag", "etag"].into_iter().find_map(|name| {
+        let text = header(response, name)?.trim_matches('"');
+        let is_sha256 = text.len() == 64 && text.bytes().all(|byte| byte.is_ascii_hexdigit());
+        is_sha256.then(|| text.to_ascii_lowercase())
+    })
+}
+
+/// Scheme, host and port of an address.
+fn origin(url: &str) -> String {
+    let (scheme, rest) = url.split_once("://").unwrap_or(("", url));
+    let host = rest.split(['/', '?', '#']).next().unwrap_or_default();
+    format!("{scheme}://{host}").to_lowercase()
+}
+
+/// The address that a `Location` means.
+fn redirected(from: &str, location: &str) -> String {
+    let origin = &from[..origin(from).len()];
+    if location.contains("://") {
+        location.to_owned()
+    } else if location.starts_with("//") {
+        let scheme = origin
+            .split_once("://")
+            .map_or("https", |(scheme, _)| scheme);
+        format!("{scheme}:{location}")
+    } else if location.starts_with('/') {
+        format!("{origin}{location}")
+    } else {
+        let path = from.split(['?', '#']).next().unwrap_or(from);
+        let folder = path[origin.len()..].rfind('/').unwrap_or(0);
+        format!("{}/{location}", &path[..origin.len() + folder])
+    }
+}
+
 /// `bytes 100-199/200` → start 100, total 200 (or none for `*`).
 fn parse_content_range(text: &str) -> Option<(u64, Option<u64>)> {
     let (range, total) = text.trim().strip_prefix("bytes ")?.split_once('/')?;
@@ -274,13 +436,7 @@ fn parse_content_range(text: &str) -> Option<(u64, Option<u64>)> {
 
 /// The seconds of a `Retry-After`; its other form, a date, is left to our own pauses.
 fn retry_after(response: &Response<Body>) -> Option<Duration> {
-    let seconds = response
-        .headers()
-        .get("retry-after")?
-        .to_str()
-        .ok()?
-        .parse()
-        .ok()?;
+    let seconds = header(response, "retry-after")?.parse().ok()?;
     Some(Duration::from_secs(seconds))
 }
 
@@ -311,6 +467,7 @@ mod tests {
         let hub = Hub {
             endpoint,
             token: Some("t0ken".to_owned()),
+            is_offline: false,
             max_attempts: 3,
             first_pause: Duration::from_millis(1),
         };

@@ -28,6 +28,7 @@
 //! ```
 
 pub mod corpus;
+pub mod download;
 pub mod error;
 mod files;
 pub mod hub;

@@ -13,6 +13,15 @@ pub enum Progress {
         /// The lock file.
         path: PathBuf,
     },
+    /// A file is being stored.
+    Downloading {
+        /// Its address.
+        url: String,
+        /// Bytes on the disk.
+        done: u64,
+        /// Bytes of the whole file; 0 if unknown.
+        total: u64,
+    },
     /// The tokenizer's trainer has read this many documents.
     ReadingForTokenizer {
         /// Documents so far.

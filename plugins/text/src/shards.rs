@@ -357,6 +357,7 @@ mod tests {
                 Err(std::io::Error::other(TextError::HttpStatus {
                     url,
                     status: 404,
+                    has_token: false,
                 }))
             }
         }

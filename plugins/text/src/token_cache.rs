@@ -21,7 +21,7 @@ use serde::{Deserialize, Serialize};
 use crate::{
     corpus::{Corpus, Split},
     error::TextError,
-    files::{AtomicFile, FolderLock, create_folder, write_atomically},
+    files::{AtomicFile, FileLock, create_folder, write_atomically},
     progress::{Progress, Watch},
     sentencepiece::SentencePiece,
     shards::Shards,
@@ -166,7 +166,7 @@ impl TokenCache {
         if is_enough(&ready, amount, shards.len()) {
             return Ok(ready);
         }
-        let _lock = FolderLock::acquire(&self.folder, watch)?;
+        let _lock = FileLock::of_folder(&self.folder, watch)?;
         create_folder(&self.split_folder(split))?;
         let work = Work {
             cache: self,

@@ -4,7 +4,7 @@ use std::{cell::Cell, path::Path};
 
 use crate::{
     error::TextError,
-    files::{FolderLock, write_atomically},
+    files::{FileLock, write_atomically},
     progress::{Progress, Watch},
     sentencepiece::{SentencePiece, train_bpe},
     shards::Shards,
@@ -35,7 +35,7 @@ pub fn find_or_train(
 ) -> Result<SentencePiece, TextError> {
     let path = folder.join(MODEL_FILE);
     if !path.exists() {
-        let _lock = FolderLock::acquire(folder, watch)?;
+        let _lock = FileLock::of_folder(folder, watch)?;
         // Another process may have trained it while this one waited.
         if !path.exists() {
             let model = train(shards, n_shards, vocab_size, watch)?;
