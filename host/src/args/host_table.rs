@@ -248,7 +248,6 @@ const HOST_ARGS: &[ArgSpec] = &[
     ArgSpec::retired(ArgKind::Int, "wandb_save_interval", "the reference never reads it; see `-save_interval`"),
     ArgSpec::retired(ArgKind::Bool, "wandb_bug_workaround", NO_WANDB),
     ArgSpec::retired(ArgKind::Bool, "wandb_sync_checkpoints", NO_WANDB),
-    ArgSpec::retired(ArgKind::Str, "fs_cache_pattern", "data is mapped from where it is: put `-data.cache_dir` on a local disk"),
     ArgSpec::retired(ArgKind::Int, "max_length_per_batch", "only sequence-to-sequence tasks of the reference read it; see `-length_bucketed_sampling`"),
     ArgSpec::retired(ArgKind::Int, "lm.unroll_eval", "only a task that the reference cannot start reads it"),
     ArgSpec::retired(ArgKind::Int, "lm.example_context", "the reference never shows its examples; see `-n_samples`"),
@@ -258,8 +257,6 @@ const HOST_ARGS: &[ArgSpec] = &[
     ArgSpec::retired(ArgKind::Str, "dump_validation_plots", "the reference never reaches the code that reads it"),
     ArgSpec::retired(ArgKind::Int, "debug_plot_interval", NO_PLOTS),
     ArgSpec::retired(ArgKind::Int, "details_log_interval", "layers report with every record; see `-log_interval`"),
-    // Of the paper's sweeps.
-    ArgSpec::retired(ArgKind::StrList, "thestack.languages", "not implemented yet: The Stack"),
 ];
 
 const NO_WANDB: &str = "Weights & Biases is not there yet";

@@ -4,7 +4,7 @@
 use std::{
     fs::{self, File, OpenOptions},
     io::{self, Read, Seek, SeekFrom, Write},
-    path::Path,
+    path::{Path, PathBuf},
 };
 
 use sha2::{Digest, Sha256};
@@ -50,7 +50,7 @@ pub(crate) fn fetch_with(
         create_folder(folder)?;
     }
     let lock = beside(path, ".lock");
-    let _held = FileLock::acquire(lock.clone(), watch)?;
+    let _held = FileLock::acquire(&lock, watch)?;
     // Another process may have finished it while this one waited.
     if path.exists() {
         return Ok(());
@@ -64,27 +64,27 @@ pub(crate) fn fetch_with(
 /// A file in the making.
 struct Part<'a> {
     path: &'a Path,
-    part: std::path::PathBuf,
-    tag: std::path::PathBuf,
+    unfinished: PathBuf,
+    tag: PathBuf,
 }
 
 impl<'a> Part<'a> {
     fn new(path: &'a Path) -> Self {
         Self {
             path,
-            part: beside(path, ".part"),
+            unfinished: beside(path, ".part"),
             tag: beside(path, ".part.tag"),
         }
     }
 
     fn complete(&self, hub: &Hub, file: &str, watch: Watch<'_>) -> Result<(), TextError> {
-        let unwritable = |source| TextError::io("write", &self.part, source);
+        let unwritable = |source| TextError::io("write", &self.unfinished, source);
         let mut part = OpenOptions::new()
             .create(true)
             .truncate(false)
             .read(true)
             .write(true)
-            .open(&self.part)
+            .open(&self.unfinished)
             .map_err(unwritable)?;
         let n_bytes = part.metadata().map_err(unwritable)?.len();
         let validator = fs::read_to_string(&self.tag).ok();
@@ -98,7 +98,7 @@ impl<'a> Part<'a> {
         part.seek(SeekFrom::End(0)).map_err(unwritable)?;
         self.copy(&mut source, &mut part, watch)?;
         self.check(&source, &mut part)?;
-        give_name(&part, &self.part, self.path)
+        give_name(&part, &self.unfinished, self.path)
             .map_err(|source| TextError::io("write", self.path, source))?;
         // It describes nothing any more, and a new download writes its own.
         let _ = fs::remove_file(&self.tag);
@@ -136,7 +136,7 @@ impl<'a> Part<'a> {
                 return Ok(());
             }
             part.write_all(&buffer[..n])
-                .map_err(|source| TextError::io("write", &self.part, source))?;
+                .map_err(|source| TextError::io("write", &self.unfinished, source))?;
         }
     }
 
@@ -146,16 +146,16 @@ impl<'a> Part<'a> {
             return Ok(());
         };
         let mut hasher = Sha256::new();
-        let hashed = part
+        let read = part
             .seek(SeekFrom::Start(0))
             .and_then(|_| io::copy(part, &mut hasher));
-        hashed.map_err(|source| TextError::io("read", &self.part, source))?;
+        read.map_err(|source| TextError::io("read", &self.unfinished, source))?;
         let found = format!("{:x}", hasher.finalize());
         if found == expected {
             return Ok(());
         }
-        fs::remove_file(&self.part)
-            .map_err(|source| TextError::io("remove", &self.part, source))?;
+        fs::remove_file(&self.unfinished)
+            .map_err(|source| TextError::io("remove", &self.unfinished, source))?;
         Err(TextError::Checksum {
             url: source.url().to_owned(),
             found,
@@ -166,10 +166,7 @@ impl<'a> Part<'a> {
 
 #[cfg(test)]
 mod tests {
-    use std::{
-        path::PathBuf,
-        sync::atomic::{AtomicUsize, Ordering},
-    };
+    use std::sync::atomic::{AtomicUsize, Ordering};
 
     use super::*;
     use crate::testing::{Answer, Server};

@@ -44,6 +44,44 @@ pub enum TextError {
         reason: String,
         /// At most 60 characters of it.
         excerpt: String,
+        /// The key that has the text.
+        key: String,
+    },
+    /// A text is not UTF-8, or too long.
+    #[error("`{file}` is not a text: {reason}")]
+    NotText {
+        /// File name or address, and row.
+        file: String,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// A Parquet file broke off or is none.
+    #[error("`{file}` cannot be read after row {row}: {reason}")]
+    BadParquet {
+        /// File name.
+        file: String,
+        /// Rows read before it happened.
+        row: u64,
+        /// The reader's answer.
+        reason: String,
+    },
+    /// A Parquet file has no column of strings of the wanted name.
+    #[error("`{file}` has no column of strings `{column}`, but {columns}")]
+    NoColumn {
+        /// File name.
+        file: String,
+        /// The column that was looked for.
+        column: String,
+        /// What there is.
+        columns: String,
+    },
+    /// A corpus was not published with such a split.
+    #[error("`{class}` was published without a {split} split")]
+    NoSplit {
+        /// The corpus.
+        class: &'static str,
+        /// `train`, `validation` or `test`.
+        split: &'static str,
     },
     /// A source has no shard of a split.
     #[error("{place} has no file like `{pattern}`")]
@@ -159,6 +197,20 @@ pub enum TextError {
         /// Tokens per window.
         seq_len: usize,
     },
+    /// More windows than can be put in random order.
+    #[error("{n_windows} windows are more than can be shuffled, 2³²−1")]
+    TooManyWindows {
+        /// Windows of the stream.
+        n_windows: u64,
+    },
+    /// Not a pattern.
+    #[error("`{pattern}` is not a regular expression: {reason}")]
+    BadPattern {
+        /// What was typed.
+        pattern: String,
+        /// What is wrong with it.
+        reason: String,
+    },
     /// The host asked to stop.
     #[error("the run was cancelled")]
     Cancelled,
@@ -185,8 +237,12 @@ impl TextError {
     pub fn what(&self) -> &'static str {
         match self {
             Self::Io { .. } => "a file of the dataset cannot be used",
-            Self::BrokenShard { .. } | Self::MalformedLine { .. } => "a shard of text is damaged",
-            Self::NoShards { .. } => "the dataset has no text",
+            Self::BrokenShard { .. }
+            | Self::MalformedLine { .. }
+            | Self::NotText { .. }
+            | Self::BadParquet { .. }
+            | Self::NoColumn { .. } => "a shard of text cannot be used",
+            Self::NoShards { .. } | Self::NoSplit { .. } => "the dataset has no text",
             Self::HttpStatus { .. }
             | Self::Network { .. }
             | Self::Offline { .. }
@@ -197,6 +253,8 @@ impl TextError {
             Self::Encode { .. } | Self::IdOutOfRange { .. } => "the text cannot be tokenized",
             Self::BadToken { .. } => "the token cache is damaged",
             Self::TooShort { .. } => "the dataset is too small",
+            Self::TooManyWindows { .. } => "the dataset is too large",
+            Self::BadPattern { .. } => "`-fs_cache_pattern` cannot be used",
             Self::Cancelled => "the dataset was not prepared",
         }
     }
@@ -208,10 +266,18 @@ impl TextError {
             Self::Io { path, .. } => {
                 format!("check that the file exists, its permissions and the free space: `ls -l {0}; df -h {0}`", path.display())
             }
-            Self::BrokenShard { shard, .. } => format!("fetch `{shard}` again, then check it with `gzip -t`"),
-            Self::MalformedLine { .. } => {
-                "every line must be a JSON object with a string `text`; correct or delete the line".to_owned()
+            Self::BrokenShard { shard, .. } if Path::new(shard).extension() == Some("zst".as_ref()) => {
+                format!("fetch `{shard}` again, then check it with `zstd -t`")
             }
+            Self::BrokenShard { shard, .. } => format!("fetch `{shard}` again, then check it with `gzip -t`"),
+            Self::MalformedLine { key, .. } if key.is_empty() => "cut the line into several documents".to_owned(),
+            Self::MalformedLine { key, .. } => {
+                format!("every line must be a JSON object with a string `{key}`; correct or delete the line")
+            }
+            Self::NotText { .. } => "convert it to UTF-8 (`iconv -t UTF-8`), or take it out of the folder".to_owned(),
+            Self::BadParquet { file, .. } => format!("`rm {file}` and fetch it again"),
+            Self::NoColumn { .. } => "name the column of the text with `-text_files.key`".to_owned(),
+            Self::NoSplit { .. } => "ask for another split".to_owned(),
             Self::NoShards { pattern, split, .. } => {
                 format!("put at least one {split} shard there, named like `{pattern}`")
             }
@@ -255,6 +321,10 @@ impl TextError {
             }
             Self::BadToken { path, .. } => format!("`rm {}` to have it made again", path.display()),
             Self::TooShort { n_tokens, .. } => format!("ask for windows of at most {n_tokens} tokens, or give it more text"),
+            Self::TooManyWindows { .. } => "set a longer `-lm.unroll`, or `-stop_after`".to_owned(),
+            Self::BadPattern { .. } => {
+                "give a regular expression on mount points, such as `^/scratch`, or `*` for all, or `none`".to_owned()
+            }
             Self::Cancelled => "start again: finished shards are kept".to_owned(),
         }
     }

@@ -110,17 +110,17 @@ impl FileLock {
     /// Waits until nobody else holds `<folder>/lock`. The folder is created.
     pub(crate) fn of_folder(folder: &Path, watch: Watch<'_>) -> Result<Self, TextError> {
         create_folder(folder)?;
-        Self::acquire(folder.join("lock"), watch)
+        Self::acquire(&folder.join("lock"), watch)
     }
 
     /// Waits until nobody else holds the lock file at `path`.
-    pub(crate) fn acquire(path: PathBuf, watch: Watch<'_>) -> Result<Self, TextError> {
-        let cannot_lock = |source| TextError::io("lock", &path, source);
+    pub(crate) fn acquire(path: &Path, watch: Watch<'_>) -> Result<Self, TextError> {
+        let cannot_lock = |source| TextError::io("lock", path, source);
         let file = OpenOptions::new()
             .create(true)
             .truncate(false)
             .write(true)
-            .open(&path)
+            .open(path)
             .map_err(cannot_lock)?;
         let mut has_told = false;
         loop {
@@ -130,7 +130,9 @@ impl FileLock {
                 Err(TryLockError::WouldBlock) => {}
             }
             if !has_told {
-                watch.tell(Progress::WaitingForLock { path: path.clone() });
+                watch.tell(Progress::WaitingForLock {
+                    path: path.to_owned(),
+                });
                 has_told = true;
             }
             // Asking again, rather than blocking in the system, lets the host cancel the wait.

@@ -2,8 +2,9 @@
 //! it statically and adds its corpus and its arguments.
 //!
 //! Reading order is the way of the data:
-//! [`corpus`] names the files, [`shards`] reads documents (over [`hub`], if they are on one), [`tokenizer`] finds or
-//! trains the [`sentencepiece`] model, [`token_cache`] stores ids, [`token_stream`] cuts windows out of them.
+//! [`corpus`] names the files, [`shards`] finds them (over [`hub`] and [`download`], if they are on one), `documents`
+//! reads text out of them, [`tokenizer`] finds or trains the [`sentencepiece`] model, [`token_cache`] stores ids,
+//! [`token_stream`] or [`document_stream`] cuts windows out of them, and [`dataset`] makes a plugin of it all.
 //! [`progress`] is how the host listens and says stop, [`error`] is what it hears when something fails.
 //!
 //! ```no_run
@@ -28,10 +29,19 @@
 //! ```
 
 pub mod corpus;
+pub mod dataset;
+mod document_cache;
+pub mod document_stream;
+mod documents;
 pub mod download;
 pub mod error;
 mod files;
+mod folder;
+mod fs_cache;
 pub mod hub;
+mod meter;
+mod numpy;
+mod parquet;
 pub mod progress;
 pub mod sentencepiece;
 pub mod shards;
@@ -42,10 +52,11 @@ pub mod token_stream;
 pub mod tokenizer;
 
 pub use corpus::{Corpus, Split};
+pub use dataset::{CorpusPlugin, Recipe, TextConfig, TextDataset};
 pub use error::TextError;
 pub use hub::Hub;
 pub use progress::{Progress, Watch};
 pub use sentencepiece::SentencePiece;
-pub use shards::{ShardSource, Shards};
+pub use shards::{Documents, ShardSource, Shards};
 pub use token_cache::{Amount, Chunk, TokenCache};
 pub use token_stream::{StreamOptions, TokenStream};

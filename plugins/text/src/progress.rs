@@ -41,6 +41,15 @@ pub enum Progress {
         /// Tokens of it so far.
         n_tokens: u64,
     },
+    /// A shard is being read; told while it is tokenized.
+    Reading {
+        /// Index of the shard.
+        shard: usize,
+        /// Bytes of its files so far, packed as they are.
+        done: u64,
+        /// Bytes of all its files that are known; 0 if none is.
+        total: u64,
+    },
     /// A chunk of the cache is complete.
     ChunkDone {
         /// Index of the shard.

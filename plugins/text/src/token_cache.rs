@@ -17,21 +17,23 @@ use std::{
 };
 
 use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
 
 use crate::{
     corpus::{Corpus, Split},
+    document_cache::read_lengths,
     error::TextError,
     files::{AtomicFile, FileLock, create_folder, write_atomically},
     progress::{Progress, Watch},
     sentencepiece::SentencePiece,
-    shards::Shards,
+    shards::{Shards, short_hex},
+    tokenizer::MODEL_FILE,
 };
 
-/// Ends every document, as plain text; its pieces are ordinary ones.
-pub const SEPARATOR: &str = "<STORY_SEP>";
+pub use crate::corpus::SEPARATOR;
 
 /// Documents between two looks at the host's wish to stop.
-const BATCH_DOCUMENTS: u64 = 256;
+pub(crate) const BATCH_DOCUMENTS: u64 = 256;
 
 /// How a token id is stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -68,7 +70,7 @@ impl TokenWidth {
     }
 
     /// The bytes of an id that is in the vocabulary.
-    fn push(self, id: i32, out: &mut Vec<u8>) {
+    pub(crate) fn push(self, id: i32, out: &mut Vec<u8>) {
         // An id of 256 pieces or more would be cut in a `uint8`, but then the width is another one.
         out.extend_from_slice(&i64::from(id).to_le_bytes()[..self.bytes()]);
     }
@@ -93,6 +95,19 @@ pub struct ChunkInfo {
     pub n_documents: u64,
     /// UTF-8 bytes of the documents' text, separators not counted.
     pub utf8_bytes: u64,
+}
+
+/// The sidecar itself: what the chunk holds, and what it was made from.
+#[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
+struct Sidecar {
+    #[serde(flatten)]
+    info: ChunkInfo,
+    /// Fingerprint of the files of the shard; none for published ones, which do not change.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    shard: Option<String>,
+    /// Fingerprint of the tokenizer in the folder of the vocabulary; none if it is elsewhere.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    tokenizer: Option<String>,
 }
 
 /// One complete file of the cache.
@@ -120,6 +135,16 @@ pub struct Amount {
 pub struct TokenCache {
     folder: PathBuf,
     width: TokenWidth,
+    contents: Contents,
+}
+
+/// What chunks hold. Each kind has a folder of its own.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Contents {
+    /// One stream: documents with separators behind them.
+    Stream,
+    /// Documents without separators, whose lengths are kept beside the chunk.
+    Documents,
 }
 
 impl TokenCache {
@@ -128,6 +153,16 @@ impl TokenCache {
         Self {
             folder: cache.join(corpus.class).join(corpus.variant_id(vocab_size)),
             width: TokenWidth::for_vocab_size(vocab_size),
+            contents: Contents::Stream,
+        }
+    }
+
+    /// The same cache, but of documents that can be told apart.
+    #[must_use]
+    pub fn of_documents(self) -> Self {
+        Self {
+            contents: Contents::Documents,
+            ..self
         }
     }
 
@@ -161,8 +196,12 @@ impl TokenCache {
         n_threads: NonZeroUsize,
         watch: Watch<'_>,
     ) -> Result<Vec<Chunk>, TextError> {
+        let origin = Origin {
+            shards,
+            tokenizer: self.tokenizer_fingerprint(),
+        };
         // A complete cache may be one that we cannot write, or lock.
-        let ready = self.ready_chunks(split, shards.len());
+        let ready = self.ready_chunks(split, &origin);
         if is_enough(&ready, amount, shards.len()) {
             return Ok(ready);
         }
@@ -171,18 +210,19 @@ impl TokenCache {
         let work = Work {
             cache: self,
             split,
+            origin: &origin,
             shards,
             tokenizer,
         };
         loop {
             watch.check()?;
-            let ready = self.ready_chunks(split, shards.len());
+            let ready = self.ready_chunks(split, &origin);
             if is_enough(&ready, amount, shards.len()) {
                 return Ok(ready);
             }
             let mut missing = Vec::new();
             for index in ready.len()..chunks_needed(&ready, amount, shards.len()) {
-                match self.find_chunk(split, index) {
+                match self.find_chunk(split, index, &origin) {
                     Some(Ok(_)) => {}
                     Some(Err(damage)) => {
                         watch.tell(Progress::Warning(damage));
@@ -196,53 +236,85 @@ impl TokenCache {
     }
 
     fn split_folder(&self, split: Split) -> PathBuf {
-        self.folder.join("tokenized_chunks").join(split.name())
+        let contents = match self.contents {
+            Contents::Stream => "tokenized_chunks",
+            Contents::Documents => "tokenized_documents",
+        };
+        self.folder.join(contents).join(split.name())
     }
 
-    fn chunk_path(&self, split: Split, index: usize) -> PathBuf {
+    pub(crate) fn chunk_path(&self, split: Split, index: usize) -> PathBuf {
         self.split_folder(split).join(format!("chunk_{index}.bin"))
     }
 
+    fn tokenizer_fingerprint(&self) -> Option<String> {
+        let model = fs::read(self.folder.join(MODEL_FILE)).ok()?;
+        Some(short_hex(&Sha256::digest(model)))
+    }
+
     /// The unbroken row of good chunks from the first one on.
-    fn ready_chunks(&self, split: Split, n_shards: usize) -> Vec<Chunk> {
-        (0..n_shards)
-            .map_while(|index| self.find_chunk(split, index)?.ok())
+    fn ready_chunks(&self, split: Split, origin: &Origin<'_>) -> Vec<Chunk> {
+        (0..origin.shards.len())
+            .map_while(|index| self.find_chunk(split, index, origin)?.ok())
             .collect()
     }
 
-    /// None if there is no such file; an explanation if it is damaged.
-    fn find_chunk(&self, split: Split, index: usize) -> Option<Result<Chunk, String>> {
+    /// None if there is no such file; an explanation if it is damaged or outdated.
+    fn find_chunk(
+        &self,
+        split: Split,
+        index: usize,
+        origin: &Origin<'_>,
+    ) -> Option<Result<Chunk, String>> {
         let path = self.chunk_path(split, index);
         let n_bytes = fs::metadata(&path)
             .ok()
             .filter(fs::Metadata::is_file)?
             .len();
+        let again =
+            |why: String| Some(Err(format!("`{}` {why}; it is made again", path.display())));
         let width = self.width.bytes() as u64;
         if !n_bytes.is_multiple_of(width) {
-            let why = format!(
-                "`{}` has {n_bytes} bytes, not a multiple of {width}; it is made again",
-                path.display()
-            );
-            return Some(Err(why));
+            return again(format!("has {n_bytes} bytes, not a multiple of {width}"));
         }
         let n_tokens = n_bytes / width;
-        let info = fs::read(path.with_extension("json"))
+        let sidecar = fs::read(path.with_extension("json"))
             .ok()
-            .and_then(|bytes| serde_json::from_slice::<ChunkInfo>(&bytes).ok());
-        if let Some(info) = info.filter(|info| info.n_tokens != n_tokens) {
-            let why = format!(
-                "`{}` has {n_tokens} tokens, but its `.json` says {}; it is made again",
-                path.display(),
-                info.n_tokens
-            );
-            return Some(Err(why));
+            .and_then(|bytes| serde_json::from_slice::<Sidecar>(&bytes).ok());
+        if let Some(sidecar) = &sidecar {
+            let says = sidecar.info.n_tokens;
+            if says != n_tokens {
+                return again(format!(
+                    "has {n_tokens} tokens, but its `.json` says {says}"
+                ));
+            }
+            if sidecar.shard.as_deref() != origin.shards.fingerprint(index) {
+                return again("was made from other files than are there".to_owned());
+            }
+            if sidecar.tokenizer.is_some() && sidecar.tokenizer != origin.tokenizer {
+                return again("was made by another tokenizer than is there".to_owned());
+            }
+        } else if origin.shards.fingerprint(index).is_some() {
+            return again("has no `.json` that says what it was made from".to_owned());
+        }
+        if self.contents == Contents::Documents {
+            match read_lengths(&path) {
+                Ok(lengths) if lengths.iter().map(|&n| u64::from(n)).sum::<u64>() == n_tokens => {}
+                _ => return again("has no lengths of its documents beside it".to_owned()),
+            }
         }
         Some(Ok(Chunk {
             path,
             n_tokens,
-            utf8_bytes: info.map(|info| info.utf8_bytes),
+            utf8_bytes: sidecar.map(|sidecar| sidecar.info.utf8_bytes),
         }))
     }
+}
+
+/// What chunks are made from.
+struct Origin<'a> {
+    shards: &'a Shards,
+    tokenizer: Option<String>,
 }
 
 fn is_enough(ready: &[Chunk], amount: Amount, n_shards: usize) -> bool {
@@ -278,11 +350,12 @@ fn chunks_needed(ready: &[Chunk], amount: Amount, n_shards: usize) -> usize {
 
 /// What every worker needs.
 #[derive(Clone, Copy)]
-struct Work<'a> {
-    cache: &'a TokenCache,
-    split: Split,
-    shards: &'a Shards,
-    tokenizer: &'a SentencePiece,
+pub(crate) struct Work<'a> {
+    pub(crate) cache: &'a TokenCache,
+    pub(crate) split: Split,
+    origin: &'a Origin<'a>,
+    pub(crate) shards: &'a Shards,
+    pub(crate) tokenizer: &'a SentencePiece,
 }
 
 impl Work<'_> {
@@ -296,6 +369,8 @@ impl Work<'_> {
     ) -> Result<(), TextError> {
         let next = AtomicUsize::new(0);
         let stop = AtomicBool::new(false);
+        let meter = self.shards.meter();
+        meter.stop(false);
         let (news, inbox) = mpsc::channel();
         thread::scope(|scope| {
             let workers: Vec<_> = (0..n_threads.get().min(shards.len()))
@@ -303,7 +378,11 @@ impl Work<'_> {
                     let (news, next, stop) = (news.clone(), &next, &stop);
                     scope.spawn(move || {
                         while let Some(&shard) = shards.get(next.fetch_add(1, Ordering::Relaxed)) {
-                            if let Err(error) = self.tokenize(shard, &news, stop) {
+                            let made = match self.cache.contents {
+                                Contents::Stream => self.tokenize(shard, &news, stop),
+                                Contents::Documents => self.tokenize_documents(shard, &news, stop),
+                            };
+                            if let Err(error) = made {
                                 stop.store(true, Ordering::Relaxed);
                                 return Err(error);
                             }
@@ -319,8 +398,12 @@ impl Work<'_> {
                     Err(mpsc::RecvTimeoutError::Timeout) => {}
                     Err(mpsc::RecvTimeoutError::Disconnected) => break,
                 }
+                meter.news().into_iter().for_each(|piece| watch.tell(piece));
                 if (watch.is_cancelled)() {
                     stop.store(true, Ordering::Relaxed);
+                }
+                if stop.load(Ordering::Relaxed) {
+                    meter.stop(true);
                 }
             }
             let mut outcome = Ok(());
@@ -360,7 +443,7 @@ impl Work<'_> {
             let mut text = document?;
             info.utf8_bytes += text.len() as u64;
             info.n_documents += 1;
-            text.push_str(SEPARATOR);
+            text.push_str(self.shards.separator());
             let ids = self.tokenizer.encode(&text)?;
             info.n_tokens += ids.len() as u64;
             bytes.clear();
@@ -384,7 +467,7 @@ impl Work<'_> {
             return Err(TextError::Cancelled);
         }
         // The sidecar first: a chunk without one would pass for the reference's.
-        write_atomically(&path.with_extension("json"), &sidecar(info))?;
+        write_atomically(&path.with_extension("json"), &self.sidecar(shard, info)?)?;
         file.finish()?;
         tell(Progress::ChunkDone {
             shard,
@@ -392,17 +475,18 @@ impl Work<'_> {
         });
         Ok(())
     }
-}
 
-fn sidecar(info: ChunkInfo) -> Vec<u8> {
-    let ChunkInfo {
-        n_tokens,
-        n_documents,
-        utf8_bytes,
-    } = info;
-    serde_json::json!({ "n_tokens": n_tokens, "n_documents": n_documents, "utf8_bytes": utf8_bytes })
-        .to_string()
-        .into_bytes()
+    pub(crate) fn sidecar(self, shard: usize, info: ChunkInfo) -> Result<Vec<u8>, TextError> {
+        let sidecar = Sidecar {
+            info,
+            shard: self.shards.fingerprint(shard).map(str::to_owned),
+            tokenizer: self.origin.tokenizer.clone(),
+        };
+        serde_json::to_vec(&sidecar).map_err(|error| {
+            let path = self.cache.chunk_path(self.split, shard);
+            TextError::io("write", &path, error.into())
+        })
+    }
 }
 
 #[cfg(test)]
@@ -560,15 +644,10 @@ mod tests {
         assert_eq!(
             fs::read_to_string(chunk.path.with_extension("json")).unwrap(),
             format!(
-                "{{\"n_tokens\":{},\"n_documents\":3,\"utf8_bytes\":{n_bytes}}}",
-                chunk.n_tokens
+                "{{\"n_tokens\":{},\"n_documents\":3,\"utf8_bytes\":{n_bytes},\"shard\":\"{}\"}}",
+                chunk.n_tokens,
+                fixture.shards.fingerprint(0).unwrap()
             )
-        );
-        // The reference's cache has none.
-        fs::remove_file(chunk.path.with_extension("json")).unwrap();
-        assert_eq!(
-            fixture.prepare(None, Watch::nobody()).unwrap()[0].utf8_bytes,
-            None
         );
     }
 
@@ -604,7 +683,13 @@ mod tests {
         let cache = TokenCache::new(folder.path(), &Corpus::c4("en"), 8000);
         create_folder(&cache.split_folder(Split::Train)).unwrap();
         fs::write(cache.chunk_path(Split::Train, 0), [0; 7]).unwrap();
-        let damage = cache.find_chunk(Split::Train, 0).unwrap().unwrap_err();
+        let fixture = Fixture::new(&[1]);
+        let origin = Origin {
+            shards: &fixture.shards,
+            tokenizer: None,
+        };
+        let damage = cache.find_chunk(Split::Train, 0, &origin);
+        let damage = damage.unwrap().unwrap_err();
         assert!(
             damage.ends_with("has 7 bytes, not a multiple of 2; it is made again"),
             "{damage}"
@@ -648,7 +733,16 @@ mod tests {
             fixture.prepare(None, watch),
             Err(TextError::Cancelled)
         ));
-        assert!(fixture.cache.ready_chunks(Split::Train, 4).len() < 4);
+        let made = fixture.cache.split_folder(Split::Train);
+        let chunks = fs::read_dir(made)
+            .unwrap()
+            .map(|entry| entry.unwrap().path());
+        assert!(
+            chunks
+                .filter(|path| path.extension().unwrap() == "bin")
+                .count()
+                < 4
+        );
     }
 
     /// Golden: ids of both validation sets under the Python package's models, see `expected.json` beside these.

@@ -9,6 +9,7 @@ use memmap2::Mmap;
 
 use crate::{
     error::TextError,
+    numpy::Rng,
     token_cache::{Amount, Chunk, TokenWidth},
 };
 
@@ -43,6 +44,8 @@ pub struct TokenStream {
     offsets: Vec<u64>,
     n_tokens: u64,
     n_windows: u64,
+    /// Window `order[i]` is handed out as window `i`; none for their own order.
+    order: Option<Vec<u32>>,
     options: StreamOptions,
     utf8_bytes_per_token: Option<f64>,
 }
@@ -83,9 +86,25 @@ impl TokenStream {
             offsets: layout.offsets,
             n_tokens: layout.n_tokens,
             n_windows,
+            order: None,
             options,
             utf8_bytes_per_token: utf8_bytes.map(|bytes| bytes as f64 / n_read as f64),
         })
+    }
+
+    /// The same windows in the random order of The Stack, `default_rng(123).permutation(n_tokens // seq_len)` of NumPy.
+    /// The limit counts windows after that, so that they come from all chunks.
+    ///
+    /// # Errors
+    /// There are more than 2³²−1 windows.
+    ///
+    /// # Source
+    /// Reference code `dataset/text/thestack.py`.
+    pub fn shuffled(mut self) -> Result<Self, TextError> {
+        let n = self.n_tokens / self.options.seq_len as u64;
+        let n = u32::try_from(n).map_err(|_| TextError::TooManyWindows { n_windows: n })?;
+        self.order = Some(Rng::new(123).permutation(n));
+        Ok(self)
     }
 
     /// Number of windows; at least one.
@@ -127,6 +146,10 @@ impl TokenStream {
             self.options.seq_len + 1,
             "length of the window"
         );
+        let index = match &self.order {
+            Some(order) => u64::from(order[usize::try_from(index).unwrap_or(usize::MAX)]),
+            None => index,
+        };
         let start = index * self.options.seq_len as u64;
         // The last chunk that begins at or before `start`. The first begins at 0, so there is one.
         let mut chunk = self.offsets.partition_point(|&offset| offset <= start) - 1;
@@ -173,7 +196,7 @@ impl Layout {
 }
 
 #[derive(Debug)]
-struct MappedChunk {
+pub(crate) struct MappedChunk {
     path: PathBuf,
     width: TokenWidth,
     n_tokens: u64,
@@ -182,7 +205,7 @@ struct MappedChunk {
 }
 
 impl MappedChunk {
-    fn open(chunk: &Chunk, width: TokenWidth) -> Result<Self, TextError> {
+    pub(crate) fn open(chunk: &Chunk, width: TokenWidth) -> Result<Self, TextError> {
         let unreadable = |source| TextError::io("read", &chunk.path, source);
         let file = File::open(&chunk.path).map_err(unreadable)?;
         let n_bytes = file.metadata().map_err(unreadable)?.len();
@@ -210,7 +233,12 @@ impl MappedChunk {
 
     /// Copies tokens from `start` on, until the end of the chunk or of `out`; returns how many. Under the
     /// reference's offsets `start` may lie behind the end.
-    fn read(&self, start: u64, out: &mut [i32], vocab_size: usize) -> Result<usize, TextError> {
+    pub(crate) fn read(
+        &self,
+        start: u64,
+        out: &mut [i32],
+        vocab_size: usize,
+    ) -> Result<usize, TextError> {
         let Some(map) = self.map.as_ref().filter(|_| start < self.n_tokens) else {
             return Ok(0);
         };
@@ -328,6 +356,26 @@ mod tests {
         assert_eq!(window(&stream, 8), beginning);
         assert_eq!(window(&stream, 9), beginning);
         assert_eq!(window(&stream, 10), beginning);
+    }
+
+    /// The order is NumPy's, which `numpy.rs` has as a golden; the limit does not narrow what it chooses from.
+    #[test]
+    fn shuffled_windows_are_those_of_the_whole_stream() {
+        let folder = tempfile::tempdir().unwrap();
+        let amount = Amount {
+            limit: Some(50),
+            min_chunks: 2,
+        };
+        let chunks = counting_chunks(folder.path(), &[60, 45]);
+        let options = StreamOptions {
+            amount,
+            ..options(10, false)
+        };
+        let stream = TokenStream::open(&chunks, options).unwrap().shuffled();
+        let stream = stream.unwrap();
+        assert_eq!(stream.len(), 5);
+        let first: Vec<i32> = (0..5).map(|i| window(&stream, i)[0]).collect();
+        assert_eq!(first, [70, 40, 0, 20, 10]);
     }
 
     #[test]

@@ -8,7 +8,6 @@ use crate::{
     progress::{Progress, Watch},
     sentencepiece::{SentencePiece, train_bpe},
     shards::Shards,
-    token_cache::SEPARATOR,
 };
 
 /// File of the model in the folder of a vocabulary; the doubled ending is the reference's.
@@ -75,7 +74,7 @@ fn train(
             watch.tell(Progress::ReadingForTokenizer { n_documents: n });
             watch.check()?;
         }
-        document.map(|text| text + SEPARATOR)
+        document.map(|text| text + shards.separator())
     });
     let end = std::iter::from_fn(|| {
         watch.tell(Progress::TrainingTokenizer { vocab_size });
