@@ -980,7 +980,8 @@ mod tests {
     /// What a server may do to a stream: nothing wrong is ever cached.
     #[test]
     fn a_server_that_fails_leaves_whole_chunks_only() {
-        let answers: [(fn(&Request) -> Answer, fn(&TextError) -> bool); 5] = [
+        type Case = (fn(&Request) -> Answer, fn(&TextError) -> bool);
+        let answers: [Case; 5] = [
             (
                 |_| Answer::status(404),
                 |error| matches!(error, TextError::HttpStatus { status: 404, .. }),
