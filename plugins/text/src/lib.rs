@@ -2,24 +2,25 @@
 //! it statically and adds its corpus and its arguments.
 //!
 //! Reading order is the way of the data:
-//! [`corpus`] names the files, [`shards`] reads documents (over [`hub`], if they are on one), [`tokenizer`] finds or
-//! trains the [`sentencepiece`] model, [`token_cache`] stores ids, [`token_stream`] cuts windows out of them.
+//! [`corpus`] names the files, [`shards`] reads documents (over [`hub`], if they are on one), [`tokenizer`] opens a
+//! file or trains a [`sentencepiece`] model, [`token_cache`] stores ids, [`token_stream`] cuts windows out of them.
 //! [`progress`] is how the host listens and says stop, [`error`] is what it hears when something fails.
 //!
 //! ```no_run
 //! use std::{num::NonZeroUsize, path::Path};
-//! use moeut_text::{Amount, Corpus, ShardSource, Split, StreamOptions, TokenCache, TokenStream, Watch, tokenizer};
+//! use moeut_text::{Amount, Corpus, ShardSource, Split, StreamOptions, TokenCache, TokenStream, Watch};
+//! use moeut_text::{token_cache::SEPARATOR, tokenizer};
 //!
 //! # fn main() -> Result<(), moeut_text::TextError> {
 //! let (corpus, vocab_size, seq_len) = (Corpus::c4("en"), 8000, 1024);
 //! let shards = ShardSource::Folder("c4".into()).shards(&corpus, Split::Train)?;
 //! let cache = TokenCache::new(Path::new("cache"), &corpus, vocab_size);
 //! let watch = Watch::nobody();
-//! let sentencepiece =
-//!     tokenizer::find_or_train(cache.folder(), &shards, corpus.n_tokenizer_shards, vocab_size, watch)?;
+//! let n_shards = corpus.n_tokenizer_shards;
+//! let tokenizer = tokenizer::open(None, cache.folder(), &shards, n_shards, vocab_size, SEPARATOR, watch)?;
 //! let amount = Amount { limit: Some(6_560_153_600), min_chunks: 1 };
 //! let n_threads = NonZeroUsize::MIN;
-//! let chunks = cache.prepare(Split::Train, &shards, &sentencepiece, amount, n_threads, watch)?;
+//! let chunks = cache.prepare(Split::Train, &shards, &tokenizer, amount, n_threads, watch)?;
 //! let stream = TokenStream::open(&chunks, StreamOptions { seq_len, amount, vocab_size, compat: false })?;
 //! let mut window = vec![0; seq_len + 1];
 //! stream.read_window(0, &mut window)?;
@@ -31,14 +32,17 @@ pub mod corpus;
 pub mod error;
 mod files;
 pub mod hub;
+mod hugging_face;
 pub mod progress;
 pub mod sentencepiece;
+mod sentencepiece_model;
 pub mod shards;
 #[cfg(test)]
 mod testing;
 pub mod token_cache;
 pub mod token_stream;
 pub mod tokenizer;
+mod word_memo;
 
 pub use corpus::{Corpus, Split};
 pub use error::TextError;
@@ -48,3 +52,4 @@ pub use sentencepiece::SentencePiece;
 pub use shards::{ShardSource, Shards};
 pub use token_cache::{Amount, Chunk, TokenCache};
 pub use token_stream::{StreamOptions, TokenStream};
+pub use tokenizer::Tokenizer;

@@ -23,8 +23,8 @@ use crate::{
     error::TextError,
     files::{AtomicFile, FolderLock, create_folder, write_atomically},
     progress::{Progress, Watch},
-    sentencepiece::SentencePiece,
     shards::Shards,
+    tokenizer::{Encoder, Tokenizer},
 };
 
 /// Ends every document, as plain text; its pieces are ordinary ones.
@@ -120,6 +120,7 @@ pub struct Amount {
 pub struct TokenCache {
     folder: PathBuf,
     width: TokenWidth,
+    separator: String,
 }
 
 impl TokenCache {
@@ -128,7 +129,25 @@ impl TokenCache {
         Self {
             folder: cache.join(corpus.class).join(corpus.variant_id(vocab_size)),
             width: TokenWidth::for_vocab_size(vocab_size),
+            separator: SEPARATOR.to_owned(),
         }
+    }
+
+    /// The cache of one corpus and tokenizer: the same folder for a tokenizer that lies in it, one of its own for
+    /// every file from elsewhere (see [`Tokenizer::cache_suffix`]).
+    pub fn for_tokenizer(cache: &Path, corpus: &Corpus, tokenizer: &Tokenizer) -> Self {
+        let mut this = Self::new(cache, corpus, tokenizer.vocab_size());
+        this.folder
+            .as_mut_os_string()
+            .push(tokenizer.cache_suffix());
+        this
+    }
+
+    /// Ends documents with another text than [`SEPARATOR`]; with an empty one they are not told apart.
+    #[must_use]
+    pub fn with_separator(mut self, separator: &str) -> Self {
+        separator.clone_into(&mut self.separator);
+        self
     }
 
     /// The folder of this vocabulary, which also holds the tokenizer.
@@ -156,7 +175,7 @@ impl TokenCache {
         &self,
         split: Split,
         shards: &Shards,
-        tokenizer: &SentencePiece,
+        tokenizer: &Tokenizer,
         amount: Amount,
         n_threads: NonZeroUsize,
         watch: Watch<'_>,
@@ -282,7 +301,7 @@ struct Work<'a> {
     cache: &'a TokenCache,
     split: Split,
     shards: &'a Shards,
-    tokenizer: &'a SentencePiece,
+    tokenizer: &'a Tokenizer,
 }
 
 impl Work<'_> {
@@ -302,8 +321,9 @@ impl Work<'_> {
                 .map(|_| {
                     let (news, next, stop) = (news.clone(), &next, &stop);
                     scope.spawn(move || {
+                        let mut encoder = self.tokenizer.encoder();
                         while let Some(&shard) = shards.get(next.fetch_add(1, Ordering::Relaxed)) {
-                            if let Err(error) = self.tokenize(shard, &news, stop) {
+                            if let Err(error) = self.tokenize(shard, &mut encoder, &news, stop) {
                                 stop.store(true, Ordering::Relaxed);
                                 return Err(error);
                             }
@@ -343,6 +363,7 @@ impl Work<'_> {
     fn tokenize(
         self,
         shard: usize,
+        encoder: &mut Encoder<'_>,
         news: &mpsc::Sender<Progress>,
         stop: &AtomicBool,
     ) -> Result<(), TextError> {
@@ -353,18 +374,19 @@ impl Work<'_> {
             n_documents: 0,
             utf8_bytes: 0,
         };
-        let mut bytes = Vec::new();
+        let (mut ids, mut bytes) = (Vec::new(), Vec::new());
         // A receiver that is gone has stopped the work already.
         let tell = |piece| drop(news.send(piece));
         for document in self.shards.documents(shard)? {
             let mut text = document?;
             info.utf8_bytes += text.len() as u64;
             info.n_documents += 1;
-            text.push_str(SEPARATOR);
-            let ids = self.tokenizer.encode(&text)?;
+            text.push_str(&self.cache.separator);
+            ids.clear();
+            encoder.encode_into(&text, &mut ids)?;
             info.n_tokens += ids.len() as u64;
             bytes.clear();
-            for id in ids {
+            for &id in &ids {
                 self.cache.width.push(id, &mut bytes);
             }
             file.write(&bytes)?;
@@ -424,7 +446,7 @@ mod tests {
         folder: tempfile::TempDir,
         shards: Shards,
         cache: TokenCache,
-        tokenizer: SentencePiece,
+        tokenizer: Tokenizer,
     }
 
     impl Fixture {
@@ -443,7 +465,7 @@ mod tests {
             let shards = ShardSource::Folder(folder.path().to_owned())
                 .shards(&corpus, Split::Train)
                 .unwrap();
-            let tokenizer = testing::tiny_tokenizer();
+            let tokenizer = Tokenizer::of(testing::tiny_tokenizer());
             let cache = TokenCache::new(
                 &folder.path().join("cache"),
                 &corpus,
@@ -664,8 +686,7 @@ mod tests {
             let fixture = shared.join("fixtures/tokenizer").join(model);
             let expected: serde_json::Value =
                 serde_json::from_slice(&fs::read(fixture.join("expected.json")).unwrap()).unwrap();
-            let tokenizer =
-                SentencePiece::from_file(&fixture.join("tokenizer.model.model")).unwrap();
+            let tokenizer = Tokenizer::from_file(&fixture.join("tokenizer.model.model")).unwrap();
             let corpus = Corpus::c4("en");
             let shards = ShardSource::Folder(shared.join("data/lm").join(text))
                 .shards(&corpus, Split::Validation)

@@ -1,26 +1,187 @@
-//! The tokenizer of a dataset: taken from the cache, or trained on the first shards if it is not there.
+//! The tokenizer of a dataset: a file that the user named, or the one in the cache, trained on the first shards if it
+//! is not there.
 
-use std::{cell::Cell, path::Path};
+use std::{cell::Cell, fs, path::Path};
+
+use sha2::{Digest, Sha256};
 
 use crate::{
     error::TextError,
     files::{FolderLock, write_atomically},
+    hugging_face::HuggingFace,
     progress::{Progress, Watch},
     sentencepiece::{SentencePiece, train_bpe},
     shards::Shards,
-    token_cache::SEPARATOR,
+    word_memo::WordMemo,
 };
 
 /// File of the model in the folder of a vocabulary; the doubled ending is the reference's.
 pub const MODEL_FILE: &str = "tokenizer.model.model";
 /// File of the pieces, for people to read.
 pub const VOCAB_FILE: &str = "tokenizer.model.vocab";
+/// Pieces of a tokenizer whose size nobody asked for.
+pub const DEFAULT_VOCAB_SIZE: usize = 8000;
 
 /// Documents between two looks at the host's wish to stop.
 const BATCH_DOCUMENTS: u64 = 1024;
 
+/// Text to ids and back, from any thread.
+#[derive(Debug)]
+pub struct Tokenizer {
+    kind: Kind,
+    fingerprint: String,
+    is_external: bool,
+}
+
+#[derive(Debug)]
+enum Kind {
+    SentencePiece(SentencePiece),
+    HuggingFace(HuggingFace),
+}
+
+impl Tokenizer {
+    /// Reads somebody's file: a Hugging Face `tokenizer.json` if it ends with `.json`, else a SentencePiece model.
+    ///
+    /// Of a `tokenizer.json`, begin and end marks, truncation and padding have no effect.
+    ///
+    /// # Errors
+    /// The file cannot be read, is neither, or is one whose ids would not be the same in every run.
+    pub fn from_file(path: &Path) -> Result<Self, TextError> {
+        let bytes = read(path)?;
+        let is_json = path
+            .extension()
+            .is_some_and(|end| end.eq_ignore_ascii_case("json"));
+        let kind = if is_json {
+            HuggingFace::from_bytes(&bytes).map(Kind::HuggingFace)
+        } else {
+            SentencePiece::from_bytes(&bytes)
+                .map(Kind::SentencePiece)
+                .map_err(|error| match error {
+                    TextError::BadModel { reason, .. } => reason,
+                    other => other.to_string(),
+                })
+        };
+        Ok(Self {
+            kind: kind.map_err(|reason| TextError::BadTokenizer {
+                path: path.to_owned(),
+                reason,
+            })?,
+            fingerprint: fingerprint(&bytes),
+            is_external: true,
+        })
+    }
+
+    /// Number of ids; they are `0..vocab_size`.
+    pub fn vocab_size(&self) -> usize {
+        match &self.kind {
+            Kind::SentencePiece(it) => it.vocab_size(),
+            Kind::HuggingFace(it) => it.vocab_size(),
+        }
+    }
+
+    /// SHA-256 of the file, in hexadecimal digits.
+    pub fn fingerprint(&self) -> &str {
+        &self.fingerprint
+    }
+
+    /// What the folder of the token cache is called behind its variant id, so that ids of two tokenizers are never
+    /// taken for each other's: nothing for the one that lies in that folder itself, `-` and the first 12 digits of
+    /// the fingerprint for a file that the user named (`C4-en-8000-3f6c0a1b2d4e`).
+    pub fn cache_suffix(&self) -> String {
+        if self.is_external {
+            format!("-{}", &self.fingerprint[..12])
+        } else {
+            String::new()
+        }
+    }
+
+    /// The ids of one text, without begin and end marks; [`Self::encoder`] is faster for many.
+    ///
+    /// # Errors
+    /// The library refuses the text; no such text is known.
+    pub fn encode(&self, text: &str) -> Result<Vec<i32>, TextError> {
+        let mut ids = Vec::new();
+        match &self.kind {
+            Kind::SentencePiece(it) => it.encode_into(text, &mut ids),
+            Kind::HuggingFace(it) => it.encode_into(text, &mut ids),
+        }?;
+        Ok(ids)
+    }
+
+    /// The text of `ids`.
+    ///
+    /// # Errors
+    /// An id is not in `0..vocab_size`.
+    pub fn decode(&self, ids: &[i32]) -> Result<String, TextError> {
+        match &self.kind {
+            Kind::SentencePiece(it) => it.decode(ids),
+            Kind::HuggingFace(it) => it.decode(ids),
+        }
+    }
+
+    /// Encodes many texts, remembering words; one for each thread.
+    pub fn encoder(&self) -> Encoder<'_> {
+        Encoder {
+            tokenizer: self,
+            memo: WordMemo::default(),
+        }
+    }
+}
+
+/// A tokenizer and the words that it has seen. The ids are those of [`Tokenizer::encode`].
+#[derive(Debug)]
+pub struct Encoder<'a> {
+    tokenizer: &'a Tokenizer,
+    memo: WordMemo,
+}
+
+impl Encoder<'_> {
+    /// Appends the ids of `text`.
+    ///
+    /// # Errors
+    /// As [`Tokenizer::encode`].
+    pub fn encode_into(&mut self, text: &str, ids: &mut Vec<i32>) -> Result<(), TextError> {
+        match &self.tokenizer.kind {
+            Kind::SentencePiece(it) => self.memo.encode_into(it, text, ids),
+            Kind::HuggingFace(it) => it.encode_into(text, ids),
+        }
+    }
+}
+
+/// The tokenizer of a corpus: the file at `path` if the user named one, else `<folder>/tokenizer.model.model`, which is
+/// trained on the first `n_shards` of `shards`, each document with `separator` behind it, if it is missing.
+///
+/// A file says itself how many pieces it has, so `vocab_size` may be [`DEFAULT_VOCAB_SIZE`] beside one; another number
+/// was typed and must be right.
+///
+/// # Errors
+/// The file is damaged or of another size, the text cannot be read, does not suffice, or the host cancelled.
+pub fn open(
+    path: Option<&Path>,
+    folder: &Path,
+    shards: &Shards,
+    n_shards: usize,
+    vocab_size: usize,
+    separator: &str,
+    watch: Watch<'_>,
+) -> Result<Tokenizer, TextError> {
+    let Some(path) = path else {
+        return find_or_train(folder, shards, n_shards, vocab_size, separator, watch);
+    };
+    let tokenizer = Tokenizer::from_file(path)?;
+    let found = tokenizer.vocab_size();
+    if found != vocab_size && vocab_size != DEFAULT_VOCAB_SIZE {
+        return Err(TextError::OtherVocabSize {
+            path: path.to_owned(),
+            found,
+            expected: vocab_size,
+        });
+    }
+    Ok(tokenizer)
+}
+
 /// Loads `<folder>/tokenizer.model.model`; if it is missing, trains it on the first `n_shards` of `shards` (all of
-/// them, if there are fewer) and stores it with its `.vocab`. Documents end with the separator, as in the token cache.
+/// them, if there are fewer) and stores it with its `.vocab`. Documents end with `separator`, as in the token cache.
 ///
 /// Numbers comparable with published ones need the published file: put it there before the first run.
 ///
@@ -31,23 +192,28 @@ pub fn find_or_train(
     shards: &Shards,
     n_shards: usize,
     vocab_size: usize,
+    separator: &str,
     watch: Watch<'_>,
-) -> Result<SentencePiece, TextError> {
+) -> Result<Tokenizer, TextError> {
     let path = folder.join(MODEL_FILE);
     if !path.exists() {
         let _lock = FolderLock::acquire(folder, watch)?;
         // Another process may have trained it while this one waited.
         if !path.exists() {
-            let model = train(shards, n_shards, vocab_size, watch)?;
+            let model = train(shards, n_shards, vocab_size, separator, watch)?;
             let vocab = SentencePiece::from_bytes(&model)?.vocab_file()?;
             // The model last, because it is the file that is looked for.
             write_atomically(&folder.join(VOCAB_FILE), vocab.as_bytes())?;
             write_atomically(&path, &model)?;
         }
     }
-    let tokenizer = SentencePiece::from_file(&path)?;
-    match tokenizer.vocab_size() {
-        found if found == vocab_size => Ok(tokenizer),
+    let sentencepiece = SentencePiece::from_file(&path)?;
+    match sentencepiece.vocab_size() {
+        found if found == vocab_size => Ok(Tokenizer {
+            kind: Kind::SentencePiece(sentencepiece),
+            fingerprint: fingerprint(&read(&path)?),
+            is_external: false,
+        }),
         found => Err(TextError::VocabSize {
             path,
             found,
@@ -60,6 +226,7 @@ fn train(
     shards: &Shards,
     n_shards: usize,
     vocab_size: usize,
+    separator: &str,
     watch: Watch<'_>,
 ) -> Result<Vec<u8>, TextError> {
     let n_documents = Cell::new(0u64);
@@ -75,7 +242,7 @@ fn train(
             watch.tell(Progress::ReadingForTokenizer { n_documents: n });
             watch.check()?;
         }
-        document.map(|text| text + SEPARATOR)
+        document.map(|text| text + separator)
     });
     let end = std::iter::from_fn(|| {
         watch.tell(Progress::TrainingTokenizer { vocab_size });
@@ -85,16 +252,34 @@ fn train(
     train_bpe(watched.chain(end), vocab_size)
 }
 
+fn read(path: &Path) -> Result<Vec<u8>, TextError> {
+    fs::read(path).map_err(|source| TextError::io("read", path, source))
+}
+
+fn fingerprint(bytes: &[u8]) -> String {
+    format!("{:x}", Sha256::digest(bytes))
+}
+
 #[cfg(test)]
 mod tests {
-    use std::fs;
-
     use super::*;
     use crate::{
         corpus::{Corpus, Split},
         shards::ShardSource,
         testing::{sentence, shard_of},
+        token_cache::SEPARATOR,
     };
+
+    impl Tokenizer {
+        /// One that lies in the folder of its cache.
+        pub(crate) fn of(sentencepiece: SentencePiece) -> Self {
+            Self {
+                kind: Kind::SentencePiece(sentencepiece),
+                fingerprint: String::new(),
+                is_external: false,
+            }
+        }
+    }
 
     fn corpus_in(folder: &Path) -> Shards {
         let texts: Vec<String> = (0..500).map(sentence).collect();
@@ -128,11 +313,15 @@ mod tests {
             is_cancelled: &|| false,
         };
         for _ in 0..2 {
-            let tokenizer = find_or_train(&cache, &shards, 1, 64, watch).unwrap();
+            let tokenizer = find_or_train(&cache, &shards, 1, 64, SEPARATOR, watch).unwrap();
+            let Kind::SentencePiece(sentencepiece) = &tokenizer.kind else {
+                panic!("{tokenizer:?}");
+            };
             assert_eq!(
                 fs::read_to_string(cache.join(VOCAB_FILE)).unwrap(),
-                tokenizer.vocab_file().unwrap()
+                sentencepiece.vocab_file().unwrap()
             );
+            assert_eq!(tokenizer.cache_suffix(), "");
         }
         assert_eq!(n_trained.get(), 1);
     }
@@ -141,8 +330,9 @@ mod tests {
     fn a_model_of_another_size_is_refused() {
         let folder = tempfile::tempdir().unwrap();
         let shards = corpus_in(folder.path());
-        find_or_train(folder.path(), &shards, 1, 64, Watch::nobody()).unwrap();
-        let error = find_or_train(folder.path(), &shards, 1, 65, Watch::nobody()).unwrap_err();
+        find_or_train(folder.path(), &shards, 1, 64, SEPARATOR, Watch::nobody()).unwrap();
+        let error =
+            find_or_train(folder.path(), &shards, 1, 65, SEPARATOR, Watch::nobody()).unwrap_err();
         assert!(
             error
                 .to_string()
@@ -156,7 +346,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let shards = corpus_in(folder.path());
         let cache = folder.path().join("cache");
-        assert!(find_or_train(&cache, &shards, 2, 64, Watch::nobody()).is_err());
+        assert!(find_or_train(&cache, &shards, 2, 64, SEPARATOR, Watch::nobody()).is_err());
         assert!(!cache.join(MODEL_FILE).exists());
     }
 }

@@ -7,8 +7,8 @@ use moeut_plugin_api::{
     ArgSpec, Host, LogLevel, PluginError, Split, StreamInfo, StreamRequest, TokenDataset,
 };
 use moeut_text::{
-    Amount, Corpus, Hub, Progress, SentencePiece, ShardSource, StreamOptions, TokenCache,
-    TokenStream, Watch, tokenizer,
+    Amount, Corpus, Hub, Progress, ShardSource, StreamOptions, TokenCache, TokenStream, Tokenizer,
+    Watch, token_cache::SEPARATOR, tokenizer,
 };
 use serde::Deserialize;
 use std::hash::{DefaultHasher, Hash, Hasher};
@@ -56,7 +56,7 @@ enum Source {
 /// An opened split of C4.
 struct C4 {
     stream: TokenStream,
-    tokenizer: SentencePiece,
+    tokenizer: Tokenizer,
 }
 
 impl TokenDataset for C4 {
@@ -107,6 +107,7 @@ impl TokenDataset for C4 {
             &train_shards,
             corpus.n_tokenizer_shards,
             config.vocab_size,
+            SEPARATOR,
             watch,
         )?;
         let shards = source.shards(&corpus, split)?;
