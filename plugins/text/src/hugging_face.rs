@@ -82,3 +82,95 @@ fn refused(error: &tokenizers::Error) -> TextError {
         reason: error.to_string(),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::{fs, path::Path};
+
+    use serde::Deserialize;
+    use sha2::{Digest, Sha256};
+
+    use super::*;
+    use crate::{
+        corpus::{Corpus, Split},
+        shards::ShardSource,
+        testing,
+        token_cache::SEPARATOR,
+    };
+
+    /// What `fixtures/tokenizer_json/make.py` wrote about one tokenizer.
+    #[derive(Deserialize)]
+    struct Expected {
+        vocab_size: usize,
+        /// Text, ids, and the text of these.
+        odd_strings: Vec<(String, Vec<i32>, String)>,
+        n_validation_tokens: usize,
+        validation_sha256_int16_le: String,
+    }
+
+    /// Golden: ids and texts of the Python package, for strings that are odd and for a shard of real text. The file
+    /// of the byte-level one also asks for an end mark, truncation and padding.
+    #[test]
+    fn ids_are_pythons() {
+        let expected = fs::read(testing::tokenizer_json("expected")).unwrap();
+        let expected: std::collections::BTreeMap<String, Expected> =
+            serde_json::from_slice(&expected).unwrap();
+        assert!(expected.keys().eq(["byte_level", "unigram"]));
+        for (name, expected) in expected {
+            let json = fs::read(testing::tokenizer_json(&name)).unwrap();
+            let tokenizer = HuggingFace::from_bytes(&json).unwrap();
+            assert_eq!(tokenizer.vocab_size(), expected.vocab_size);
+            let encode = |text: &str| {
+                let mut ids = Vec::new();
+                tokenizer.encode_into(text, &mut ids).unwrap();
+                ids
+            };
+            for (text, ids, decoded) in expected.odd_strings {
+                assert_eq!(encode(&text), ids, "{name}: {text:?}");
+                assert_eq!(tokenizer.decode(&ids).unwrap(), decoded, "{name}: {text:?}");
+            }
+            let corpus = Path::new(env!("CARGO_MANIFEST_DIR")).join("../datasets/c4/corpus");
+            let source = ShardSource::Folder(corpus);
+            let shards = source.shards(&Corpus::c4("en"), Split::Validation).unwrap();
+            let (mut n_ids, mut hash) = (0, Sha256::new());
+            for document in shards.documents(0).unwrap() {
+                for id in encode(&(document.unwrap() + SEPARATOR)) {
+                    n_ids += 1;
+                    hash.update(i16::try_from(id).unwrap().to_le_bytes());
+                }
+            }
+            assert_eq!(n_ids, expected.n_validation_tokens, "{name}");
+            let hash = format!("{:x}", hash.finalize());
+            assert_eq!(hash, expected.validation_sha256_int16_le, "{name}");
+        }
+    }
+
+    #[test]
+    fn foreign_ids_are_refused() {
+        let json = fs::read(testing::tokenizer_json("byte_level")).unwrap();
+        let tokenizer = HuggingFace::from_bytes(&json).unwrap();
+        for id in [-1, 800, i32::MAX] {
+            let error = tokenizer.decode(&[id]).unwrap_err();
+            assert!(matches!(error, TextError::IdOutOfRange { .. }), "{error}");
+        }
+    }
+
+    #[test]
+    fn what_gives_no_ids_or_other_ones_each_time_is_refused() {
+        let json = fs::read_to_string(testing::tokenizer_json("byte_level")).unwrap();
+        let model = r#""model":{"type":"BPE","dropout":null"#;
+        assert!(json.contains(model));
+        let dropping = json.replace(model, &model.replace("null", "0.1"));
+        let empty = r#"{"version":"1.0","truncation":null,"padding":null,"added_tokens":[],"normalizer":null,
+            "pre_tokenizer":null,"post_processor":null,"decoder":null,"model":{"type":"BPE","vocab":{},"merges":[]}}"#;
+        for (json, why) in [
+            (dropping.as_str(), "`dropout` is 0.1"),
+            (empty, "it has no pieces"),
+            ("{}", "Model missing"),
+            ("nothing", "expected ident"),
+        ] {
+            let error = HuggingFace::from_bytes(json.as_bytes()).unwrap_err();
+            assert!(error.contains(why), "{error}");
+        }
+    }
+}

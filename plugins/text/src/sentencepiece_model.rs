@@ -16,7 +16,7 @@ const MAX_NESTED_PIECES: usize = 64;
 /// A rule replaces a few characters; a longer key only makes checking slow.
 const MAX_RULE_BYTES: usize = 128;
 
-/// The bytes at which a text falls into words that are encoded independently.
+/// The ASCII bytes at which a text falls into words that are encoded independently.
 ///
 /// `encode(a + cut + b) = encode(a) ++ encode(b)` for all texts without [`SPACE`] holds because of all of these, which
 /// [`check`] reads off the file; a model of which one is not true has no cuts:
@@ -28,12 +28,11 @@ const MAX_RULE_BYTES: usize = 128;
 /// - there are no user-defined pieces, which are taken first, and no unused ones, whose replacement depends on which
 ///   word was seen last.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct Cuts([bool; 256]);
+pub(crate) struct Cuts([bool; 128]);
 
 impl Cuts {
     /// The words between cuts, empty ones among them.
     pub(crate) fn words<'a>(&self, text: &'a str) -> impl Iterator<Item = &'a str> {
-        // Cuts are ASCII, so both sides of one are UTF-8.
         text.split(move |c: char| c.is_ascii() && self.0[c as usize])
     }
 
@@ -55,8 +54,7 @@ impl Cuts {
         if !is_plain || !pieces_stay_within_words || !space_is_a_piece || rules.makes_sign {
             return None;
         }
-        let is_cut =
-            |byte: usize| byte < 128 && rules.becomes_space[byte] && !rules.is_in_longer_key[byte];
+        let is_cut = |byte: usize| rules.becomes_space[byte] && !rules.is_in_longer_key[byte];
         Some(Self(std::array::from_fn(is_cut)))
     }
 }
@@ -529,7 +527,7 @@ mod tests {
             ("not a protobuf message", vec![0xff; 11]),
             ("not a protobuf message", bytes(1, b"abc")[..4].to_owned()),
             // The number of the field has more bits than the library keeps: it would see field 1.
-            ("not a protobuf message", varint_of(1 << 35 | 10)),
+            ("not a protobuf message", varint_of(1 << 35 | 0x0a)),
             ("length of the trie", bytes(3, &bytes(2, b"abc"))),
             ("goes in circles", charsmap(&circle, "b")),
             ("points outside itself", charsmap(&outside, "b")),

@@ -714,6 +714,32 @@ mod tests {
     }
 
     #[test]
+    fn the_separator_ends_each_document() {
+        let fixture = Fixture::new(&[3]);
+        let ids_with = |separator: &str| {
+            let folder = fixture.folder.path().join(format!("with{separator}"));
+            let cache = TokenCache::new(&folder, &Corpus::c4("en"), 64).with_separator(separator);
+            let (shards, tokenizer) = (&fixture.shards, &fixture.tokenizer);
+            let all = Amount::default();
+            let chunks = cache
+                .prepare(Split::Train, shards, tokenizer, all, ONE, Watch::nobody())
+                .unwrap();
+            let bytes = fs::read(&chunks[0].path).unwrap();
+            cache.width.ids(&bytes).collect::<Vec<_>>()
+        };
+        for separator in [SEPARATOR, "", " mat"] {
+            let expected: Vec<i64> = (0..3)
+                .flat_map(|i| {
+                    let text = testing::sentence(i) + separator;
+                    fixture.tokenizer.encode(&text).unwrap()
+                })
+                .map(i64::from)
+                .collect();
+            assert_eq!(ids_with(separator), expected, "{separator:?}");
+        }
+    }
+
+    #[test]
     fn threads_change_nothing() {
         let fixture = Fixture::new(&[7, 300, 0, 20, 1, 50]);
         let other = TokenCache::new(&fixture.folder.path().join("other"), &Corpus::c4("en"), 64);

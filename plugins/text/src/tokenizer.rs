@@ -36,7 +36,7 @@ pub struct Tokenizer {
 #[derive(Debug)]
 enum Kind {
     SentencePiece(SentencePiece),
-    HuggingFace(HuggingFace),
+    HuggingFace(Box<HuggingFace>),
 }
 
 impl Tokenizer {
@@ -52,7 +52,7 @@ impl Tokenizer {
             .extension()
             .is_some_and(|end| end.eq_ignore_ascii_case("json"));
         let kind = if is_json {
-            HuggingFace::from_bytes(&bytes).map(Kind::HuggingFace)
+            HuggingFace::from_bytes(&bytes).map(|it| Kind::HuggingFace(Box::new(it)))
         } else {
             SentencePiece::from_bytes(&bytes)
                 .map(Kind::SentencePiece)
@@ -266,8 +266,8 @@ mod tests {
     use crate::{
         corpus::{Corpus, Split},
         shards::ShardSource,
-        testing::{sentence, shard_of},
-        token_cache::SEPARATOR,
+        testing::{self, sentence, shard_of},
+        token_cache::{SEPARATOR, TokenCache},
     };
 
     impl Tokenizer {
@@ -339,6 +339,96 @@ mod tests {
                 .ends_with("has 64 pieces, but 65 are asked for"),
             "{error}"
         );
+    }
+
+    #[test]
+    fn a_named_file_is_used_and_has_a_cache_of_its_own() {
+        let folder = tempfile::tempdir().unwrap();
+        let shards = corpus_in(folder.path());
+        let cache = folder.path().join("cache");
+        let own = find_or_train(&cache, &shards, 1, 64, SEPARATOR, Watch::nobody()).unwrap();
+        let json = testing::tokenizer_json("unigram");
+        for (path, vocab_size) in [(cache.join(MODEL_FILE), 64), (json, 800)] {
+            for typed in [DEFAULT_VOCAB_SIZE, vocab_size] {
+                let nowhere = folder.path().join("nowhere");
+                let tokenizer = open(
+                    Some(&path),
+                    &nowhere,
+                    &shards,
+                    1,
+                    typed,
+                    SEPARATOR,
+                    Watch::nobody(),
+                )
+                .unwrap();
+                assert_eq!(tokenizer.vocab_size(), vocab_size);
+                assert!(!nowhere.exists(), "nothing was trained");
+                let hash = format!("{:x}", Sha256::digest(fs::read(&path).unwrap()));
+                assert_eq!(tokenizer.fingerprint(), hash);
+                let expected = folder
+                    .path()
+                    .join(format!("C4/C4-en-{vocab_size}-{}", &hash[..12]));
+                let token_cache =
+                    TokenCache::for_tokenizer(folder.path(), &Corpus::c4("en"), &tokenizer);
+                assert_eq!(token_cache.folder(), expected);
+                let text = sentence(3);
+                assert_eq!(
+                    tokenizer.decode(&tokenizer.encode(&text).unwrap()).unwrap(),
+                    text
+                );
+            }
+            let error = open(
+                Some(&path),
+                &cache,
+                &shards,
+                1,
+                65,
+                SEPARATOR,
+                Watch::nobody(),
+            )
+            .unwrap_err();
+            assert_eq!(
+                error.help(),
+                format!("leave out `-sentencepiece.n_pieces`, or set it to {vocab_size}")
+            );
+        }
+        let own_cache = TokenCache::for_tokenizer(folder.path(), &Corpus::c4("en"), &own);
+        assert_eq!(own_cache.folder(), folder.path().join("C4/C4-en-64"));
+    }
+
+    #[test]
+    fn what_is_no_tokenizer_is_named() {
+        let folder = tempfile::tempdir().unwrap();
+        for (name, bytes) in [
+            ("a.model", &b"no model"[..]),
+            ("tokenizer.json", b"no JSON"),
+            ("b.JSON", b"{}"),
+        ] {
+            let path = folder.path().join(name);
+            fs::write(&path, bytes).unwrap();
+            let error = Tokenizer::from_file(&path).unwrap_err();
+            assert!(matches!(error, TextError::BadTokenizer { .. }), "{error}");
+            assert!(error.to_string().contains(name), "{error}");
+        }
+        let missing = Tokenizer::from_file(&folder.path().join("missing.json")).unwrap_err();
+        assert!(
+            matches!(missing, TextError::Io { doing: "read", .. }),
+            "{missing}"
+        );
+    }
+
+    /// The separator belongs to what the pieces are learned from.
+    #[test]
+    fn the_separator_is_learned() {
+        let folder = tempfile::tempdir().unwrap();
+        let shards = corpus_in(folder.path());
+        let pieces = |separator: &str| {
+            let cache = folder.path().join(format!("cache{}", separator.len()));
+            find_or_train(&cache, &shards, 1, 50, separator, Watch::nobody()).unwrap();
+            fs::read_to_string(cache.join(VOCAB_FILE)).unwrap()
+        };
+        assert!(pieces("#").contains('#'));
+        assert!(!pieces("").contains('#'));
     }
 
     #[test]
