@@ -20,11 +20,10 @@ use crate::{
     fs_cache::{Pattern, local_copies},
     hub::Hub,
     progress::{Progress, Watch},
-    sentencepiece::SentencePiece,
     shards::{ShardSource, Shards, short_hex},
     token_cache::{Amount, TokenCache},
     token_stream::{StreamOptions, TokenStream},
-    tokenizer,
+    tokenizer::{self, Tokenizer},
 };
 
 /// Folder of a mirror; a field `text.dir`.
@@ -51,13 +50,20 @@ pub const N_PIECES: ArgSpec = ArgSpec::int("sentencepiece.n_pieces", "8000")
     .unit("pieces")
     .help("Vocabulary of the tokenizer, which is trained if there is none");
 
+/// A tokenizer of the user's; a field `text.tokenizer`.
+pub const TOKENIZER: ArgSpec = ArgSpec::text("tokenizer.path", "none")
+    .field("text.tokenizer")
+    .optional()
+    .help("A SentencePiece `.model` or a Hugging Face `tokenizer.json`, instead of one that is trained");
+
 /// Local disks for copies; a field `text.fs_cache_pattern`.
 pub const FS_CACHE: ArgSpec = ArgSpec::text("fs_cache_pattern", "*")
     .field("text.fs_cache_pattern")
     .optional()
     .help("Mount points of local disks that keep copies of chunks on network file systems: a regular expression, `*` for all; none: read over the network");
 
-/// Where text comes from: the values of [`SOURCE`], [`DIR`], [`URL`], [`N_PIECES`] and [`FS_CACHE`].
+/// Where text comes from: the values of [`SOURCE`], [`DIR`], [`URL`], [`N_PIECES`],
+/// [`TOKENIZER`] and [`FS_CACHE`].
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct TextConfig {
@@ -72,6 +78,8 @@ pub struct TextConfig {
     pub url: Option<String>,
     /// Pieces of the tokenizer.
     pub vocab_size: usize,
+    /// File of a tokenizer; none for one that is found in the cache or trained.
+    pub tokenizer: Option<PathBuf>,
     /// Mount points for local copies; none for no copies.
     pub fs_cache_pattern: Option<String>,
 }
@@ -121,7 +129,7 @@ pub struct Recipe {
 /// An opened split of the corpus of `P`.
 pub struct TextDataset<P> {
     windows: Windows,
-    tokenizer: SentencePiece,
+    tokenizer: Tokenizer,
     plugin: std::marker::PhantomData<P>,
 }
 
@@ -246,15 +254,14 @@ fn open(
     request: &StreamRequest,
     host: &HostInfo,
     watch: Watch<'_>,
-) -> Result<(Windows, SentencePiece), PluginError> {
-    let (corpus, vocab_size) = (&recipe.corpus, recipe.text.vocab_size);
+) -> Result<(Windows, Tokenizer), PluginError> {
+    let corpus = &recipe.corpus;
     let pattern = recipe.text.fs_cache_pattern.as_deref();
     let pattern = pattern.map(Pattern::parse).transpose()?;
     let seq_len = window_len(request.seq_len)?;
     let shards = place.source.shards(corpus, request.split.into())?;
-    let cache = TokenCache::new(&place.cache, corpus, vocab_size);
-    let train_shards = place.source.shards(corpus, Split::Train)?;
-    let tokenizer = find_tokenizer(&cache, &train_shards, corpus, vocab_size, watch)?;
+    let tokenizer = find_tokenizer(recipe, place, watch)?;
+    let cache = TokenCache::for_tokenizer(&place.cache, corpus, &tokenizer);
     let amount = Amount {
         limit: request.token_limit,
         min_chunks: corpus.min_chunks,
@@ -262,7 +269,7 @@ fn open(
     let options = StreamOptions {
         seq_len,
         amount,
-        vocab_size,
+        vocab_size: tokenizer.vocab_size(),
         compat: host.compat,
     };
     let split = Split::from(request.split);
@@ -286,23 +293,25 @@ fn open(
     Ok((windows, tokenizer))
 }
 
-/// The tokenizer of the cache, or one trained on the first shards.
+/// The user's tokenizer, that of the cache, or one trained on the first shards.
 fn find_tokenizer(
-    cache: &TokenCache,
-    shards: &Shards,
-    corpus: &Corpus,
-    vocab_size: usize,
+    recipe: &Recipe,
+    place: &Place,
     watch: Watch<'_>,
-) -> Result<SentencePiece, TextError> {
-    if !cache.folder().join(tokenizer::MODEL_FILE).exists() {
+) -> Result<Tokenizer, TextError> {
+    let (corpus, text) = (&recipe.corpus, &recipe.text);
+    let cache = TokenCache::new(&place.cache, corpus, text.vocab_size);
+    let shards = place.source.shards(corpus, Split::Train)?;
+    if text.tokenizer.is_none() && !cache.folder().join(tokenizer::MODEL_FILE).exists() {
         // The trainer reads them; stored before, they are downloaded where the host can show it.
         shards.store(corpus.n_tokenizer_shards, watch)?;
     }
-    tokenizer::find_or_train(
+    tokenizer::open(
+        text.tokenizer.as_deref(),
         cache.folder(),
-        shards,
+        &shards,
         corpus.n_tokenizer_shards,
-        vocab_size,
+        text.vocab_size,
         watch,
     )
 }

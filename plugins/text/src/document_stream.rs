@@ -134,16 +134,16 @@ mod tests {
     use crate::{
         corpus::{Corpus, Split},
         progress::Watch,
-        sentencepiece::SentencePiece,
         shards::ShardSource,
         testing::{sentence, shard_of, tiny_tokenizer},
         token_cache::{Amount, TokenCache},
+        tokenizer::Tokenizer,
     };
 
     const VOCAB_SIZE: usize = 64;
 
     /// The chunks of documents of a folder with two shards.
-    fn chunks_of(folder: &Path, tokenizer: &SentencePiece) -> Vec<Chunk> {
+    fn chunks_of(folder: &Path, tokenizer: &Tokenizer) -> Vec<Chunk> {
         let corpus = Corpus::loose("text", 0.0);
         for (name, texts) in [
             (
@@ -191,7 +191,7 @@ mod tests {
     #[test]
     fn a_window_is_one_document_cut_or_with_zeros_behind() {
         let folder = tempfile::tempdir().unwrap();
-        let tokenizer = tiny_tokenizer();
+        let tokenizer = Tokenizer::of(tiny_tokenizer());
         let chunks = chunks_of(folder.path(), &tokenizer);
         let texts = [sentence(1), "cat cat".to_owned(), sentence(2), sentence(3)];
         let ids = texts.map(|text| tokenizer.encode(&text).unwrap());
@@ -216,7 +216,7 @@ mod tests {
     #[test]
     fn a_limit_counts_tokens_as_cut() {
         let folder = tempfile::tempdir().unwrap();
-        let chunks = chunks_of(folder.path(), &tiny_tokenizer());
+        let chunks = chunks_of(folder.path(), &Tokenizer::of(tiny_tokenizer()));
         let n = |limit| {
             let stream = DocumentStream::open(&chunks, options(1, Some(limit)));
             stream.unwrap().len()
@@ -229,7 +229,7 @@ mod tests {
     #[test]
     fn short_documents_are_left_out() {
         let folder = tempfile::tempdir().unwrap();
-        let tokenizer = tiny_tokenizer();
+        let tokenizer = Tokenizer::of(tiny_tokenizer());
         let short = "t";
         let n_tokens = tokenizer.encode(short).unwrap().len();
         fs::write(folder.path().join("0.json.gz"), shard_of(&[short, " "])).unwrap();
@@ -241,7 +241,7 @@ mod tests {
     #[test]
     fn lengths_that_do_not_fit_the_chunk_are_made_again() {
         let folder = tempfile::tempdir().unwrap();
-        let tokenizer = tiny_tokenizer();
+        let tokenizer = Tokenizer::of(tiny_tokenizer());
         let chunks = chunks_of(folder.path(), &tokenizer);
         assert!(
             chunks[0]

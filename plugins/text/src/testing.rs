@@ -52,6 +52,12 @@ pub(crate) fn shared() -> Option<PathBuf> {
     None
 }
 
+/// A file of `fixtures/tokenizer_json`, which Python's `tokenizers` made; see `make.py` there.
+pub(crate) fn tokenizer_json(name: &str) -> PathBuf {
+    let folder = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("fixtures/tokenizer_json");
+    folder.join(name).with_extension("json")
+}
+
 /// A gzip member of JSON lines, one document each.
 pub(crate) fn shard_of(documents: &[&str]) -> Vec<u8> {
     let mut lines = String::new();

@@ -16,19 +16,16 @@ use std::{
     time::Duration,
 };
 
-use serde::{Deserialize, Serialize};
-use sha2::{Digest, Sha256};
-
 use crate::{
     corpus::{Corpus, Split},
     document_cache::read_lengths,
     error::TextError,
     files::{AtomicFile, FileLock, create_folder, write_atomically},
     progress::{Progress, Watch},
-    sentencepiece::SentencePiece,
-    shards::{Shards, short_hex},
-    tokenizer::MODEL_FILE,
+    shards::Shards,
+    tokenizer::{Encoder, Tokenizer},
 };
+use serde::{Deserialize, Serialize};
 
 pub use crate::corpus::SEPARATOR;
 
@@ -157,6 +154,16 @@ impl TokenCache {
         }
     }
 
+    /// The cache of one corpus and tokenizer: the same folder for a tokenizer that lies in it, one of its own for
+    /// every file from elsewhere (see [`Tokenizer::cache_suffix`]).
+    pub fn for_tokenizer(cache: &Path, corpus: &Corpus, tokenizer: &Tokenizer) -> Self {
+        let mut this = Self::new(cache, corpus, tokenizer.vocab_size());
+        this.folder
+            .as_mut_os_string()
+            .push(tokenizer.cache_suffix());
+        this
+    }
+
     /// The same cache, but of documents that can be told apart.
     #[must_use]
     pub fn of_documents(self) -> Self {
@@ -191,14 +198,14 @@ impl TokenCache {
         &self,
         split: Split,
         shards: &Shards,
-        tokenizer: &SentencePiece,
+        tokenizer: &Tokenizer,
         amount: Amount,
         n_threads: NonZeroUsize,
         watch: Watch<'_>,
     ) -> Result<Vec<Chunk>, TextError> {
         let origin = Origin {
             shards,
-            tokenizer: self.tokenizer_fingerprint(),
+            tokenizer: tokenizer.short_fingerprint(),
         };
         // A complete cache may be one that we cannot write, or lock.
         let ready = self.ready_chunks(split, &origin);
@@ -249,11 +256,6 @@ impl TokenCache {
 
     pub(crate) fn chunk_path(&self, split: Split, index: usize) -> PathBuf {
         self.split_folder(split).join(format!("chunk_{index}.bin"))
-    }
-
-    fn tokenizer_fingerprint(&self) -> Option<String> {
-        let model = fs::read(self.folder.join(MODEL_FILE)).ok()?;
-        Some(short_hex(&Sha256::digest(model)))
     }
 
     /// The unbroken row of good chunks from the first one on.
@@ -359,7 +361,7 @@ pub(crate) struct Work<'a> {
     pub(crate) split: Split,
     origin: &'a Origin<'a>,
     pub(crate) shards: &'a Shards,
-    pub(crate) tokenizer: &'a SentencePiece,
+    pub(crate) tokenizer: &'a Tokenizer,
 }
 
 impl Work<'_> {
@@ -381,10 +383,13 @@ impl Work<'_> {
                 .map(|_| {
                     let (news, next, stop) = (news.clone(), &next, &stop);
                     scope.spawn(move || {
+                        let mut encoder = self.tokenizer.encoder();
                         while let Some(&shard) = shards.get(next.fetch_add(1, Ordering::Relaxed)) {
                             let made = match self.cache.contents {
-                                Contents::Stream => self.tokenize(shard, &news, stop),
-                                Contents::Documents => self.tokenize_documents(shard, &news, stop),
+                                Contents::Stream => self.tokenize(shard, &mut encoder, &news, stop),
+                                Contents::Documents => {
+                                    self.tokenize_documents(shard, &mut encoder, &news, stop)
+                                }
                             };
                             if let Err(error) = made {
                                 stop.store(true, Ordering::Relaxed);
@@ -430,6 +435,7 @@ impl Work<'_> {
     fn tokenize(
         self,
         shard: usize,
+        encoder: &mut Encoder<'_>,
         news: &mpsc::Sender<Progress>,
         stop: &AtomicBool,
     ) -> Result<(), TextError> {
@@ -440,7 +446,7 @@ impl Work<'_> {
             n_documents: 0,
             utf8_bytes: 0,
         };
-        let mut bytes = Vec::new();
+        let (mut ids, mut bytes) = (Vec::new(), Vec::new());
         // A receiver that is gone has stopped the work already.
         let tell = |piece| drop(news.send(piece));
         for document in self.shards.documents(shard)? {
@@ -448,10 +454,11 @@ impl Work<'_> {
             info.utf8_bytes += text.len() as u64;
             info.n_documents += 1;
             text.push_str(self.shards.separator());
-            let ids = self.tokenizer.encode(&text)?;
+            ids.clear();
+            encoder.encode_into(&text, &mut ids)?;
             info.n_tokens += ids.len() as u64;
             bytes.clear();
-            for id in ids {
+            for &id in &ids {
                 self.cache.width.push(id, &mut bytes);
             }
             file.write(&bytes)?;
@@ -513,7 +520,7 @@ mod tests {
         folder: tempfile::TempDir,
         shards: Shards,
         cache: TokenCache,
-        tokenizer: SentencePiece,
+        tokenizer: Tokenizer,
     }
 
     impl Fixture {
@@ -532,7 +539,7 @@ mod tests {
             let shards = ShardSource::Folder(folder.path().to_owned())
                 .shards(&corpus, Split::Train)
                 .unwrap();
-            let tokenizer = testing::tiny_tokenizer();
+            let tokenizer = Tokenizer::of(testing::tiny_tokenizer());
             let cache = TokenCache::new(
                 &folder.path().join("cache"),
                 &corpus,
@@ -763,8 +770,7 @@ mod tests {
             let fixture = shared.join("fixtures/tokenizer").join(model);
             let expected: serde_json::Value =
                 serde_json::from_slice(&fs::read(fixture.join("expected.json")).unwrap()).unwrap();
-            let tokenizer =
-                SentencePiece::from_file(&fixture.join("tokenizer.model.model")).unwrap();
+            let tokenizer = Tokenizer::from_file(&fixture.join("tokenizer.model.model")).unwrap();
             let corpus = Corpus::c4("en");
             let shards = ShardSource::Folder(shared.join("data/lm").join(text))
                 .shards(&corpus, Split::Validation)
@@ -862,13 +868,10 @@ mod tests {
 
     #[test]
     fn chunks_of_another_tokenizer_are_made_again() {
-        let fixture = Fixture::new(&[3]);
-        let model = fixture.cache.folder().join(MODEL_FILE);
-        create_folder(fixture.cache.folder()).unwrap();
-        fs::write(&model, b"one").unwrap();
+        let mut fixture = Fixture::new(&[3]);
         assert!(warnings(&fixture).is_empty());
         assert!(warnings(&fixture).is_empty());
-        fs::write(&model, b"another").unwrap();
+        fixture.tokenizer = fixture.tokenizer.renamed("another");
         let warnings = warnings(&fixture);
         assert!(
             warnings[0].contains("was made by another tokenizer than is there"),
@@ -897,7 +900,7 @@ mod tests {
             .shards(&corpus, Split::Validation)
             .unwrap();
         let cache = TokenCache::new(folder.path(), &corpus, 8000);
-        let tokenizer = testing::tiny_tokenizer();
+        let tokenizer = Tokenizer::of(testing::tiny_tokenizer());
         let chunks = cache.prepare(
             Split::Validation,
             &shards,
@@ -938,7 +941,7 @@ mod tests {
     ) -> Result<Vec<Chunk>, TextError> {
         let corpus = Corpus::c4("en");
         let shards = web(hub, folder).shards(&corpus, Split::Train)?;
-        let tokenizer = testing::tiny_tokenizer();
+        let tokenizer = Tokenizer::of(testing::tiny_tokenizer());
         let amount = Amount {
             limit: Some(limit),
             min_chunks: 1,
