@@ -127,9 +127,7 @@ fn read(
 
 /// Makes a question of sentences and a last line `sentence TAB answer TAB candidates`. The answer is the first option.
 fn question(group: &str, sentences: &[Line], last: &Line) -> Result<Question, ChoicesError> {
-    let sentences = sentences
-        .iter()
-        .map(|line| Ok(detokenized(numbered(line)?)));
+    let sentences = sentences.iter().map(|line| numbered(line).map(detokenized));
     let context = sentences.collect::<Result<Vec<_>, _>>()?.join(" ");
     let fields = numbered(last)?.split('\t');
     let fields: Vec<&str> = fields.filter(|field| !field.is_empty()).collect();
