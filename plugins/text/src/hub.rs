@@ -67,9 +67,9 @@ impl Hub {
     /// endpoint.
     pub fn url(&self, file: &str) -> String {
         match file.strip_prefix(PUBLIC_ENDPOINT) {
-            Some(path) => format!("{}{path}", self.endpoint),
-            None if file.contains("://") => file.to_owned(),
-            None => format!("{}/{file}", self.endpoint),
+            Some(path) if path.starts_with('/') => format!("{}{path}", self.endpoint),
+            _ if file.contains("://") => file.to_owned(),
+            _ => format!("{}/{file}", self.endpoint),
         }
     }
 
@@ -445,9 +445,11 @@ mod tests {
     use std::{
         io::{BufRead, BufReader, Write},
         net::{TcpListener, TcpStream},
+        time::Instant,
     };
 
     use super::*;
+    use crate::testing::{self, Answer, Server};
 
     /// A server on this machine that answers the n-th connection with the n-th function, then is gone.
     fn serve(answers: Vec<fn(&str, &mut TcpStream)>) -> (Hub, thread::JoinHandle<()>) {
@@ -565,5 +567,95 @@ mod tests {
         );
         assert!(error.help().contains("HF_ENDPOINT"), "{}", error.help());
         server.join().unwrap();
+    }
+
+    #[test]
+    fn a_server_may_ask_for_a_longer_pause() {
+        let server = Server::start(|_, n_before| match n_before {
+            0 => Answer::status(429).with("Retry-After", "1"),
+            _ => Answer::whole(b"x"),
+        });
+        let start = Instant::now();
+        assert_eq!(read_all(&server.hub()).unwrap(), b"x");
+        assert!(start.elapsed() >= Duration::from_secs(1));
+    }
+
+    #[test]
+    fn redirects_lead_to_where_browsers_go() {
+        let from = "https://a.org/x/y?z=1/2";
+        for (location, to) in [
+            ("https://b.org/c", "https://b.org/c"),
+            ("//b.org/c", "https://b.org/c"),
+            ("/c", "https://a.org/c"),
+            ("c?d", "https://a.org/x/c?d"),
+        ] {
+            assert_eq!(redirected(from, location), to);
+        }
+        assert_eq!(redirected("https://a.org", "c"), "https://a.org/c");
+        let server =
+            Server::start(|request, _| Answer::status(302).with("Location", request.path.clone()));
+        let error = server.hub().open("round").err().unwrap();
+        assert!(error.to_string().contains("too many redirects"), "{error}");
+    }
+
+    #[test]
+    fn the_environment_says_where_the_hub_is_and_who_we_are() {
+        let name = "hub::tests::the_environment_says_where_the_hub_is_and_who_we_are";
+        if testing::is_child() {
+            let hub = Hub::from_env();
+            assert_eq!(hub.endpoint, "https://mirror.example/hf");
+            assert_eq!(hub.token.as_deref(), Some("from the file"));
+            assert!(hub.is_offline);
+            return;
+        }
+        let home = tempfile::tempdir().unwrap();
+        std::fs::write(home.path().join("token"), "from the file\n").unwrap();
+        let output = testing::child_of(name)
+            .env("HF_ENDPOINT", " https://mirror.example/hf/ ")
+            .env("HF_HOME", home.path())
+            .env("HF_TOKEN", "")
+            .env("HF_HUB_OFFLINE", "1")
+            .output()
+            .unwrap();
+        let said = String::from_utf8_lossy(&output.stdout);
+        assert!(
+            output.status.success() && said.contains("1 passed"),
+            "{said}"
+        );
+    }
+
+    #[test]
+    fn the_environments_proxy_is_asked_unless_it_is_forbidden() {
+        let name = "hub::tests::the_environments_proxy_is_asked_unless_it_is_forbidden";
+        if testing::is_child() {
+            let hub = Hub {
+                endpoint: "http://hub.invalid".to_owned(),
+                token: None,
+                is_offline: false,
+                max_attempts: 1,
+                first_pause: Duration::ZERO,
+            };
+            assert!(hub.open("x").is_err(), "nobody is there");
+            return;
+        }
+        for (variable, forbidden, n_asked) in [
+            ("HTTP_PROXY", "", 1),
+            ("ALL_PROXY", "", 1),
+            ("HTTP_PROXY", "hub.invalid", 0),
+        ] {
+            let proxy = Server::start(|_, _| Answer::status(403));
+            let mut child = testing::child_of(name);
+            for other in ["HTTPS_PROXY", "HTTP_PROXY", "ALL_PROXY", "NO_PROXY"] {
+                child.env_remove(other).env_remove(other.to_lowercase());
+            }
+            child.env(variable, proxy.url()).env("NO_PROXY", forbidden);
+            assert!(child.output().unwrap().status.success());
+            let asked = proxy.paths();
+            assert_eq!(asked.len(), n_asked, "{variable} {forbidden}: {asked:?}");
+            assert!(
+                asked.iter().all(|it| it.contains("hub.invalid")),
+                "{asked:?}"
+            );
+        }
     }
 }

@@ -39,6 +39,12 @@ impl Meter {
         news.collect()
     }
 
+    /// Puts numbers of another kind in the place of the sums, until there are sums again.
+    pub(crate) fn show(&self, shard: usize, done: u64, total: u64) {
+        let mut shards = self.shards.lock().unwrap_or_else(PoisonError::into_inner);
+        shards.insert(shard, (done, total));
+    }
+
     fn add(&self, shard: usize, done: u64, total: u64) {
         let mut shards = self.shards.lock().unwrap_or_else(PoisonError::into_inner);
         let sums = shards.entry(shard).or_default();

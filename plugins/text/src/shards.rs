@@ -21,7 +21,7 @@ use crate::{
     folder::{loose_files, names_in},
     hub::Hub,
     meter::Meter,
-    progress::Watch,
+    progress::{Progress, Watch},
 };
 
 /// Where the shards of a corpus are.
@@ -217,7 +217,7 @@ pub(crate) fn short_hex(hash: &[u8]) -> String {
 }
 
 impl Place {
-    fn source(&self, meter: &Arc<Meter>) -> Source {
+    fn source(&self, meter: &Arc<Meter>, shard: usize) -> Source {
         let place = self.clone();
         let meter = Arc::clone(meter);
         let name = match self {
@@ -227,11 +227,11 @@ impl Place {
         };
         Source {
             name,
-            open: Box::new(move || place.open(&meter)),
+            open: Box::new(move || place.open(&meter, shard)),
         }
     }
 
-    fn open(self, meter: &Meter) -> Result<Bytes, TextError> {
+    fn open(self, meter: &Meter, shard: usize) -> Result<Bytes, TextError> {
         Ok(match self {
             Self::File(path) => Bytes::File(path),
             Self::Streamed(hub, address) => {
@@ -240,11 +240,17 @@ impl Place {
                 Bytes::Stream(Box::new(file), total)
             }
             Self::Stored(hub, address, path) => {
+                let show = |news| {
+                    if let Progress::Downloading { done, total, .. } = news {
+                        meter.show(shard, done, total);
+                    }
+                };
                 let watch = Watch {
-                    progress: &|_| {},
+                    progress: &show,
                     is_cancelled: &|| meter.is_stopped(),
                 };
                 fetch_with(&hub, &address, &path, watch)?;
+                meter.show(shard, 0, 0);
                 Bytes::File(path)
             }
             Self::Embedded(_, bytes) => Bytes::Stream(Box::new(bytes), Some(bytes.len() as u64)),
@@ -285,7 +291,10 @@ impl Shards {
         assert!(index < self.len(), "shard {index} of {}", self.len());
         let places = &self.list[index].places;
         Ok(Documents::new(
-            places.iter().map(|it| it.source(&self.meter)).collect(),
+            places
+                .iter()
+                .map(|it| it.source(&self.meter, index))
+                .collect(),
             &self.key,
             self.share,
             Some((Arc::clone(&self.meter), index)),
