@@ -15,6 +15,8 @@ const MAX_NESTED_RULES: usize = 32;
 const MAX_NESTED_PIECES: usize = 64;
 /// A rule replaces a few characters; a longer key only makes checking slow.
 const MAX_RULE_BYTES: usize = 128;
+/// The longest replacement in use has 33 bytes; a text must not grow beyond memory.
+const MAX_REPLACEMENT_BYTES: usize = 1024;
 
 /// The ASCII bytes at which a text falls into words that are encoded independently.
 ///
@@ -334,8 +336,9 @@ impl Walk<'_> {
                     .position(|&byte| byte == 0)
                     .map(|end| &rest[..end])
             })
+            .filter(|output| output.len() <= MAX_REPLACEMENT_BYTES)
             .and_then(|output| str::from_utf8(output).ok())
-            .ok_or_else(|| damaged("a replacement is missing or not UTF-8"))
+            .ok_or_else(|| damaged("a replacement is missing, too long or not UTF-8"))
     }
 }
 
@@ -532,12 +535,16 @@ mod tests {
             ("goes in circles", charsmap(&circle, "b")),
             ("points outside itself", charsmap(&outside, "b")),
             (
-                "missing or not UTF-8",
+                "missing, too long or not UTF-8",
                 bytes(3, &bytes(2, &map_of(&one_rule(b'a'), b"b"))),
             ),
             (
-                "missing or not UTF-8",
+                "missing, too long or not UTF-8",
                 bytes(3, &bytes(2, &map_of(&one_rule(b'a'), b"\xff\0"))),
+            ),
+            (
+                "missing, too long or not UTF-8",
+                charsmap(&one_rule(b'a'), &"b".repeat(1025)),
             ),
         ] {
             let error = check_with(&more).unwrap_err();

@@ -1,7 +1,8 @@
 //! Encoding many texts: the ids of a word are computed once.
 //!
 //! SentencePiece normalizes and merges every word anew, at a few MB/s; natural text repeats most of its words. Where
-//! a model lets text be cut into words that do not see each other ([`crate::sentencepiece_model::Cuts`]), looking them up gives the same ids.
+//! a model lets text be cut into words that do not see each other ([`Cuts`](crate::sentencepiece_model::Cuts)), looking
+//! them up gives the same ids.
 
 use std::collections::HashMap;
 
