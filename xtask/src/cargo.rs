@@ -6,8 +6,9 @@
 use std::{
     env,
     ffi::OsStr,
+    fs,
     path::{Path, PathBuf},
-    process::{Command, Stdio},
+    process::{Command, ExitStatus, Stdio},
 };
 
 use serde_json::Value;
@@ -23,6 +24,12 @@ const HOST: &str = "moeut-host";
 
 /// The package with the harness for recorded runs, and its program.
 const NUMERICS: &str = "moeut-numerics";
+
+/// The package with the program for recorded tokenizers, and the program.
+const TEXT: &str = "moeut-text";
+const TOKENIZER_FIXTURES: &str = "moeut-tokenizer-fixtures";
+/// What every recorded tokenizer has.
+const TOKENIZER_FILE: &str = "tokenizer.model.model";
 
 /// Kinds of plugin, each a folder below `plugins`. Packages directly in `plugins` are libraries.
 const KINDS: [&str; 4] = ["tasks", "datasets", "models", "kernels"];
@@ -102,19 +109,70 @@ pub(crate) fn test(repo: &Path, args: &[String]) -> Result<(), Failure> {
         .args(args))
 }
 
-/// Runs recorded runs of the reference: builds the harness of `tests/numerics`, which builds models and kernels itself.
+/// Runs what is recorded of the reference: tokenizers in a folder and below it, then the runs in the folder itself. The
+/// harness of `tests/numerics` builds models and kernels itself.
 pub(crate) fn fixtures(repo: &Path, args: &[String]) -> Result<(), Failure> {
     setup(repo, Set::Cpu)?;
+    let folder = match args {
+        [flag, _, folder] if flag == "--kernel" => Some(folder),
+        [folder, ..] => Some(folder),
+        [] => None,
+    };
+    let has_tokenizers = folder.is_some_and(|folder| has_below(Path::new(folder), TOKENIZER_FILE));
+    let has_runs = folder.is_some_and(|folder| has_runs(Path::new(folder)));
+    let mut statuses = Vec::new();
+    if has_tokenizers {
+        statuses.push(harness(repo, TEXT, TOKENIZER_FIXTURES, folder)?);
+    }
+    // It also says what is wrong with the arguments, or that there is nothing to run.
+    if has_runs || !has_tokenizers {
+        statuses.push(harness(repo, NUMERICS, NUMERICS, args)?);
+    }
+    statuses.into_iter().try_for_each(passed)
+}
+
+/// Builds a program of a package and runs it.
+fn harness<'a>(
+    repo: &Path,
+    package: &str,
+    program: &str,
+    args: impl IntoIterator<Item = &'a String>,
+) -> Result<ExitStatus, Failure> {
     let workspace = workspace(repo)?;
-    run(cargo(repo, &workspace)?.args(["build", "--quiet", "--release", "--package", NUMERICS]))?;
-    let program = workspace.target_directory.join("release").join(NUMERICS);
+    let build = [
+        "build",
+        "--quiet",
+        "--release",
+        "--package",
+        package,
+        "--bin",
+        program,
+    ];
+    run(cargo(repo, &workspace)?.args(build))?;
+    let program = workspace.target_directory.join("release").join(program);
     // In the user's folder, so that relative paths are theirs; with the same commit, or plugins would be built twice.
     let mut command = Command::new(&program);
     command.args(args).env("MOEUT_GIT_HASH", git_hash(repo));
-    let status = command
+    command
         .status()
-        .map_err(|error| Failure::start(&program.to_string_lossy(), &error))?;
-    passed(status)
+        .map_err(|error| Failure::start(&program.to_string_lossy(), &error))
+}
+
+/// Whether there is a `.json` other than a recorded tokenizer's.
+fn has_runs(folder: &Path) -> bool {
+    entries(folder).any(|path| {
+        path.extension() == Some(OsStr::new("json")) && !path.ends_with("expected.json")
+    })
+}
+
+fn has_below(folder: &Path, name: &str) -> bool {
+    entries(folder).any(|path| path.ends_with(name) || has_below(&path, name))
+}
+
+/// What is in a folder; nothing if it is none.
+fn entries(folder: &Path) -> impl Iterator<Item = PathBuf> {
+    let entries = fs::read_dir(folder).into_iter().flatten().flatten();
+    entries.map(|entry| entry.path())
 }
 
 /// Formatting, then clippy as `cargo lint` runs it (the alias in `.cargo/config.toml`).
@@ -351,6 +409,21 @@ mod tests {
             Some(Path::new("/t/release/moeut-host"))
         );
         assert_eq!(artifacts.libraries, [PathBuf::from("/t/release/libtoy.so")]);
+    }
+
+    #[test]
+    fn recorded_tokenizers_are_found_below_and_recorded_runs_in_the_folder() {
+        let folder = tempfile::TempDir::new().unwrap();
+        let tokenizer = folder.path().join("tokenizer/c4");
+        fs::create_dir_all(&tokenizer).unwrap();
+        assert!(!has_below(folder.path(), TOKENIZER_FILE));
+        for name in ["expected.json", TOKENIZER_FILE] {
+            fs::write(tokenizer.join(name), "").unwrap();
+        }
+        assert!(has_below(folder.path(), TOKENIZER_FILE) && has_below(&tokenizer, TOKENIZER_FILE));
+        assert!(!has_runs(folder.path()) && !has_runs(&tokenizer));
+        fs::write(folder.path().join("01_dense.json"), "").unwrap();
+        assert!(has_runs(folder.path()));
     }
 
     #[test]

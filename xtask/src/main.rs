@@ -36,7 +36,8 @@ Usage: cargo xtask <command>
   run [--] [args]                        build, then run `moeut-host` with args
   test [args]                            build, then `cargo test --release --workspace` with args
   fixtures <folder> [--kernel <name>]    run every recorded run of the reference in a folder (`<name>.json` and
-                                         `<name>.safetensors`) with every kernel, in fp64 and fp32; one line each
+                                         `<name>.safetensors`) with every kernel, in fp64 and fp32, and every recorded
+                                         tokenizer below it (folders with `tokenizer.model.model`); one line each
   faults [--short] [--seed <number>]     build, then kill, starve and damage runs, and count what is lost; about
                                          5 minutes, a short one 1 minute
   lint [args]                            check formatting, then clippy on everything; warnings are errors

@@ -86,11 +86,13 @@ pub fn tar_gz_members(
 ) -> Result<Vec<SetFile>, ChoicesError> {
     let mut kept = Kept::new(archive, url, patterns);
     let unreadable = |error: io::Error| {
-        bad_archive(
-            archive,
-            url,
-            &format!("is no whole tar.gz archive: {error}"),
-        )
+        ChoicesError::of_reader(error, |error| {
+            bad_archive(
+                archive,
+                url,
+                &format!("is no whole tar.gz archive: {error}"),
+            )
+        })
     };
     let mut tar = tar::Archive::new(Limited {
         bytes: MultiGzDecoder::new(BufReader::new(bytes)),
@@ -190,9 +192,13 @@ impl<R: Read> Read for Limited<'_, R> {
 
 #[cfg(test)]
 mod tests {
-    use std::io::{Cursor, Write};
+    use std::{
+        cell::Cell,
+        io::{Cursor, Write},
+    };
 
     use flate2::{Compression, write::GzEncoder};
+    use moeut_text::TextError;
     use proptest::prelude::*;
 
     use super::*;
@@ -318,25 +324,47 @@ mod tests {
     }
 
     #[test]
-    fn reading_stops_at_the_limit_and_when_the_host_wants_to() {
-        let read = |n_left, watch| {
+    fn reading_stops_at_the_limit() {
+        let read = |n_left| {
             let mut limited = Limited {
                 bytes: io::repeat(0),
                 n_left,
-                watch,
+                watch: Watch::nobody(),
             };
             limited
                 .read(&mut [0; 10])
                 .map_err(|error| error.to_string())
         };
-        assert_eq!(read(10, Watch::nobody()).unwrap(), 10);
-        let error = read(9, Watch::nobody()).unwrap_err();
+        assert_eq!(read(10).unwrap(), 10);
+        let error = read(9).unwrap_err();
         assert_eq!(error, "more than 8589934592 bytes");
-        let stop = Watch {
-            is_cancelled: &|| true,
-            ..Watch::nobody()
+    }
+
+    #[test]
+    fn the_host_can_stop_at_any_moment() {
+        let tar_gz = gzip(&tar_of_members());
+        let read = |n_more: u32| {
+            let n_asked = Cell::new(0);
+            let is_cancelled = || n_asked.replace(n_asked.get() + 1) >= n_more;
+            let watch = Watch {
+                is_cancelled: &is_cancelled,
+                ..Watch::nobody()
+            };
+            tar_gz_members("a.tgz", "url", &*tar_gz, &["data/*.jsonl"], watch)
         };
-        assert_eq!(read(10, stop).unwrap_err(), "the run was cancelled");
+        let stops = (0..1000).map(read).take_while(Result::is_err);
+        let stops: Vec<_> = stops.collect();
+        assert!(
+            (10..1000).contains(&stops.len()),
+            "asked {} times",
+            stops.len()
+        );
+        for stop in stops {
+            assert!(matches!(
+                stop,
+                Err(ChoicesError::Text(TextError::Cancelled))
+            ));
+        }
     }
 
     proptest! {

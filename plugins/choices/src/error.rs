@@ -104,6 +104,14 @@ fn join(names: &[&str]) -> String {
 }
 
 impl ChoicesError {
+    /// The error that a reader carries, such as a cancellation, or else what its own failure is.
+    pub(crate) fn of_reader(error: io::Error, failure: impl FnOnce(io::Error) -> Self) -> Self {
+        match error.downcast::<TextError>() {
+            Ok(carried) => Self::Text(carried),
+            Err(error) => failure(error),
+        }
+    }
+
     /// What failed, in the user's words.
     pub fn what(&self) -> String {
         match self {

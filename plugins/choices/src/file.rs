@@ -52,9 +52,13 @@ impl SetFile {
         let n_read = bytes
             .take(MAX_BYTES + 1)
             .read_to_end(&mut file.bytes)
-            .map_err(|error| file.is_bad(format!("cannot be read: {error}")))?;
+            .map_err(|error| {
+                ChoicesError::of_reader(error, |error| {
+                    file.error(format!("cannot be read: {error}"))
+                })
+            })?;
         if n_read as u64 > MAX_BYTES {
-            return Err(file.is_bad(format!("is larger than {MAX_BYTES} bytes")));
+            return Err(file.error(format!("is larger than {MAX_BYTES} bytes")));
         }
         Ok(file)
     }
@@ -77,7 +81,7 @@ impl SetFile {
             }
         };
         if text.trim().is_empty() {
-            return Err(self.is_bad("is empty".to_owned()));
+            return Err(self.error("is empty".to_owned()));
         }
         Ok(text.lines().enumerate().map(|(index, text)| Line {
             file: self,
@@ -98,7 +102,7 @@ impl SetFile {
     }
 
     /// An error about the whole file; `reason` goes on with a sentence that the file's name starts.
-    pub fn is_bad(&self, reason: String) -> ChoicesError {
+    pub fn error(&self, reason: String) -> ChoicesError {
         ChoicesError::BadFile {
             file: self.place.clone(),
             reason,
@@ -125,7 +129,7 @@ impl SetFile {
 
 impl Line<'_> {
     /// An error about this line.
-    pub fn is_bad(&self, reason: impl Into<String>) -> ChoicesError {
+    pub fn error(&self, reason: impl Into<String>) -> ChoicesError {
         self.file.bad_line(self.number, self.text, reason.into())
     }
 
@@ -134,7 +138,7 @@ impl Line<'_> {
             // serde counts lines within ours; only its column means something here.
             let text = error.to_string();
             let reason = text.split(" at line ").next().unwrap_or_default();
-            self.is_bad(format!("{reason} at column {}", error.column()))
+            self.error(format!("{reason} at column {}", error.column()))
         })
     }
 }

@@ -22,9 +22,7 @@ use crate::{
 pub const DATA_DIR: ArgSpec = ArgSpec::text("data.dir", "none")
     .field("dir")
     .optional()
-    .help(
-        "Folder that has the files of the evaluation sets somewhere in it, instead of a download",
-    );
+    .help("Folder with the files of evaluation sets, at any depth, instead of a download");
 
 /// The configuration of a set whose only argument is [`DATA_DIR`].
 #[derive(Debug, Deserialize)]
@@ -50,7 +48,7 @@ pub struct Published {
 }
 
 impl Published {
-    /// Finds the files in `dir`, or downloads them, and makes questions of them while the host listens.
+    /// Finds the files in `dir`, or downloads them, and has `read` make questions of them while the host listens.
     ///
     /// # Errors
     /// If a file is missing, there twice, or damaged, or no question is left.
@@ -58,7 +56,7 @@ impl Published {
         &self,
         dir: Option<&Path>,
         host: &Host,
-        questions: impl FnOnce(&[SetFile], Watch<'_>) -> Result<Questions, ChoicesError>,
+        read: impl FnOnce(&[SetFile], Watch<'_>) -> Result<Questions, ChoicesError>,
     ) -> Result<Questions, PluginError> {
         let progress = |news: Progress| report(host, &news);
         let is_cancelled = || host.is_cancelled();
@@ -67,7 +65,7 @@ impl Published {
             is_cancelled: &is_cancelled,
         };
         let files = self.read(dir, &host.info().cache_dir, watch)?;
-        let questions = questions(&files, watch)?;
+        let questions = read(&files, watch)?;
         if questions.list.is_empty() {
             return Err(PluginError::from(ChoicesError::NothingLeft {
                 set: self.set,

@@ -16,6 +16,7 @@ use crate::{
     files::{AtomicFile, write_atomically},
     progress::Progress,
     token_cache::{BATCH_DOCUMENTS, ChunkInfo, Work},
+    tokenizer::Encoder,
 };
 
 /// A document of one token has nothing to predict.
@@ -26,6 +27,7 @@ impl Work<'_> {
     pub(crate) fn tokenize_documents(
         self,
         shard: usize,
+        encoder: &mut Encoder<'_>,
         news: &mpsc::Sender<Progress>,
         stop: &AtomicBool,
     ) -> Result<(), TextError> {
@@ -36,10 +38,11 @@ impl Work<'_> {
             n_documents: 0,
             utf8_bytes: 0,
         };
-        let (mut bytes, mut lengths) = (Vec::new(), Vec::new());
+        let (mut bytes, mut ids, mut lengths) = (Vec::new(), Vec::new(), Vec::new());
         for document in self.shards.documents(shard)? {
             let text = document?;
-            let ids = self.tokenizer.encode(&text)?;
+            ids.clear();
+            encoder.encode_into(&text, &mut ids)?;
             let Some(length) = u32::try_from(ids.len())
                 .ok()
                 .filter(|_| ids.len() >= LEAST_TOKENS)
@@ -51,7 +54,7 @@ impl Work<'_> {
             info.n_documents += 1;
             info.utf8_bytes += text.len() as u64;
             bytes.clear();
-            for id in ids {
+            for &id in &ids {
                 self.cache.width().push(id, &mut bytes);
             }
             file.write(&bytes)?;

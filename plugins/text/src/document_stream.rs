@@ -125,3 +125,138 @@ impl DocumentStream {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::{fs, num::NonZeroUsize, path::Path};
+
+    use super::*;
+    use crate::{
+        corpus::{Corpus, Split},
+        progress::Watch,
+        shards::ShardSource,
+        testing::{sentence, shard_of, tiny_tokenizer},
+        token_cache::{Amount, TokenCache},
+        tokenizer::Tokenizer,
+    };
+
+    const VOCAB_SIZE: usize = 64;
+
+    /// The chunks of documents of a folder with two shards.
+    fn chunks_of(folder: &Path, tokenizer: &Tokenizer) -> Vec<Chunk> {
+        let corpus = Corpus::loose("text", 0.0);
+        for (name, texts) in [
+            (
+                "a.json.gz",
+                vec![sentence(1), String::new(), "cat cat".to_owned()],
+            ),
+            ("b.json.gz", vec![sentence(2), sentence(3)]),
+        ] {
+            let texts: Vec<&str> = texts.iter().map(String::as_str).collect();
+            let path = folder.join(name);
+            // The same time of change each time, so that the chunks stay good.
+            if !path.exists() {
+                fs::write(path, shard_of(&texts)).unwrap();
+            }
+        }
+        let source = ShardSource::Folder(folder.to_owned());
+        let shards = source.shards(&corpus, Split::Train).unwrap();
+        let cache = TokenCache::new(&folder.join(".cache"), &corpus, VOCAB_SIZE).of_documents();
+        let amount = Amount::default();
+        let watch = Watch::nobody();
+        cache
+            .prepare(
+                Split::Train,
+                &shards,
+                tokenizer,
+                amount,
+                NonZeroUsize::MIN,
+                watch,
+            )
+            .unwrap()
+    }
+
+    fn options(seq_len: usize, limit: Option<u64>) -> StreamOptions {
+        StreamOptions {
+            seq_len,
+            amount: crate::token_cache::Amount {
+                limit,
+                min_chunks: 1,
+            },
+            vocab_size: VOCAB_SIZE,
+            compat: false,
+        }
+    }
+
+    #[test]
+    fn a_window_is_one_document_cut_or_with_zeros_behind() {
+        let folder = tempfile::tempdir().unwrap();
+        let tokenizer = Tokenizer::of(tiny_tokenizer());
+        let chunks = chunks_of(folder.path(), &tokenizer);
+        let texts = [sentence(1), "cat cat".to_owned(), sentence(2), sentence(3)];
+        let ids = texts.map(|text| tokenizer.encode(&text).unwrap());
+        for seq_len in [1, 5, ids[0].len() - 1, ids[0].len() + 3] {
+            let stream = DocumentStream::open(&chunks, options(seq_len, None)).unwrap();
+            assert_eq!(stream.len(), 4);
+            for (index, ids) in (0..).zip(&ids) {
+                let mut window = vec![-1; seq_len + 1];
+                stream.read_window(index, &mut window).unwrap();
+                let length = stream.length(index).unwrap() as usize;
+                assert_eq!(length, ids.len().min(seq_len + 1));
+                assert_eq!(window[..length], ids[..length]);
+                assert!(window[length..].iter().all(|&id| id == 0));
+            }
+            assert_eq!(stream.length(4), None);
+        }
+        let stream = DocumentStream::open(&chunks, options(5, None)).unwrap();
+        let n_tokens: usize = ids.iter().map(Vec::len).sum();
+        assert_eq!(stream.n_tokens(), n_tokens as u64);
+    }
+
+    #[test]
+    fn a_limit_counts_tokens_as_cut() {
+        let folder = tempfile::tempdir().unwrap();
+        let chunks = chunks_of(folder.path(), &Tokenizer::of(tiny_tokenizer()));
+        let n = |limit| {
+            let stream = DocumentStream::open(&chunks, options(1, Some(limit)));
+            stream.unwrap().len()
+        };
+        assert_eq!((n(1), n(2), n(3), n(100)), (1, 1, 2, 4));
+        assert!(DocumentStream::open(&chunks, options(1, Some(0))).is_err());
+    }
+
+    /// A document of one token has nothing to predict; an empty file has no document.
+    #[test]
+    fn short_documents_are_left_out() {
+        let folder = tempfile::tempdir().unwrap();
+        let tokenizer = Tokenizer::of(tiny_tokenizer());
+        let short = "t";
+        let n_tokens = tokenizer.encode(short).unwrap().len();
+        fs::write(folder.path().join("0.json.gz"), shard_of(&[short, " "])).unwrap();
+        let chunks = chunks_of(folder.path(), &tokenizer);
+        let stream = DocumentStream::open(&chunks, options(5, None)).unwrap();
+        assert_eq!(stream.len(), if n_tokens < 2 { 4 } else { 5 });
+    }
+
+    #[test]
+    fn lengths_that_do_not_fit_the_chunk_are_made_again() {
+        let folder = tempfile::tempdir().unwrap();
+        let tokenizer = Tokenizer::of(tiny_tokenizer());
+        let chunks = chunks_of(folder.path(), &tokenizer);
+        assert!(
+            chunks[0]
+                .path
+                .ends_with(".cache/TextFiles/TextFiles-64/tokenized_documents/train/chunk_0.bin")
+        );
+        let lengths = chunks[0].path.with_extension("lengths");
+        let good = fs::read(&lengths).unwrap();
+        for bad in [&good[..4], &good[..3], b""] {
+            fs::write(&lengths, bad).unwrap();
+            assert_eq!(chunks_of(folder.path(), &tokenizer), chunks);
+            assert_eq!(fs::read(&lengths).unwrap(), good);
+        }
+        fs::remove_file(&lengths).unwrap();
+        chunks_of(folder.path(), &tokenizer);
+        assert_eq!(fs::read(&lengths).unwrap(), good);
+    }
+}

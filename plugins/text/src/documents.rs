@@ -319,8 +319,12 @@ impl DocumentReader for JsonLines {
             // serde counts lines within ours; only its column means something here.
             let text = error.to_string();
             let reason = text.split(" at line ").next().unwrap_or_default();
-            let reason = format!("{reason} at column {}", error.column());
-            self.lines.malformed(reason, &self.key)
+            // An end that came too early is told at column 0 of the next line.
+            let column = match error.column() {
+                0 => String::new(),
+                column => format!(" at column {column}"),
+            };
+            self.lines.malformed(format!("{reason}{column}"), &self.key)
         })
     }
 }
@@ -476,5 +480,292 @@ impl Visitor<'_> for IsKey<'_> {
 
     fn visit_str<E>(self, key: &str) -> Result<bool, E> {
         Ok(key == self.0)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::testing::{gzip, parquet_of, shard_of};
+
+    type Outcome = Result<Vec<String>, TextError>;
+
+    /// Documents and number of skipped ones of a file of this name.
+    fn read_all(name: &str, bytes: &[u8], share: Option<Share>) -> (Outcome, u64) {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join(name);
+        std::fs::write(&path, bytes).unwrap();
+        let source = Source {
+            name: name.to_owned(),
+            open: Box::new(|| Ok(Bytes::File(path))),
+        };
+        let mut documents = Documents::new(vec![source], "text", share, None);
+        let read = documents.by_ref().collect();
+        (read, documents.n_skipped())
+    }
+
+    fn texts(name: &str, bytes: &[u8]) -> Vec<String> {
+        read_all(name, bytes, None).0.unwrap()
+    }
+
+    fn error(name: &str, bytes: &[u8]) -> TextError {
+        read_all(name, bytes, None).0.unwrap_err()
+    }
+
+    fn zstd_of(bytes: &[u8]) -> Vec<u8> {
+        let mut encoder = zstd::Encoder::new(Vec::new(), 3).unwrap();
+        encoder.write_all(bytes).unwrap();
+        encoder.finish().unwrap()
+    }
+
+    /// Many different lines, so that their packed form is long.
+    fn many_lines() -> Vec<u8> {
+        let line = |i: u64| {
+            format!(
+                "{{\"text\":\"{:x}\"}}\n",
+                i.wrapping_mul(0x9e37_79b9_7f4a_7c15)
+            )
+        };
+        (1..50_000).map(line).collect::<String>().into_bytes()
+    }
+
+    #[test]
+    fn all_members_are_read_and_empty_documents_left_out() {
+        let bytes = [shard_of(&["one", "", "two\nlines"]), shard_of(&["drei"])].concat();
+        let (read, n_skipped) = read_all("s.json.gz", &bytes, None);
+        assert_eq!(read.unwrap(), ["one", "two\nlines", "drei"]);
+        assert_eq!(n_skipped, 1);
+        let streamed = Documents::from_gzip("s".to_owned(), std::io::Cursor::new(bytes));
+        assert_eq!(streamed.map(Result::unwrap).count(), 3);
+    }
+
+    #[test]
+    fn the_ending_says_how_a_file_is_read() {
+        let lines = b"{\"text\":\"a\"}\n{\"text\":\"b\"}\n";
+        let rows: [Option<&[u8]>; 2] = [Some(b"a"), Some(b"b")];
+        for (name, bytes) in [
+            ("x.jsonl", lines.to_vec()),
+            ("x.json.gz", gzip(lines)),
+            ("x.jsonl.gz", gzip(lines)),
+            (
+                "x.jsonl.zst",
+                [zstd_of(&lines[..13]), zstd_of(&lines[13..])].concat(),
+            ),
+            ("x.zst", zstd_of(lines)),
+            ("x.parquet", parquet_of("text", &rows, true)),
+            ("y.parquet", parquet_of("text", &rows, false)),
+        ] {
+            assert!(is_readable(name));
+            assert_eq!(texts(name, &bytes), ["a", "b"], "{name}");
+        }
+        for (name, bytes) in [
+            ("x.txt", b"a\nb\n".to_vec()),
+            ("x.md", b"a\nb\n".to_vec()),
+            ("x.txt.gz", gzip(b"a\nb\n")),
+            ("x.txt.zst", zstd_of(b"a\nb\n")),
+        ] {
+            assert!(is_readable(name));
+            assert_eq!(texts(name, &bytes), ["a\nb\n"], "{name}");
+        }
+        for other in ["x.json", "x.gz", "x.parquet.gz", "x", "x.csv", "txt"] {
+            assert!(!is_readable(other), "{other}");
+        }
+    }
+
+    /// 2³¹ bytes is as far as zstd can refer back, and more than its decoder accepts by itself.
+    #[test]
+    fn long_zstd_windows_are_accepted() {
+        let mut encoder = zstd::Encoder::new(Vec::new(), 1).unwrap();
+        encoder.window_log(ZSTD_WINDOW_LOG - 1).unwrap();
+        encoder.write_all(b"{\"text\":\"far\"}\n").unwrap();
+        let bytes = encoder.finish().unwrap();
+        assert!(zstd::decode_all(&bytes[..]).is_err(), "the window is short");
+        assert_eq!(texts("x.jsonl.zst", &bytes), ["far"]);
+    }
+
+    #[test]
+    fn a_malformed_line_is_named() {
+        for (line, reason) in [
+            ("{\"txt\":\"b\"}", "missing field `text` at column 11"),
+            (
+                "{\"text\":3}",
+                "invalid type: integer `3`, expected a string at column 9",
+            ),
+            ("{\"text\":\"b\"", "EOF while parsing an object"),
+            ("{\"text\":\"b\"} x", "trailing characters at column 14"),
+            (
+                "[1]",
+                "invalid type: sequence, expected an object with a string `text`",
+            ),
+        ] {
+            let bytes = format!("{{\"text\":\"a\"}}\n\n{line}\n{{\"text\":\"c\"}}\n");
+            assert_eq!(
+                error("s.jsonl", bytes.as_bytes()).to_string(),
+                format!("`s.jsonl` line 3: {reason}; the line starts `{line}`")
+            );
+        }
+        let error = error("s.jsonl", b"{\"text\":\"\xff\"}\n").to_string();
+        assert!(
+            error.starts_with("`s.jsonl` line 1: invalid unicode"),
+            "{error}"
+        );
+    }
+
+    #[test]
+    fn what_follows_an_error_is_not_read() {
+        let bytes = gzip(b"{\"text\":\"a\"}\n{}\n{\"text\":\"c\"}\n");
+        let mut documents = Documents::from_gzip("s".to_owned(), std::io::Cursor::new(bytes));
+        assert!(documents.next().unwrap().is_ok());
+        assert!(documents.next().unwrap().is_err());
+        assert!(documents.next().is_none());
+    }
+
+    #[test]
+    fn a_cut_file_is_an_error_and_not_an_end() {
+        let lines = many_lines();
+        for (name, bytes, check) in [
+            ("s.jsonl.gz", gzip(&lines), "gzip -t"),
+            ("s.jsonl.zst", zstd_of(&lines), "zstd -t"),
+        ] {
+            assert_eq!(texts(name, &bytes).len(), 49_999);
+            for length in [0, 5, bytes.len() / 2, bytes.len() - 1] {
+                let error = error(name, &bytes[..length]);
+                assert!(matches!(error, TextError::BrokenShard { .. }), "{error}");
+                assert!(error.help().contains(check), "{}", error.help());
+            }
+        }
+    }
+
+    #[test]
+    fn a_shard_may_be_empty() {
+        for bytes in [gzip(b""), gzip(b"\n \n")] {
+            assert!(texts("s.json.gz", &bytes).is_empty());
+        }
+        assert!(texts("s.jsonl.zst", &zstd_of(b"")).is_empty());
+        assert!(texts("s.jsonl", b"").is_empty());
+        assert!(texts("s.parquet", &parquet_of("text", &[], true)).is_empty());
+    }
+
+    #[test]
+    fn a_column_is_read_over_all_groups_and_missing_values_are_empty() {
+        let words: Vec<String> = (0..1000).map(|i| format!("row {i}")).collect();
+        let rows: Vec<Option<&[u8]>> = words
+            .iter()
+            .enumerate()
+            .map(|(i, word)| (i % 7 != 3).then_some(word.as_bytes()))
+            .collect();
+        let expected: Vec<&String> = (0..1000)
+            .filter(|i| i % 7 != 3)
+            .map(|i| &words[i])
+            .collect();
+        for is_snappy in [true, false] {
+            let bytes = parquet_of("text", &rows, is_snappy);
+            let (read, n_skipped) = read_all("s.parquet", &bytes, None);
+            assert!(read.unwrap().iter().eq(expected.iter().copied()));
+            assert_eq!(n_skipped, 143);
+        }
+    }
+
+    #[test]
+    fn a_parquet_file_that_cannot_be_used_says_why() {
+        let good = parquet_of("content", &[Some(b"a"), Some(b"\xff")], true);
+        let missing = error("s.parquet", &good);
+        assert!(
+            missing.to_string().ends_with(
+                "has no column of strings `text`, but `size` (INT64), `content` (BYTE_ARRAY)"
+            ),
+            "{missing}"
+        );
+        assert!(missing.help().contains("-text_files.key"));
+        let good = parquet_of("text", &[Some(b"a"), Some(b"\xff")], true);
+        let not_text = error("s.parquet", &good);
+        assert!(
+            matches!(&not_text, TextError::NotText { file, .. } if file.ends_with("s.parquet row 2")),
+            "{not_text}"
+        );
+        let words: Vec<String> = (0..1000u64).map(|i| i.pow(5).to_string()).collect();
+        let rows: Vec<Option<&[u8]>> = words.iter().map(|it| Some(it.as_bytes())).collect();
+        let good = parquet_of("text", &rows, true);
+        let mut torn = good.clone();
+        let middle = good.len() / 2;
+        torn[middle..middle + 400].fill(0x55);
+        for bytes in [&good[..good.len() - 1], &good[..good.len() / 2], b"", &torn] {
+            let error = error("s.parquet", bytes);
+            assert!(matches!(error, TextError::BadParquet { .. }), "{error}");
+        }
+    }
+
+    #[test]
+    fn bytes_that_are_no_text_are_refused() {
+        let error = error("s.txt", b"good \xff bad");
+        assert_eq!(
+            error.to_string(),
+            "`s.txt` is not a text: invalid utf-8 sequence of 1 bytes from index 5"
+        );
+    }
+
+    /// Golden: the same rule in Python, `int.from_bytes(sha256(text).digest()[:8]) < 0.05·2⁶⁴`.
+    #[test]
+    fn the_hash_of_the_text_decides_what_validates() {
+        let words: Vec<String> = (0..1000).map(|i| format!("document {i}")).collect();
+        let words: Vec<&str> = words.iter().map(String::as_str).collect();
+        let side = |wants_validation| {
+            let share = Share {
+                validation: 0.05,
+                wants_validation,
+            };
+            read_all("s.json.gz", &shard_of(&words), Some(share))
+                .0
+                .unwrap()
+        };
+        let (train, validation) = (side(false), side(true));
+        assert_eq!(train.len() + validation.len(), 1000);
+        assert_eq!(validation.len(), 66);
+        assert_eq!(
+            validation[..3],
+            ["document 21", "document 22", "document 55"]
+        );
+        assert!(!train.iter().any(|text| validation.contains(text)));
+    }
+
+    /// The download's own error says more than "the gzip stream broke off".
+    #[test]
+    fn a_failed_download_comes_out_as_itself() {
+        struct Failing;
+        impl Read for Failing {
+            fn read(&mut self, _: &mut [u8]) -> std::io::Result<usize> {
+                Err(std::io::Error::other(TextError::HttpStatus {
+                    url: "https://hub/a".to_owned(),
+                    status: 404,
+                    has_token: false,
+                }))
+            }
+        }
+        let start = std::io::Cursor::new(shard_of(&["one", "two"])[..20].to_vec());
+        let error = Documents::from_gzip("s".to_owned(), start.chain(Failing))
+            .last()
+            .unwrap()
+            .unwrap_err();
+        assert!(matches!(error, TextError::HttpStatus { .. }), "{error}");
+    }
+
+    proptest! {
+        /// Bytes that nobody meant to be a shard end in an error or in nothing, never in a panic.
+        #[test]
+        fn garbage_is_survived(bytes in prop::collection::vec(any::<u8>(), 0..200), kind in 0..6) {
+            let (name, bytes) = match kind {
+                0 => ("s.json.gz", bytes),
+                1 => ("s.json.gz", gzip(&bytes)),
+                2 => ("s.jsonl.zst", bytes),
+                3 => ("s.jsonl.zst", zstd_of(&bytes)),
+                4 => ("s.parquet", [b"PAR1", &bytes[..], b"\x10\0\0\0PAR1"].concat()),
+                _ => ("s.txt", bytes),
+            };
+            let _ = read_all(name, &bytes, None);
+        }
     }
 }

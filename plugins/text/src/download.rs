@@ -329,9 +329,7 @@ mod tests {
 
     #[test]
     fn the_host_can_cancel_and_the_part_stays() {
-        let server = Server::start(|request, _| {
-            Answer::file(request, &vec![7; 3 * NEWS_BYTES as usize], "\"a\"")
-        });
+        let server = Server::start(|request, _| Answer::file(request, &vec![7; 3 << 20], "\"a\""));
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("b.zip");
         let n_asked = AtomicUsize::new(0);

@@ -157,6 +157,24 @@ pub enum TextError {
         /// The pieces asked for.
         expected: usize,
     },
+    /// A file that the user named is no tokenizer of use.
+    #[error("`{}` is no tokenizer that can be used: {reason}", path.display())]
+    BadTokenizer {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// A file that the user named has another size than the user says.
+    #[error("`{}` has {found} pieces, but `-sentencepiece.n_pieces` is {expected}", path.display())]
+    OtherVocabSize {
+        /// The file.
+        path: PathBuf,
+        /// Its pieces.
+        found: usize,
+        /// The pieces asked for.
+        expected: usize,
+    },
     /// SentencePiece's trainer gave up.
     #[error("SentencePiece says: {reason}")]
     Train {
@@ -248,7 +266,10 @@ impl TextError {
             | Self::Offline { .. }
             | Self::FileChanged { .. }
             | Self::Checksum { .. } => "the dataset cannot be downloaded",
-            Self::BadModel { .. } | Self::VocabSize { .. } => "the tokenizer cannot be used",
+            Self::BadModel { .. }
+            | Self::VocabSize { .. }
+            | Self::BadTokenizer { .. }
+            | Self::OtherVocabSize { .. } => "the tokenizer cannot be used",
             Self::Train { .. } => "the tokenizer cannot be trained",
             Self::Encode { .. } | Self::IdOutOfRange { .. } => "the text cannot be tokenized",
             Self::BadToken { .. } => "the token cache is damaged",
@@ -305,6 +326,12 @@ impl TextError {
             Self::BadModel { name, .. } => format!("delete `{name}` to have it trained again"),
             Self::VocabSize { path, found, .. } => {
                 format!("ask for a vocabulary of {found}, or delete `{}` to have it trained again", path.display())
+            }
+            Self::BadTokenizer { .. } => {
+                "name a SentencePiece `.model` or a Hugging Face `tokenizer.json`, or leave out `-tokenizer.path`".to_owned()
+            }
+            Self::OtherVocabSize { found, .. } => {
+                format!("leave out `-sentencepiece.n_pieces`, or set it to {found}")
             }
             Self::Train { reason } => {
                 // In the trainer's words: `… 3 vs 93. Increase vocab_size …`, `… set it to a value <= 23306.`

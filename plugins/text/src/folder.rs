@@ -134,3 +134,104 @@ fn is_for_validation(path: &str) -> bool {
         .split(|c: char| !c.is_ascii_alphanumeric())
         .any(|word| VALIDATION_WORDS.contains(&word))
 }
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::symlink;
+
+    use super::*;
+    use crate::{corpus::Corpus, shards::ShardSource, testing::shard_of};
+
+    fn folder_of(files: &[&str]) -> tempfile::TempDir {
+        let folder = tempfile::tempdir().unwrap();
+        for file in files {
+            let path = folder.path().join(file);
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            fs::write(path, file).unwrap();
+        }
+        folder
+    }
+
+    /// The documents of a split; a text file's text is its own path.
+    fn texts(folder: &Path, split: Split) -> Result<Vec<String>, TextError> {
+        let source = ShardSource::Folder(folder.to_owned());
+        let shards = source.shards(&Corpus::loose("text", 0.5), split)?;
+        let documents = (0..shards.len()).flat_map(|index| shards.documents(index).unwrap());
+        documents.collect()
+    }
+
+    #[test]
+    fn files_that_say_so_are_for_validation() {
+        let folder = folder_of(&[
+            "b/one.txt",
+            "a.md",
+            "b/valid/two.txt",
+            "b/Dev-00.txt",
+            "latest/contest.txt",
+            "picture.png",
+            ".hidden/x.txt",
+        ]);
+        assert_eq!(
+            texts(folder.path(), Split::Validation).unwrap(),
+            ["b/Dev-00.txt", "b/valid/two.txt"]
+        );
+        assert_eq!(
+            texts(folder.path(), Split::Train).unwrap(),
+            ["a.md", "b/one.txt", "latest/contest.txt"]
+        );
+    }
+
+    #[test]
+    fn else_a_share_of_the_documents_is() {
+        let names: Vec<String> = (0..100).map(|i| format!("{i:02}.txt")).collect();
+        let names: Vec<&str> = names.iter().map(String::as_str).collect();
+        let folder = folder_of(&names);
+        let train = texts(folder.path(), Split::Train).unwrap();
+        let mut all = texts(folder.path(), Split::Validation).unwrap();
+        assert!((30..70).contains(&all.len()), "{}", all.len());
+        all.extend(train);
+        all.sort();
+        assert_eq!(all, names);
+    }
+
+    #[test]
+    fn a_link_that_leads_round_is_followed_once() {
+        let folder = folder_of(&["a/one.txt", "b/two.txt"]);
+        symlink("../b", folder.path().join("a/to_b")).unwrap();
+        symlink("../a", folder.path().join("b/to_a")).unwrap();
+        let mut files = relative_files(folder.path()).unwrap();
+        files.sort();
+        assert_eq!(files.len(), 2, "{files:?}");
+    }
+
+    #[test]
+    fn no_text_and_no_folder_are_errors() {
+        let folder = folder_of(&["picture.png"]);
+        let error = texts(folder.path(), Split::Train).unwrap_err();
+        assert!(error.help().contains(".jsonl .json.gz"), "{}", error.help());
+        assert!(texts(&folder.path().join("gone"), Split::Train).is_err());
+        assert!(matches!(
+            texts(folder.path(), Split::Test),
+            Err(TextError::NoSplit { .. })
+        ));
+    }
+
+    /// A fingerprint changes with what a shard is made of, and with nothing else.
+    #[test]
+    fn the_fingerprint_follows_the_files() {
+        let folder = folder_of(&["one.txt"]);
+        let path = folder.path().join("two.json.gz");
+        let fingerprint = || {
+            let source = ShardSource::Folder(folder.path().to_owned());
+            let shards = source.shards(&Corpus::loose("text", 0.5), Split::Train);
+            shards.unwrap().fingerprint(0).unwrap().to_owned()
+        };
+        let first = fingerprint();
+        assert_eq!(fingerprint(), first);
+        fs::write(&path, shard_of(&["a"])).unwrap();
+        let second = fingerprint();
+        assert_ne!(second, first);
+        fs::rename(&path, folder.path().join("three.json.gz")).unwrap();
+        assert_ne!(fingerprint(), second);
+    }
+}

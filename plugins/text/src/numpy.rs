@@ -3,8 +3,8 @@
 //!
 //! # Source
 //! M. E. O'Neill, "PCG: A Family of Simple Fast Space-Efficient Statistically Good Algorithms for Random Number
-//! Generation" (2014), and "Developing a `seed_seq` Alternative" (2015); D. Lemire, "Fast Random Integer Generation in an
-//! Interval" (2019). The combination is NumPy's `Generator`.
+//! Generation" (2014), and "Developing a `seed_seq` Alternative" (2015). The combination is NumPy's `Generator`, whose
+//! shuffle rejects by a mask.
 
 const MULTIPLIER: u128 = 0x2360_ed05_1fc6_5da4_4385_df64_9fcc_f645;
 
@@ -64,18 +64,13 @@ impl Rng {
         number as u32
     }
 
-    /// A number in `0..=largest`, for `largest` below 2³²−1.
-    #[expect(
-        clippy::cast_possible_truncation,
-        reason = "halves of a product are meant"
-    )]
+    /// A number in `0..=largest`: as many bits as that has, drawn again as long as they are too large.
     fn up_to(&mut self, largest: u32) -> u32 {
-        let n = largest + 1;
-        let threshold = (u32::MAX - largest) % n;
+        let mask = u32::MAX.checked_shr(largest.leading_zeros()).unwrap_or(0);
         loop {
-            let product = u64::from(self.next_u32()) * u64::from(n);
-            if product as u32 >= threshold {
-                return (product >> 32) as u32;
+            let number = self.next_u32() & mask;
+            if number <= largest {
+                return number;
             }
         }
     }

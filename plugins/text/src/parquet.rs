@@ -21,7 +21,7 @@ pub(crate) struct Column {
     file: Arc<SerializedFileReader<File>>,
     n_bytes: u64,
     n_rows: u64,
-    column: usize,
+    index: usize,
     /// Definition level of a value that is there.
     present: i16,
     next_group: usize,
@@ -42,12 +42,12 @@ impl Column {
             SerializedFileReader::new(file).map_err(|error| bad_parquet(&name, 0, &error))?;
         let schema = file.metadata().file_metadata().schema_descr();
         let columns = schema.columns();
-        let column = columns.iter().position(|column| {
+        let index = columns.iter().position(|column| {
             column.path().parts() == [key]
                 && column.physical_type() == Type::BYTE_ARRAY
                 && column.max_rep_level() == 0
         });
-        let Some(column) = column else {
+        let Some(index) = index else {
             return Err(TextError::NoColumn {
                 file: name,
                 column: key.to_owned(),
@@ -63,11 +63,11 @@ impl Column {
         }
         let rows = file.metadata().file_metadata().num_rows();
         Ok(Self {
-            present: columns[column].max_def_level(),
+            present: columns[index].max_def_level(),
             n_rows: u64::try_from(rows).unwrap_or(0),
             name,
             n_bytes,
-            column,
+            index,
             file: Arc::new(file),
             next_group: 0,
             group: None,
@@ -109,7 +109,7 @@ impl Column {
         let reader = self
             .file
             .get_row_group(index)
-            .and_then(|group| group.get_column_reader(self.column))
+            .and_then(|group| group.get_column_reader(self.index))
             .map_err(|error| bad_parquet(&self.name, self.row, &error))?;
         match reader {
             ColumnReader::ByteArrayColumnReader(reader) => Ok(reader),

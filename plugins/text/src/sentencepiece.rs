@@ -20,7 +20,10 @@ use std::{
 // Nothing of its Rust face is used, but it brings the library that the shim calls.
 use sentencepiece_sys as _;
 
-use crate::error::TextError;
+use crate::{
+    error::TextError,
+    sentencepiece_model::{self, Cuts},
+};
 
 type ByteSink = extern "C" fn(*mut c_void, *const c_char, usize);
 type IdSink = extern "C" fn(*mut c_void, *const i32, usize);
@@ -76,6 +79,7 @@ unsafe extern "C" {
 pub struct SentencePiece {
     processor: NonNull<c_void>,
     vocab_size: usize,
+    cuts: Option<Cuts>,
 }
 
 // SAFETY: the C++ processor is owned by this value alone and has no thread affinity.
@@ -103,6 +107,11 @@ impl SentencePiece {
     }
 
     fn load(model: &[u8], name: &str) -> Result<Self, TextError> {
+        let bad = |reason| TextError::BadModel {
+            name: name.to_owned(),
+            reason,
+        };
+        let cuts = sentencepiece_model::check(model).map_err(bad)?;
         let mut message = Vec::new();
         // SAFETY: the slice is valid for the call, `take_bytes` is given the `Vec<u8>` that it expects.
         let processor = unsafe {
@@ -114,10 +123,7 @@ impl SentencePiece {
             )
         };
         let Some(processor) = NonNull::new(processor) else {
-            return Err(TextError::BadModel {
-                name: name.to_owned(),
-                reason: lossy(&message),
-            });
+            return Err(bad(lossy(&message)));
         };
         // SAFETY: `processor` was just made by `moeut_sp_load`.
         let vocab_size = unsafe { moeut_sp_vocab_size(processor.as_ptr()) };
@@ -125,12 +131,10 @@ impl SentencePiece {
         let loaded = Self {
             processor,
             vocab_size: usize::try_from(vocab_size).unwrap_or(0),
+            cuts,
         };
         if loaded.vocab_size == 0 {
-            return Err(TextError::BadModel {
-                name: name.to_owned(),
-                reason: "it has no pieces".to_owned(),
-            });
+            return Err(bad("it has no pieces".to_owned()));
         }
         Ok(loaded)
     }
@@ -140,12 +144,23 @@ impl SentencePiece {
         self.vocab_size
     }
 
+    /// Where texts may be cut, if this model has such places.
+    pub(crate) fn cuts(&self) -> Option<&Cuts> {
+        self.cuts.as_ref()
+    }
+
     /// The ids of `text`, without begin and end marks.
     ///
     /// # Errors
     /// SentencePiece refuses the text; no such text is known.
     pub fn encode(&self, text: &str) -> Result<Vec<i32>, TextError> {
-        let mut ids: Vec<i32> = Vec::new();
+        let mut ids = Vec::new();
+        self.encode_into(text, &mut ids)?;
+        Ok(ids)
+    }
+
+    /// Appends the ids of `text`; see [`Self::encode`].
+    pub(crate) fn encode_into(&self, text: &str, ids: &mut Vec<i32>) -> Result<(), TextError> {
         let mut message = Vec::new();
         // SAFETY: the text is valid for the call; each sink gets the type that it expects.
         let rc = unsafe {
@@ -153,14 +168,14 @@ impl SentencePiece {
                 self.processor.as_ptr(),
                 text.as_ptr().cast(),
                 text.len(),
-                state_of(&mut ids),
+                state_of(ids),
                 take_ids,
                 state_of(&mut message),
                 take_bytes,
             )
         };
         if rc == 0 {
-            Ok(ids)
+            Ok(())
         } else {
             Err(TextError::Encode {
                 reason: lossy(&message),

@@ -152,7 +152,7 @@ fn shards_in_folder(
 /// The shards of one split, in order.
 #[derive(Debug, Clone)]
 pub struct Shards {
-    shards: Vec<Shard>,
+    list: Vec<Shard>,
     key: String,
     separator: &'static str,
     share: Option<Share>,
@@ -255,7 +255,7 @@ impl Place {
 impl Shards {
     fn new(shards: Vec<Shard>, share: Option<Share>, corpus: &Corpus) -> Self {
         Self {
-            shards,
+            list: shards,
             key: corpus.key.clone(),
             separator: corpus.separator,
             share,
@@ -266,7 +266,7 @@ impl Shards {
     /// Number of shards; at least one.
     #[expect(clippy::len_without_is_empty, reason = "never empty")]
     pub fn len(&self) -> usize {
-        self.shards.len()
+        self.list.len()
     }
 
     /// Put behind every document before it is tokenized; may be empty.
@@ -283,7 +283,7 @@ impl Shards {
     /// If there is no such shard, which is a bug in the caller.
     pub fn documents(&self, index: usize) -> Result<Documents, TextError> {
         assert!(index < self.len(), "shard {index} of {}", self.len());
-        let places = &self.shards[index].places;
+        let places = &self.list[index].places;
         Ok(Documents::new(
             places.iter().map(|it| it.source(&self.meter)).collect(),
             &self.key,
@@ -294,7 +294,7 @@ impl Shards {
 
     /// What a chunk made of shard `index` must be made again for when it changes.
     pub(crate) fn fingerprint(&self, index: usize) -> Option<&str> {
-        self.shards[index].fingerprint.as_deref()
+        self.list[index].fingerprint.as_deref()
     }
 
     /// How far the reading of shards is.
@@ -308,12 +308,237 @@ impl Shards {
     /// # Errors
     /// As [`crate::download::fetch`].
     pub fn store(&self, n: usize, watch: Watch<'_>) -> Result<(), TextError> {
-        let places = self.shards.iter().take(n).flat_map(|shard| &shard.places);
+        let places = self.list.iter().take(n).flat_map(|shard| &shard.places);
         for place in places {
             if let Place::Stored(hub, address, path) = place {
                 fetch_with(hub, address, path, watch)?;
             }
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::{self, Answer, Server, shard_of};
+
+    fn texts(shards: &Shards) -> Vec<String> {
+        (0..shards.len())
+            .flat_map(|index| shards.documents(index).unwrap())
+            .map(Result::unwrap)
+            .collect()
+    }
+
+    fn the_stack() -> Corpus {
+        let languages: Vec<String> = Corpus::the_stack_languages().map(str::to_owned).collect();
+        Corpus::the_stack(&languages).unwrap()
+    }
+
+    #[test]
+    fn folder_takes_what_is_there_in_order() {
+        let folder = tempfile::tempdir().unwrap();
+        let variant = folder.path().join("en");
+        fs::create_dir(&variant).unwrap();
+        for (index, text) in [(7, "b"), (2, "a")] {
+            let name = Corpus::c4("en").file_name(Split::Train, index);
+            fs::write(variant.join(name), shard_of(&[text])).unwrap();
+        }
+        for root in [folder.path(), &variant] {
+            let shards = ShardSource::Folder(root.to_owned())
+                .shards(&Corpus::c4("en"), Split::Train)
+                .unwrap();
+            assert_eq!(texts(&shards), ["a", "b"]);
+        }
+        let error = ShardSource::Folder(variant.clone())
+            .shards(&Corpus::c4("en"), Split::Validation)
+            .unwrap_err();
+        assert_eq!(
+            error.to_string(),
+            format!(
+                "`{}` has no file like `en/c4-validation.00000-of-00008.json.gz`",
+                variant.display()
+            )
+        );
+    }
+
+    #[test]
+    fn embedded_shards_are_those_of_the_split() {
+        let bytes: &'static [u8] = shard_of(&["text"]).leak();
+        let files = vec![
+            ("en/c4-train.00001-of-01024.json.gz", bytes),
+            ("en/c4-validation.00000-of-00008.json.gz", bytes),
+            ("NOTICE", &b"words"[..]),
+            ("en/c4-train.00000-of-01024.json.gz", bytes),
+        ];
+        let source = ShardSource::Embedded(files.leak());
+        let shards = source.shards(&Corpus::c4("en"), Split::Train).unwrap();
+        assert_eq!(texts(&shards), ["text", "text"]);
+        let error = source
+            .shards(&Corpus::pes2o("v2"), Split::Train)
+            .unwrap_err()
+            .to_string();
+        assert_eq!(
+            error,
+            "the embedded text has no file like `v2/train-00000-of-00020.json.gz`"
+        );
+    }
+
+    #[test]
+    fn a_split_that_was_not_published_is_refused() {
+        let source = ShardSource::Folder("/".into());
+        let error = source.shards(&Corpus::c4("en"), Split::Test).unwrap_err();
+        assert_eq!(error.to_string(), "`C4` was published without a test split");
+    }
+
+    #[test]
+    fn addresses_are_those_of_the_hub_or_below_another() {
+        let server = Server::start(|request, _| Answer::whole(&shard_of(&[&request.path])));
+        let raw = tempfile::tempdir().unwrap();
+        let first = |base: Option<String>| {
+            let source = ShardSource::Web {
+                hub: server.hub(),
+                base,
+                raw: raw.path().to_owned(),
+            };
+            let shards = source.shards(&Corpus::pes2o("v2"), Split::Train).unwrap();
+            assert_eq!(shards.len(), 20);
+            shards.documents(0).unwrap().next().unwrap().unwrap()
+        };
+        assert_eq!(
+            first(None),
+            "/datasets/allenai/peS2o/resolve/main/data/v2/train-00000-of-00020.json.gz"
+        );
+        assert_eq!(
+            first(Some(server.url() + "/mirror/")),
+            "/mirror/v2/train-00000-of-00020.json.gz"
+        );
+    }
+
+    /// Parquet files are stored under their path, once, with the token; a refusal says what to set.
+    #[test]
+    fn the_stack_is_stored_and_needs_a_token() {
+        let rows: [Option<&[u8]>; 1] = [Some(b"fn main() {}")];
+        let file = testing::parquet_of("content", &rows, true);
+        let server = Server::start(move |request, _| match request.header("authorization") {
+            Some("bearer t0ken") => Answer::file(request, &file, "\"a\""),
+            _ => Answer::status(401),
+        });
+        let raw = tempfile::tempdir().unwrap();
+        let shards = |token: Option<&str>| {
+            let source = ShardSource::Web {
+                hub: Hub {
+                    token: token.map(str::to_owned),
+                    ..server.hub()
+                },
+                base: None,
+                raw: raw.path().to_owned(),
+            };
+            source.shards(&the_stack(), Split::Train).unwrap()
+        };
+        let error = shards(None).documents(0).unwrap().next().unwrap();
+        let error = error.unwrap_err();
+        assert!(matches!(error, TextError::HttpStatus { status: 401, .. }));
+        assert!(
+            error.help().contains("`export HF_TOKEN=…`"),
+            "{}",
+            error.help()
+        );
+        assert!(shards(Some("bad")).store(1, Watch::nobody()).is_err());
+        let good = shards(Some("t0ken"));
+        good.store(1, Watch::nobody()).unwrap();
+        let stored = raw
+            .path()
+            .join("data_assembly_train-00002-of-00003.parquet");
+        assert!(stored.exists());
+        let documents: Vec<_> = good.documents(0).unwrap().map(Result::unwrap).collect();
+        assert_eq!(documents, ["fn main() {}"]);
+        assert_eq!(server.paths().len(), 3, "{:?}", server.paths());
+    }
+
+    /// Golden: number of files and documents, and a hash of all texts, each with a zero byte behind it, in the order of
+    /// the reference; made with Python's `gzip`, `zstandard`, `pyarrow` and NumPy.
+    #[test]
+    fn real_shards_are_read_as_python_reads_them() {
+        let Some(shared) = testing::shared() else {
+            return;
+        };
+        for (folder, corpus, split, n_shards, n_documents, hash) in [
+            (
+                "c4_like",
+                Corpus::c4("en"),
+                Split::Train,
+                4,
+                2070,
+                "576e12aeb1b80224",
+            ),
+            (
+                "c4_like",
+                Corpus::c4("en"),
+                Split::Validation,
+                1,
+                114,
+                "12e6484e905a2637",
+            ),
+            (
+                "pes2o_like",
+                Corpus::pes2o("v2"),
+                Split::Train,
+                2,
+                103,
+                "a90c124de699169d",
+            ),
+            (
+                "pes2o_like",
+                Corpus::pes2o("v2"),
+                Split::Validation,
+                1,
+                7,
+                "44aaa0fdad6f5260",
+            ),
+            (
+                "slimpajama_like",
+                Corpus::slim_pajama(),
+                Split::Train,
+                3,
+                1121,
+                "a4d7713e95371f17",
+            ),
+            (
+                "slimpajama_like",
+                Corpus::slim_pajama(),
+                Split::Validation,
+                1,
+                49,
+                "5ae8682d99e1d790",
+            ),
+            (
+                "thestack_like",
+                the_stack(),
+                Split::Train,
+                8,
+                569,
+                "13de3265d54500d0",
+            ),
+            (
+                "thestack_like",
+                the_stack(),
+                Split::Validation,
+                8,
+                77,
+                "0b9f1f541b89cee2",
+            ),
+        ] {
+            let source = ShardSource::Folder(shared.join("data/lm").join(folder));
+            let shards = source.shards(&corpus, split).unwrap();
+            let texts = texts(&shards);
+            let mut hasher = Sha256::new();
+            for text in &texts {
+                hasher.update(text);
+                hasher.update([0]);
+            }
+            let found = (shards.len(), texts.len(), short_hex(&hasher.finalize()));
+            assert_eq!(found, (n_shards, n_documents, hash.to_owned()), "{folder}");
+        }
     }
 }

@@ -5,6 +5,7 @@ use std::{
     io::{BufRead, BufReader, Write},
     net::{TcpListener, TcpStream},
     path::PathBuf,
+    process::Command,
     sync::{
         Arc, Mutex,
         atomic::{AtomicBool, Ordering},
@@ -14,6 +15,12 @@ use std::{
 };
 
 use flate2::{Compression, write::GzEncoder};
+use parquet::{
+    basic::{Compression as Codec, ZstdLevel},
+    data_type::{ByteArray, ByteArrayType, Int64Type},
+    file::{properties::WriterProperties, writer::SerializedFileWriter},
+    schema::parser::parse_message_type,
+};
 
 use crate::{
     error::TextError,
@@ -43,6 +50,12 @@ pub(crate) fn shared() -> Option<PathBuf> {
         folder.display()
     );
     None
+}
+
+/// A file of `fixtures/tokenizer_json`, which Python's `tokenizers` made; see `make.py` there.
+pub(crate) fn tokenizer_json(name: &str) -> PathBuf {
+    let folder = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("fixtures/tokenizer_json");
+    folder.join(name).with_extension("json")
 }
 
 /// A gzip member of JSON lines, one document each.
@@ -246,7 +259,7 @@ fn serve_one(
         answer.body.len()
     );
     for (name, value) in &answer.headers {
-        head += &format!("{name}: {value}\r\n");
+        head.extend([name, ": ", value, "\r\n"]);
     }
     stream.write_all(head.as_bytes())?;
     stream.write_all(b"\r\n")?;
@@ -270,4 +283,55 @@ impl Drop for Server {
 /// Orders of shards and windows as NumPy makes them; `fixtures/known_answers.json` says with which version.
 pub(crate) fn known_answers() -> serde_json::Value {
     serde_json::from_str(include_str!("../fixtures/known_answers.json")).unwrap()
+}
+
+/// A Parquet file of groups of 100 rows, with a column of numbers before the one of texts.
+pub(crate) fn parquet_of(column: &str, rows: &[Option<&[u8]>], is_snappy: bool) -> Vec<u8> {
+    let schema = format!("message m {{ optional int64 size; optional binary {column} (UTF8); }}");
+    let schema = Arc::new(parse_message_type(&schema).unwrap());
+    let codec = if is_snappy {
+        Codec::SNAPPY
+    } else {
+        Codec::ZSTD(ZstdLevel::default())
+    };
+    let properties = WriterProperties::builder().set_compression(codec).build();
+    let mut bytes = Vec::new();
+    let mut writer = SerializedFileWriter::new(&mut bytes, schema, Arc::new(properties)).unwrap();
+    for rows in rows.chunks(100) {
+        let mut group = writer.next_row_group().unwrap();
+        let sizes: Vec<i64> = (0..).take(rows.len()).collect();
+        let mut sizes_column = group.next_column().unwrap().unwrap();
+        let levels = vec![1; rows.len()];
+        let typed = sizes_column.typed::<Int64Type>();
+        typed.write_batch(&sizes, Some(&levels), None).unwrap();
+        sizes_column.close().unwrap();
+        let present = rows
+            .iter()
+            .flatten()
+            .map(|text| ByteArray::from(text.to_vec()));
+        let levels: Vec<i16> = rows.iter().map(|row| i16::from(row.is_some())).collect();
+        let mut texts_column = group.next_column().unwrap().unwrap();
+        let typed = texts_column.typed::<ByteArrayType>();
+        typed
+            .write_batch(&present.collect::<Vec<_>>(), Some(&levels), None)
+            .unwrap();
+        texts_column.close().unwrap();
+        group.close().unwrap();
+    }
+    writer.close().unwrap();
+    bytes
+}
+
+/// A test that is also what its child processes run, told apart by [`is_child`].
+pub(crate) fn child_of(test: &str) -> Command {
+    let mut command = Command::new(env::current_exe().unwrap());
+    command
+        .args(["--exact", test, "--nocapture"])
+        .env("MOEUT_TEXT_CHILD", "1");
+    command
+}
+
+/// Whether this process was started by [`child_of`].
+pub(crate) fn is_child() -> bool {
+    env::var_os("MOEUT_TEXT_CHILD").is_some()
 }

@@ -16,19 +16,16 @@ use std::{
     time::Duration,
 };
 
-use serde::{Deserialize, Serialize};
-use sha2::{Digest, Sha256};
-
 use crate::{
     corpus::{Corpus, Split},
     document_cache::read_lengths,
     error::TextError,
     files::{AtomicFile, FileLock, create_folder, write_atomically},
     progress::{Progress, Watch},
-    sentencepiece::SentencePiece,
-    shards::{Shards, short_hex},
-    tokenizer::MODEL_FILE,
+    shards::Shards,
+    tokenizer::{Encoder, Tokenizer},
 };
+use serde::{Deserialize, Serialize};
 
 pub use crate::corpus::SEPARATOR;
 
@@ -157,6 +154,16 @@ impl TokenCache {
         }
     }
 
+    /// The cache of one corpus and tokenizer: the same folder for a tokenizer that lies in it, one of its own for
+    /// every file from elsewhere (see [`Tokenizer::cache_suffix`]).
+    pub fn for_tokenizer(cache: &Path, corpus: &Corpus, tokenizer: &Tokenizer) -> Self {
+        let mut this = Self::new(cache, corpus, tokenizer.vocab_size());
+        this.folder
+            .as_mut_os_string()
+            .push(tokenizer.cache_suffix());
+        this
+    }
+
     /// The same cache, but of documents that can be told apart.
     #[must_use]
     pub fn of_documents(self) -> Self {
@@ -191,14 +198,14 @@ impl TokenCache {
         &self,
         split: Split,
         shards: &Shards,
-        tokenizer: &SentencePiece,
+        tokenizer: &Tokenizer,
         amount: Amount,
         n_threads: NonZeroUsize,
         watch: Watch<'_>,
     ) -> Result<Vec<Chunk>, TextError> {
         let origin = Origin {
             shards,
-            tokenizer: self.tokenizer_fingerprint(),
+            tokenizer: tokenizer.short_fingerprint(),
         };
         // A complete cache may be one that we cannot write, or lock.
         let ready = self.ready_chunks(split, &origin);
@@ -226,6 +233,10 @@ impl TokenCache {
                     Some(Ok(_)) => {}
                     Some(Err(damage)) => {
                         watch.tell(Progress::Warning(damage));
+                        // It must not be there when the sidecar of the next one is.
+                        let path = self.chunk_path(split, index);
+                        fs::remove_file(&path)
+                            .map_err(|source| TextError::io("remove", &path, source))?;
                         missing.push(index);
                     }
                     None => missing.push(index),
@@ -245,11 +256,6 @@ impl TokenCache {
 
     pub(crate) fn chunk_path(&self, split: Split, index: usize) -> PathBuf {
         self.split_folder(split).join(format!("chunk_{index}.bin"))
-    }
-
-    fn tokenizer_fingerprint(&self) -> Option<String> {
-        let model = fs::read(self.folder.join(MODEL_FILE)).ok()?;
-        Some(short_hex(&Sha256::digest(model)))
     }
 
     /// The unbroken row of good chunks from the first one on.
@@ -355,7 +361,7 @@ pub(crate) struct Work<'a> {
     pub(crate) split: Split,
     origin: &'a Origin<'a>,
     pub(crate) shards: &'a Shards,
-    pub(crate) tokenizer: &'a SentencePiece,
+    pub(crate) tokenizer: &'a Tokenizer,
 }
 
 impl Work<'_> {
@@ -377,10 +383,13 @@ impl Work<'_> {
                 .map(|_| {
                     let (news, next, stop) = (news.clone(), &next, &stop);
                     scope.spawn(move || {
+                        let mut encoder = self.tokenizer.encoder();
                         while let Some(&shard) = shards.get(next.fetch_add(1, Ordering::Relaxed)) {
                             let made = match self.cache.contents {
-                                Contents::Stream => self.tokenize(shard, &news, stop),
-                                Contents::Documents => self.tokenize_documents(shard, &news, stop),
+                                Contents::Stream => self.tokenize(shard, &mut encoder, &news, stop),
+                                Contents::Documents => {
+                                    self.tokenize_documents(shard, &mut encoder, &news, stop)
+                                }
                             };
                             if let Err(error) = made {
                                 stop.store(true, Ordering::Relaxed);
@@ -426,6 +435,7 @@ impl Work<'_> {
     fn tokenize(
         self,
         shard: usize,
+        encoder: &mut Encoder<'_>,
         news: &mpsc::Sender<Progress>,
         stop: &AtomicBool,
     ) -> Result<(), TextError> {
@@ -436,7 +446,7 @@ impl Work<'_> {
             n_documents: 0,
             utf8_bytes: 0,
         };
-        let mut bytes = Vec::new();
+        let (mut ids, mut bytes) = (Vec::new(), Vec::new());
         // A receiver that is gone has stopped the work already.
         let tell = |piece| drop(news.send(piece));
         for document in self.shards.documents(shard)? {
@@ -444,10 +454,11 @@ impl Work<'_> {
             info.utf8_bytes += text.len() as u64;
             info.n_documents += 1;
             text.push_str(self.shards.separator());
-            let ids = self.tokenizer.encode(&text)?;
+            ids.clear();
+            encoder.encode_into(&text, &mut ids)?;
             info.n_tokens += ids.len() as u64;
             bytes.clear();
-            for id in ids {
+            for &id in &ids {
                 self.cache.width.push(id, &mut bytes);
             }
             file.write(&bytes)?;
@@ -497,8 +508,9 @@ mod tests {
 
     use super::*;
     use crate::{
+        hub::Hub,
         shards::ShardSource,
-        testing::{self, shard_of},
+        testing::{self, Answer, Request, Server, shard_of},
     };
 
     const ONE: NonZeroUsize = NonZeroUsize::MIN;
@@ -508,7 +520,7 @@ mod tests {
         folder: tempfile::TempDir,
         shards: Shards,
         cache: TokenCache,
-        tokenizer: SentencePiece,
+        tokenizer: Tokenizer,
     }
 
     impl Fixture {
@@ -527,7 +539,7 @@ mod tests {
             let shards = ShardSource::Folder(folder.path().to_owned())
                 .shards(&corpus, Split::Train)
                 .unwrap();
-            let tokenizer = testing::tiny_tokenizer();
+            let tokenizer = Tokenizer::of(testing::tiny_tokenizer());
             let cache = TokenCache::new(
                 &folder.path().join("cache"),
                 &corpus,
@@ -758,8 +770,7 @@ mod tests {
             let fixture = shared.join("fixtures/tokenizer").join(model);
             let expected: serde_json::Value =
                 serde_json::from_slice(&fs::read(fixture.join("expected.json")).unwrap()).unwrap();
-            let tokenizer =
-                SentencePiece::from_file(&fixture.join("tokenizer.model.model")).unwrap();
+            let tokenizer = Tokenizer::from_file(&fixture.join("tokenizer.model.model")).unwrap();
             let corpus = Corpus::c4("en");
             let shards = ShardSource::Folder(shared.join("data/lm").join(text))
                 .shards(&corpus, Split::Validation)
@@ -807,5 +818,375 @@ mod tests {
             assert_eq!(fs::read(&a.path).unwrap(), fs::read(&b.path).unwrap());
             assert_eq!(a.utf8_bytes, b.utf8_bytes);
         }
+    }
+
+    fn names(folder: &Path) -> Vec<String> {
+        crate::folder::names_in(folder).unwrap()
+    }
+
+    /// Warnings of one preparation.
+    fn warnings(fixture: &Fixture) -> Vec<String> {
+        let news = RefCell::new(Vec::new());
+        let tell = |piece| {
+            if let Progress::Warning(text) = piece {
+                news.borrow_mut().push(text);
+            }
+        };
+        let watch = Watch {
+            progress: &tell,
+            is_cancelled: &|| false,
+        };
+        fixture.prepare(None, watch).unwrap();
+        news.into_inner()
+    }
+
+    /// Another file among those of a folder moves the ones behind it to other chunks.
+    #[test]
+    fn chunks_of_files_that_changed_are_made_again() {
+        let mut fixture = Fixture::new(&[3, 4, 5]);
+        let sizes = |fixture: &Fixture| -> Vec<u64> {
+            let chunks = fixture.prepare(None, Watch::nobody()).unwrap();
+            chunks.iter().map(|chunk| chunk.n_tokens).collect()
+        };
+        let first = sizes(&fixture);
+        let corpus = Corpus::c4("en");
+        let second = fixture
+            .folder
+            .path()
+            .join(corpus.file_name(Split::Train, 1));
+        fs::remove_file(second).unwrap();
+        let source = ShardSource::Folder(fixture.folder.path().to_owned());
+        fixture.shards = source.shards(&corpus, Split::Train).unwrap();
+        let warnings = warnings(&fixture);
+        assert_eq!(warnings.len(), 1, "{warnings:?}");
+        assert!(
+            warnings[0].contains("chunk_1.bin` was made from other files than are there"),
+            "{warnings:?}"
+        );
+        assert_eq!(sizes(&fixture), [first[0], first[2]]);
+    }
+
+    #[test]
+    fn chunks_of_another_tokenizer_are_made_again() {
+        let mut fixture = Fixture::new(&[3]);
+        assert!(warnings(&fixture).is_empty());
+        assert!(warnings(&fixture).is_empty());
+        fixture.tokenizer = fixture.tokenizer.renamed("another");
+        let warnings = warnings(&fixture);
+        assert!(
+            warnings[0].contains("was made by another tokenizer than is there"),
+            "{warnings:?}"
+        );
+    }
+
+    /// The reference's chunks of a published corpus have no sidecar; they are used as they are.
+    #[test]
+    fn the_references_cache_is_used_and_asks_nobody() {
+        let server = Server::start(|_, _| Answer::status(500));
+        let folder = tempfile::tempdir().unwrap();
+        let split_folder = folder
+            .path()
+            .join("PES2O/PES2O-v2-8000/tokenized_chunks/validation");
+        fs::create_dir_all(&split_folder).unwrap();
+        for (name, ids) in [
+            ("chunk_0.bin", vec![5i16; 30]),
+            ("chunk_1.bin", vec![7; 20]),
+        ] {
+            let bytes: Vec<u8> = ids.into_iter().flat_map(i16::to_le_bytes).collect();
+            fs::write(split_folder.join(name), bytes).unwrap();
+        }
+        let corpus = Corpus::pes2o("v2");
+        let shards = web(&server.hub(), folder.path())
+            .shards(&corpus, Split::Validation)
+            .unwrap();
+        let cache = TokenCache::new(folder.path(), &corpus, 8000);
+        let tokenizer = Tokenizer::of(testing::tiny_tokenizer());
+        let chunks = cache.prepare(
+            Split::Validation,
+            &shards,
+            &tokenizer,
+            Amount::default(),
+            ONE,
+            Watch::nobody(),
+        );
+        let found: Vec<_> = chunks
+            .unwrap()
+            .into_iter()
+            .map(|chunk| (chunk.n_tokens, chunk.utf8_bytes))
+            .collect();
+        assert_eq!(found, [(30, None), (20, None)]);
+        assert!(server.paths().is_empty());
+    }
+
+    fn web(hub: &Hub, raw: &Path) -> ShardSource {
+        ShardSource::Web {
+            hub: hub.clone(),
+            base: None,
+            raw: raw.to_owned(),
+        }
+    }
+
+    /// A published shard of a hub: 10 documents.
+    fn published(request: &Request) -> Answer {
+        let texts: Vec<String> = (0..10).map(testing::sentence).collect();
+        let texts: Vec<&str> = texts.iter().map(String::as_str).collect();
+        Answer::file(request, &shard_of(&texts), "\"a\"")
+    }
+
+    fn prepare_web(
+        hub: &Hub,
+        folder: &Path,
+        limit: u64,
+        n_threads: usize,
+    ) -> Result<Vec<Chunk>, TextError> {
+        let corpus = Corpus::c4("en");
+        let shards = web(hub, folder).shards(&corpus, Split::Train)?;
+        let tokenizer = Tokenizer::of(testing::tiny_tokenizer());
+        let amount = Amount {
+            limit: Some(limit),
+            min_chunks: 1,
+        };
+        TokenCache::new(folder, &corpus, 64).prepare(
+            Split::Train,
+            &shards,
+            &tokenizer,
+            amount,
+            NonZeroUsize::new(n_threads).unwrap(),
+            Watch::nobody(),
+        )
+    }
+
+    #[test]
+    fn a_limit_stops_the_download_early() {
+        let server = Server::start(|request, _| published(request));
+        let folder = tempfile::tempdir().unwrap();
+        let tokens = prepare_web(&server.hub(), folder.path(), 1, 1).unwrap()[0].n_tokens;
+        let chunks = prepare_web(&server.hub(), folder.path(), 3 * tokens, 2).unwrap();
+        assert_eq!(chunks.len(), 3);
+        let mut paths = server.paths();
+        paths.sort();
+        let expected: Vec<String> = (0..3)
+            .map(|i| {
+                let corpus = Corpus::c4("en");
+                format!(
+                    "/{}/en/{}",
+                    corpus.hub_path,
+                    corpus.file_name(Split::Train, i)
+                )
+            })
+            .collect();
+        assert_eq!(paths, expected, "1024 shards are there");
+        let raw = names(folder.path());
+        assert_eq!(raw, ["C4"], "raw text is not stored");
+    }
+
+    /// What a server may do to a stream: nothing wrong is ever cached.
+    #[test]
+    fn a_server_that_fails_leaves_whole_chunks_only() {
+        type Case = (fn(&Request) -> Answer, fn(&TextError) -> bool);
+        let answers: [Case; 5] = [
+            (
+                |_| Answer::status(404),
+                |error| matches!(error, TextError::HttpStatus { status: 404, .. }),
+            ),
+            (
+                |_| Answer::status(429).with("Retry-After", "0"),
+                |error| matches!(error, TextError::Network { reason, .. } if reason.contains("429")),
+            ),
+            (
+                |_| Answer::status(500),
+                |error| matches!(error, TextError::Network { attempts: 3, .. }),
+            ),
+            (
+                |request| match request.start() {
+                    0 => published(request).cut(50),
+                    _ => Answer::status(503),
+                },
+                |error| matches!(error, TextError::Network { .. }),
+            ),
+            (
+                |request| Answer::whole(&published(request).body[..50]),
+                |error| matches!(error, TextError::BrokenShard { .. }),
+            ),
+        ];
+        for (answer, is_expected) in answers {
+            let server = Server::start(move |request, _| {
+                if request.path.contains("train.00001") {
+                    answer(request)
+                } else {
+                    published(request)
+                }
+            });
+            let folder = tempfile::tempdir().unwrap();
+            let error = prepare_web(&server.hub(), folder.path(), 1_000_000, 1).unwrap_err();
+            assert!(is_expected(&error), "{error}");
+            let chunks = folder.path().join("C4/C4-en-64/tokenized_chunks/train");
+            assert_eq!(names(&chunks), ["chunk_0.bin", "chunk_0.json"]);
+        }
+    }
+
+    /// The file becomes another one while it is read: the rest of it must not follow the beginning of the other.
+    #[test]
+    fn a_file_that_changes_in_the_middle_is_an_error() {
+        let server = Server::start(|request, n_before| {
+            let tag = if n_before == 0 { "\"a\"" } else { "\"b\"" };
+            let answer = Answer::file(request, &shard_of(&[&testing::sentence(n_before)]), tag);
+            if n_before == 0 {
+                answer.cut(50)
+            } else {
+                answer
+            }
+        });
+        let folder = tempfile::tempdir().unwrap();
+        let error = prepare_web(&server.hub(), folder.path(), 1, 1).unwrap_err();
+        assert!(
+            matches!(error, TextError::FileChanged { position: 50, .. }),
+            "{error}"
+        );
+    }
+
+    /// Bytes of all files of a cache by their names.
+    fn contents(folder: &Path) -> Vec<(String, Vec<u8>)> {
+        let chunks = folder.join("C4/C4-en-64/tokenized_chunks/train");
+        names(&chunks)
+            .into_iter()
+            .map(|name| {
+                let bytes = fs::read(chunks.join(&name)).unwrap();
+                (name, bytes)
+            })
+            .collect()
+    }
+
+    /// What a run that nobody disturbs makes of `n` shards.
+    fn undisturbed(n: u64) -> Vec<(String, Vec<u8>)> {
+        let server = Server::start(|request, _| published(request));
+        let folder = tempfile::tempdir().unwrap();
+        let tokens = prepare_web(&server.hub(), folder.path(), 1, 1).unwrap()[0].n_tokens;
+        prepare_web(&server.hub(), folder.path(), n * tokens, 1).unwrap();
+        contents(folder.path())
+    }
+
+    /// Arguments of a child process.
+    fn child_args() -> (Hub, PathBuf) {
+        let hub = Hub {
+            endpoint: std::env::var("MOEUT_TEXT_HUB").unwrap(),
+            token: None,
+            is_offline: false,
+            max_attempts: 1000,
+            first_pause: Duration::from_millis(1),
+        };
+        (hub, std::env::var_os("MOEUT_TEXT_CACHE").unwrap().into())
+    }
+
+    fn child(test: &str, server: &Server, cache: &Path) -> std::process::Command {
+        let mut command = testing::child_of(&format!("token_cache::tests::{test}"));
+        command
+            .env("MOEUT_TEXT_HUB", server.url())
+            .env("MOEUT_TEXT_CACHE", cache)
+            .stdout(std::process::Stdio::null())
+            .stderr(std::process::Stdio::null());
+        command
+    }
+
+    const ENOUGH: u64 = 1;
+
+    /// The process is killed while the server holds the second half of shard 1 back.
+    #[test]
+    fn killed_in_a_chunk_and_started_again_is_as_never_killed() {
+        if testing::is_child() {
+            let (hub, cache) = child_args();
+            let tokens = prepare_web(&hub, &cache, ENOUGH, 1).unwrap()[0].n_tokens;
+            prepare_web(&hub, &cache, 3 * tokens, 1).unwrap();
+            return;
+        }
+        let (reached, wait) = mpsc::channel();
+        let server = Server::start(move |request, n_before| match n_before {
+            0 => published(request),
+            1 => published(request).cut(50),
+            _ => {
+                // The second time that the rest is asked for, the first half is in the child's hands.
+                if n_before == 3 {
+                    reached.send(()).unwrap();
+                }
+                Answer::status(503)
+            }
+        });
+        let folder = tempfile::tempdir().unwrap();
+        let name = "killed_in_a_chunk_and_started_again_is_as_never_killed";
+        let mut process = child(name, &server, folder.path()).spawn().unwrap();
+        wait.recv_timeout(Duration::from_mins(1)).unwrap();
+        process.kill().unwrap();
+        process.wait().unwrap();
+        let left: Vec<String> = contents(folder.path()).into_iter().map(|it| it.0).collect();
+        assert_eq!(left, ["chunk_0.bin", "chunk_0.json", "chunk_1.bin.tmp"]);
+
+        let good = Server::start(|request, _| published(request));
+        let tokens = prepare_web(&good.hub(), folder.path(), ENOUGH, 1).unwrap()[0].n_tokens;
+        prepare_web(&good.hub(), folder.path(), 3 * tokens, 1).unwrap();
+        assert_eq!(contents(folder.path()), undisturbed(3));
+    }
+
+    #[test]
+    fn two_processes_make_each_chunk_once() {
+        if testing::is_child() {
+            let (hub, cache) = child_args();
+            let tokens = prepare_web(&hub, &cache, ENOUGH, 1).unwrap()[0].n_tokens;
+            prepare_web(&hub, &cache, 4 * tokens, 2).unwrap();
+            return;
+        }
+        let server = Server::start(|request, _| published(request));
+        let folder = tempfile::tempdir().unwrap();
+        let start = || {
+            let name = "two_processes_make_each_chunk_once";
+            child(name, &server, folder.path()).spawn().unwrap()
+        };
+        for mut process in [start(), start(), start()] {
+            assert!(process.wait().unwrap().success());
+        }
+        assert_eq!(server.paths().len(), 4, "{:?}", server.paths());
+        assert_eq!(contents(folder.path()), undisturbed(4));
+    }
+
+    /// A disk that takes no more bytes, as a limit of the process that does not kill it.
+    #[test]
+    fn a_full_disk_leaves_nothing_half_done() {
+        if testing::is_child() {
+            let (hub, cache) = child_args();
+            let error = prepare_web(&hub, &cache, ENOUGH, 1).unwrap_err();
+            assert!(
+                matches!(error, TextError::Io { doing: "write", .. }),
+                "{error}"
+            );
+            assert!(error.to_string().contains("File too large"), "{error}");
+            assert!(error.help().contains("df -h"), "{}", error.help());
+            return;
+        }
+        let server = Server::start(|request, _| {
+            let texts: Vec<String> = (0..2000).map(testing::sentence).collect();
+            let texts: Vec<&str> = texts.iter().map(String::as_str).collect();
+            Answer::file(request, &shard_of(&texts), "\"a\"")
+        });
+        let folder = tempfile::tempdir().unwrap();
+        let direct = child(
+            "a_full_disk_leaves_nothing_half_done",
+            &server,
+            folder.path(),
+        );
+        let mut limited = std::process::Command::new("sh");
+        limited
+            .args(["-c", "trap '' XFSZ; ulimit -f 16; exec \"$0\" \"$@\""])
+            .arg(direct.get_program())
+            .args(direct.get_args())
+            .envs(
+                direct
+                    .get_envs()
+                    .filter_map(|(name, value)| Some((name, value?))),
+            );
+        let output = limited.output().unwrap();
+        let said = String::from_utf8_lossy(&output.stdout);
+        assert!(output.status.success(), "{said}");
+        assert!(said.contains("1 passed"), "{said}");
+        let left: Vec<String> = contents(folder.path()).into_iter().map(|it| it.0).collect();
+        assert_eq!(left, ["chunk_0.json"]);
     }
 }

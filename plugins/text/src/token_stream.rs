@@ -245,23 +245,53 @@ impl MappedChunk {
         let Ok(first_byte) = usize::try_from(start * self.width.bytes() as u64) else {
             return Ok(0);
         };
-        let mut n_read = 0;
-        for (slot, id) in out.iter_mut().zip(self.width.ids(&map[first_byte..])) {
-            *slot = match i32::try_from(id) {
-                Ok(small) if usize::try_from(small).is_ok_and(|index| index < vocab_size) => small,
-                _ => {
-                    return Err(TextError::BadToken {
-                        path: self.path.clone(),
-                        position: start + n_read as u64,
-                        id,
-                        vocab_size,
-                    });
-                }
-            };
-            n_read += 1;
+        let bytes = &map[first_byte..];
+        let n_read = out.len().min(bytes.len() / self.width.bytes());
+        let (bytes, out) = (&bytes[..n_read * self.width.bytes()], &mut out[..n_read]);
+        let all_known = match self.width {
+            TokenWidth::U8 => widen(bytes, out, vocab_size, |[byte]: [u8; 1]| i32::from(byte)),
+            TokenWidth::I16 => widen(bytes, out, vocab_size, |id| i16::from_le_bytes(id).into()),
+            TokenWidth::I32 => widen(bytes, out, vocab_size, i32::from_le_bytes),
+            // An id that does not fit becomes one that is in no vocabulary.
+            TokenWidth::I64 => widen(bytes, out, vocab_size, |id| {
+                i64::from_le_bytes(id).try_into().unwrap_or(-1)
+            }),
+        };
+        if all_known {
+            return Ok(n_read);
         }
-        Ok(n_read)
+        let is_known = |&id: &i64| usize::try_from(id).is_ok_and(|index| index < vocab_size);
+        let mut unknown = (start..)
+            .zip(self.width.ids(bytes))
+            .filter(|(_, id)| !is_known(id));
+        let (position, id) = unknown.next().unwrap_or_default();
+        Err(TextError::BadToken {
+            path: self.path.clone(),
+            position,
+            id,
+            vocab_size,
+        })
     }
+}
+
+/// Decodes whole elements into `out`; whether all ids are in `0..vocab_size`.
+///
+/// The question is put once, to the sign of all of them together, so that the loop has no branch and becomes one of
+/// vector instructions: an id is wrong if it is negative or the last id minus it is.
+fn widen<const N: usize>(
+    bytes: &[u8],
+    out: &mut [i32],
+    vocab_size: usize,
+    decode: impl Fn([u8; N]) -> i32,
+) -> bool {
+    let last = i32::try_from(vocab_size).map_or(i32::MAX, |n| n - 1);
+    let mut signs = 0;
+    for (slot, element) in out.iter_mut().zip(bytes.as_chunks::<N>().0) {
+        let id = decode(*element);
+        *slot = id;
+        signs |= id | last.wrapping_sub(id);
+    }
+    signs >= 0
 }
 
 #[cfg(test)]
@@ -390,6 +420,68 @@ mod tests {
             error.ends_with("holds token id -1 at position 1, which is not in 0..8000"),
             "{error}"
         );
+    }
+
+    #[test]
+    fn every_width_is_read_and_its_foreign_ids_are_found() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("chunk_0.bin");
+        let read = |width: usize, vocab_size: usize, ids: &[i64]| {
+            let bytes: Vec<u8> = ids
+                .iter()
+                .flat_map(|id| id.to_le_bytes()[..width].to_owned())
+                .collect();
+            std::fs::write(&path, bytes).unwrap();
+            let chunk = Chunk {
+                path: path.clone(),
+                n_tokens: ids.len() as u64,
+                utf8_bytes: None,
+            };
+            let seq_len = ids.len() - 1;
+            let stream = TokenStream::open(
+                &[chunk],
+                StreamOptions {
+                    vocab_size,
+                    ..options(seq_len, false)
+                },
+            )
+            .unwrap();
+            let mut window = vec![0; ids.len()];
+            stream.read_window(0, &mut window).map(|()| window)
+        };
+        for (width, vocab_size) in [
+            (1, 255),
+            (2, 32_766),
+            (4, 2_147_483_646),
+            (8, 2_147_483_648),
+        ] {
+            let last = i64::try_from(vocab_size).unwrap() - 1;
+            let mut ids: Vec<i64> = (0..40).map(|i| i * 3).collect();
+            ids[7] = last;
+            let window = read(width, vocab_size, &ids).unwrap();
+            assert!(
+                ids.iter().eq(window
+                    .iter()
+                    .map(|&id| i64::from(id))
+                    .collect::<Vec<_>>()
+                    .iter())
+            );
+            // -1 has no place in a `uint8`.
+            let wrong = if width == 1 {
+                vec![255]
+            } else {
+                vec![last + 1, -1]
+            };
+            for wrong in wrong {
+                ids[23] = wrong;
+                match read(width, vocab_size, &ids) {
+                    Err(TextError::BadToken {
+                        position: 23, id, ..
+                    }) => assert_eq!(id, wrong),
+                    other => panic!("{width}: {other:?}"),
+                }
+            }
+        }
     }
 
     #[test]

@@ -78,7 +78,7 @@ fn read(files: &[SetFile]) -> Result<Questions, ChoicesError> {
             let key = row.answer_key;
             // Looked up before the number of choices, so that no damage passes for a question left out.
             let Some(answer) = (0..).zip(&choices).find(|(_, choice)| choice.label == key) else {
-                return Err(line.is_bad(format!("no choice has the label `{key}` of the answer")));
+                return Err(line.error(format!("no choice has the label `{key}` of the answer")));
             };
             let answer = answer.0;
             if choices.len() != N_CHOICES {

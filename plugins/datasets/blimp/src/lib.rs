@@ -66,7 +66,7 @@ fn read(files: &[SetFile], watch: Watch<'_>) -> Result<Questions, ChoicesError> 
         let bytes = Cursor::new(&archive.bytes);
         let mut members = zip_members(&archive.place, archive.url, bytes, &[MEMBERS], watch)?;
         if members.is_empty() {
-            return Err(archive.is_bad(format!("has no file named `{MEMBERS}`")));
+            return Err(archive.error(format!("has no file named `{MEMBERS}`")));
         }
         members.sort_by(|a, b| a.name.cmp(&b.name));
         for member in &members {

@@ -41,6 +41,7 @@ impl CorpusPlugin for C4 {
             .field("variant")
             .help("Variant of the corpus, a folder of the hub"),
         dataset::N_PIECES,
+        dataset::TOKENIZER,
         dataset::FS_CACHE,
     ];
     /// The text inside the plugin, in the form of C4's own shards.

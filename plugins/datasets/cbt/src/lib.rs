@@ -101,69 +101,52 @@ fn read(
         let group = file.name.split('_').nth(1).unwrap_or_default();
         let lines: Vec<Line> = file.lines()?.collect();
         let blocks = lines.split(|line| strip(line.text).is_empty());
-        for block in blocks.filter(|block| !block.is_empty()) {
-            let question = question(group, block)?;
-            if max_words.is_some_and(|max_words| n_words(&question) > max_words) {
-                n_long += 1;
-            } else if question.options.len() != N_OPTIONS {
+        for (last, sentences) in blocks.filter_map(<[Line]>::split_last) {
+            let question = question(group, sentences, last)?;
+            if question.options.len() != N_OPTIONS {
                 n_malformed += 1;
+            } else if max_words.is_some_and(|max_words| n_words(&question) > max_words) {
+                n_long += 1;
             } else {
                 questions.list.push(question);
             }
         }
     }
     questions.n_skipped = n_malformed + n_long;
-    if n_malformed > 0 {
-        watch.tell(Progress::Warning(format!(
-            "`cbt` leaves out questions that do not have {N_OPTIONS} different options: {n_malformed}"
-        )));
-    }
-    if let Some(max_words) = max_words.filter(|_| n_long > 0) {
-        watch.tell(Progress::Warning(format!(
-            "`cbt` leaves out questions longer than {max_words} words: {n_long}"
-        )));
+    for (n_skipped, reason) in [
+        (n_malformed, "that do not have 10 different options"),
+        (n_long, "longer than `-lm.eval.cbt.length_limit`"),
+    ] {
+        if n_skipped > 0 {
+            let text = format!("`cbt` leaves out questions {reason}: {n_skipped}");
+            watch.tell(Progress::Warning(text));
+        }
     }
     Ok(questions)
 }
 
-/// Makes a question of the lines between two blank ones. The answer is the first option.
-fn question(group: &str, block: &[Line]) -> Result<Question, ChoicesError> {
-    let Some((last, sentences)) = block.split_last() else {
-        return Ok(Question {
-            group: group.to_owned(),
-            prefix: String::new(),
-            options: Vec::new(),
-            answer: 0,
-        });
-    };
-    let mut context = String::new();
-    for sentence in sentences {
-        context += &detokenized(numbered(sentence)?);
-        context += " ";
-    }
-    let fields: Vec<&str> = numbered(last)?
-        .split('\t')
-        .filter(|field| !field.is_empty())
-        .collect();
+/// Makes a question of sentences and a last line `sentence TAB answer TAB candidates`. The answer is the first option.
+fn question(group: &str, sentences: &[Line], last: &Line) -> Result<Question, ChoicesError> {
+    let sentences = sentences.iter().map(|line| numbered(line).map(detokenized));
+    let context = sentences.collect::<Result<Vec<_>, _>>()?.join(" ");
+    let fields = numbered(last)?.split('\t');
+    let fields: Vec<&str> = fields.filter(|field| !field.is_empty()).collect();
     let [sentence, answer, candidates, ..] = fields[..] else {
-        return Err(last.is_bad("it is not sentence, answer and candidates with tabs between them"));
+        return Err(last.error("it is not sentence, answer and candidates with tabs between them"));
     };
     let sentence = detokenized(sentence);
     let mut pieces = sentence.split(BLANK);
     let (Some(before), Some(after)) = (pieces.next(), pieces.next()) else {
-        return Err(last.is_bad(format!("the sentence has no `{BLANK}`")));
+        return Err(last.error(format!("the sentence has no `{BLANK}`")));
     };
     let others = candidates
         .split('|')
         .filter(|&word| !word.is_empty() && word != answer);
+    let words = [answer].into_iter().chain(others);
     Ok(Question {
         group: group.to_owned(),
-        prefix: context + before,
-        options: [answer]
-            .into_iter()
-            .chain(others)
-            .map(|word| format!("{word}{after}"))
-            .collect(),
+        prefix: format!("{context} {before}"),
+        options: words.map(|word| format!("{word}{after}")).collect(),
         answer: 0,
     })
 }
@@ -173,7 +156,7 @@ fn numbered<'a>(line: &Line<'a>) -> Result<&'a str, ChoicesError> {
     let numbered = strip(line.text).split_once(' ');
     numbered
         .map(|(_, text)| text)
-        .ok_or_else(|| line.is_bad("it does not start with a number"))
+        .ok_or_else(|| line.error("it does not start with a number"))
 }
 
 /// Undoes the tokenization of the Penn Treebank, in this order; the rule of the reference and of the evaluation harness.

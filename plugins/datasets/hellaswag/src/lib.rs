@@ -90,7 +90,7 @@ fn read(files: &[SetFile], clean: Clean) -> Result<Questions, ChoicesError> {
         for row in file.rows::<Row>()? {
             let (line, row) = row?;
             if row.label as usize >= row.endings.len() {
-                return Err(line.is_bad(format!("the label {} is not 0 to 3", row.label)));
+                return Err(line.error(format!("the label {} is not 0 to 3", row.label)));
             }
             let start = python::capitalize(&row.ctx_b);
             let context = format!("{}: {} {start}", row.activity_label, row.ctx_a);

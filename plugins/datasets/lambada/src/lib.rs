@@ -57,7 +57,7 @@ fn read(files: &[SetFile]) -> Result<Questions, ChoicesError> {
         for row in file.rows::<Row>()? {
             let (line, Row { text }) = row?;
             if text.trim().is_empty() {
-                return Err(line.is_bad("`text` is empty"));
+                return Err(line.error("`text` is empty"));
             }
             questions.list.push(Question {
                 group: "lambada".to_owned(),

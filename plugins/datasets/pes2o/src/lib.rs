@@ -29,6 +29,7 @@ impl CorpusPlugin for PeS2o {
             .field("variant")
             .help("Version of the corpus, a folder of the hub"),
         dataset::N_PIECES,
+        dataset::TOKENIZER,
         dataset::FS_CACHE,
     ];
     type Config = PeS2oConfig;

@@ -59,6 +59,7 @@ struct Row {
 
 fn read(files: &[SetFile]) -> Result<Questions, ChoicesError> {
     let mut questions = Questions::default();
+    // `Published` gives both or none.
     let [rows, labels] = files else {
         return Ok(questions);
     };
@@ -67,7 +68,7 @@ fn read(files: &[SetFile]) -> Result<Questions, ChoicesError> {
         answers.push(match strip(line.text) {
             "0" => 0,
             "1" => 1,
-            _ => return Err(line.is_bad("the label is not 0 or 1")),
+            _ => return Err(line.error("the label is not 0 or 1")),
         });
     }
     for row in rows.rows::<Row>()? {
@@ -81,7 +82,7 @@ fn read(files: &[SetFile]) -> Result<Questions, ChoicesError> {
     }
     if answers.len() != questions.list.len() {
         let (n_labels, n_questions) = (answers.len(), questions.list.len());
-        return Err(labels.is_bad(format!(
+        return Err(labels.error(format!(
             "does not fit `{}`: labels {n_labels}, questions {n_questions}",
             rows.place
         )));

@@ -25,6 +25,7 @@ impl CorpusPlugin for SlimPajama {
         dataset::DIR,
         dataset::URL,
         dataset::N_PIECES,
+        dataset::TOKENIZER,
         dataset::FS_CACHE,
     ];
     type Config = SlimPajamaConfig;

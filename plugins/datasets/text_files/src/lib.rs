@@ -43,6 +43,7 @@ impl CorpusPlugin for TextFiles {
             .field("has_documents")
             .help("One document per window, cut at its end, instead of one stream of all documents"),
         dataset::N_PIECES,
+        dataset::TOKENIZER,
         dataset::FS_CACHE,
     ];
     type Config = TextFilesConfig;

@@ -34,6 +34,7 @@ impl CorpusPlugin for TheStack {
         .field("languages")
         .help("Languages of the corpus; of each the first tenth of the files, in random order, is for validation"),
         dataset::N_PIECES,
+        dataset::TOKENIZER,
         dataset::FS_CACHE,
     ];
     type Config = TheStackConfig;
