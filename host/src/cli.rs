@@ -5,6 +5,7 @@ use crate::checkpoint::{self, Loaded};
 use crate::checkpoint_cli;
 use crate::doctor;
 use crate::error::{EXIT_USER_ERROR, HostError};
+use crate::eval_cli;
 use crate::generate;
 use crate::job::Job;
 use crate::log::{Level, Terminal, TerminalMode};
@@ -29,6 +30,7 @@ usage: moeut-host -task <task> -name <name> [-<argument> <value> …]   train
        moeut-host config show -task <task> [-<argument> <value> …]    every argument and where its value is from
        moeut-host checkpoint info|convert|export                      what one holds; from and to Python
        moeut-host generate -name <name> -prompt <text>                a trained model continues a text
+       moeut-host eval -name <name> -sets all -data.dir <folder>      how well it finds the right one of several texts
        moeut-host model show -task <task> [-<argument> <value> …]     size, cost and layers of the model; --json
        moeut-host doctor                                              what is wrong with this machine, and the fix
        moeut-host --help [-task <task>]                               every argument
@@ -77,12 +79,13 @@ fn dispatch(argv: &[String], start: Instant) -> Result<u8, HostError> {
         }
         ["checkpoint", ..] => print(&checkpoint_cli::run(&argv[1..])?),
         ["generate"] => generate::command(rest)?,
+        ["eval"] => return eval_cli::command(rest),
         ["model", "show"] => model_show(rest)?,
         ["doctor"] => print(&doctor::report(&open_registry(rest)?, &cuda)),
         _ => {
             return Err(HostError::new(
                 format!("unknown command `{}`", words.join(" ")),
-                "commands are `plugins list`, `config show`, `model show`, `checkpoint`, `generate` and `doctor`; without one it trains",
+                "commands are `plugins list`, `config show`, `model show`, `checkpoint`, `generate`, `eval` and `doctor`; without one it trains",
                 "type `moeut-host --help`",
             ));
         }
@@ -210,7 +213,7 @@ pub(crate) fn warn_about_plugins(registry: &Registry, terminal: &Terminal) {
     }
 }
 
-fn terminal() -> Arc<Terminal> {
+pub(crate) fn terminal() -> Arc<Terminal> {
     Arc::new(Terminal::new(TerminalMode::Auto))
 }
 

@@ -4,23 +4,18 @@
 //! so a run that is still training can be asked, too. How texts are continued is in [`crate::train::generate`].
 
 use crate::args::{Arguments, HostConfig, Source, asks_for_help, parse};
-use crate::checkpoint::{self, Loaded};
 use crate::cli::{open_registry, print, warn_about_plugins};
 use crate::error::HostError;
 use crate::log::{Level, Terminal, TerminalMode};
-use crate::plan::{Resolved, candidates, resolve};
+use crate::plan::candidates;
 use crate::plugins::Registry;
-use crate::services::Services;
-use crate::train::build::{
-    Blueprint, Site, load_tensors, n_gpus, parameters, sampling, seed_of_the_clock, size,
-};
-use crate::train::device::place;
+use crate::train::build::{Blueprint, sampling, seed_of_the_clock, size};
 use crate::train::generate::{Effort, Sampling, Uniform, n_remembered, stream};
-use moeut_plugin_api::abi::client::{HostServices, ModelClient, TokenDatasetClient};
-use moeut_plugin_api::{ComponentKind, PluginError, StreamRequest, TaskPlan};
+use crate::trained::{self, Trained};
+use moeut_plugin_api::PluginError;
+use moeut_plugin_api::abi::client::{ModelClient, TokenDatasetClient};
 use std::io::{ErrorKind, Write};
 use std::ops::ControlFlow;
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 use tch::Device;
@@ -73,7 +68,7 @@ fn blueprint(
 ) -> Result<(Blueprint, String), HostError> {
     // A first reading says which checkpoint; then its arguments join in.
     let first = HostConfig::new(&parse(argv, &candidates(argv, registry)?, None)?)?;
-    let folder = checkpoint_folder(&first)?;
+    let folder = trained::checkpoint_folder(&first)?;
     let prompt = first.prompt.ok_or_else(|| {
         HostError::new(
             "there is nothing to continue",
@@ -81,39 +76,8 @@ fn blueprint(
             "add a text: `-prompt \"Once upon a time\"`",
         )
     })?;
-    let loaded = checkpoint::load(&folder)?;
-    let stored = Some(&loaded.snapshot.args);
-    let Resolved { mut arguments, .. } = resolve(argv, stored, registry, terminal)?;
-    arguments.warnings.extend(loaded.warnings.clone());
-    let mut config = HostConfig::new(&arguments)?;
-    // As in validation, everything is computed in the type of the parameters.
-    config.amp = false;
-    let blueprint = Blueprint {
-        arguments,
-        config,
-        folder,
-        restored: Some(loaded),
-        job: None,
-        signals: Arc::default(),
-    };
+    let blueprint = trained::blueprint(argv, folder, &[], registry, terminal)?;
     Ok((blueprint, prompt))
-}
-
-/// A checkpoint, or a folder of checkpoints; a run's folder has them in a folder of their own.
-fn checkpoint_folder(config: &HostConfig) -> Result<PathBuf, HostError> {
-    let given = match (&config.restore, &config.name) {
-        (Some(path), _) => path.clone(),
-        (None, Some(name)) => config.save_dir.join(name),
-        (None, None) => {
-            return Err(HostError::new(
-                "no model is named",
-                "a text is continued by trained weights, and neither `-restore` nor `-name` is given",
-                "add `-name <name of a run>` or `-restore <checkpoint>`",
-            ));
-        }
-    };
-    let below = given.join("checkpoint");
-    Ok(if below.is_dir() { below } else { given })
 }
 
 /// The seed of this command line. That of the training, which the checkpoint knows, is none: asking twice is to give
@@ -146,31 +110,12 @@ impl Speaker {
         registry: &Arc<Registry>,
         terminal: &Arc<Terminal>,
     ) -> Result<Self, PluginError> {
-        let config = &blueprint.config;
-        let placement = place(config, n_gpus())?;
-        if let Some(n_threads) = config.threads {
-            tch::set_num_threads(i32::try_from(n_threads).unwrap_or(i32::MAX));
-        }
-        let services: Arc<dyn HostServices> =
-            Services::new(registry, terminal, config, &Arc::default());
-        let site = Site {
-            blueprint,
-            registry,
-            services: &services,
-        };
-        let plan = site.plan()?;
-        let component = registry.find(ComponentKind::Model, &plan.model)?;
-        let tokenizer = site.stream(&least_data(&plan))?;
-        let model = site.model(component, tokenizer.info()?.vocab_size, placement)?;
-        let (parameters, _) = parameters(&model)?;
-        if let Some(Loaded { snapshot, .. }) = &blueprint.restored {
-            load_tensors("model", &parameters, &snapshot.model)?;
-        }
+        let trained = Trained::open(blueprint, registry, terminal, &Arc::default())?;
         Ok(Self {
-            model,
-            tokenizer,
-            device: moeut_torch::device(placement.device),
-            sampling: sampling(&config.sample, size(plan.train.seq_len)?),
+            model: trained.model,
+            tokenizer: trained.tokenizer,
+            device: trained.device,
+            sampling: sampling(&blueprint.config.sample, size(trained.plan.train.seq_len)?),
         })
     }
 
@@ -227,20 +172,6 @@ impl Speaker {
     }
 }
 
-/// A stream of one window, which brings the tokenizer of the training data with the least work: where there are no
-/// tokens in the cache, a held-out split has fewer of them.
-fn least_data(plan: &TaskPlan) -> StreamRequest {
-    let held_out = plan
-        .validation
-        .iter()
-        .filter(|request| request.dataset == plan.train.dataset)
-        .min_by_key(|request| request.token_limit.unwrap_or(u64::MAX));
-    StreamRequest {
-        token_limit: Some(plan.train.seq_len),
-        ..held_out.unwrap_or(&plan.train).clone()
-    }
-}
-
 /// `12 tokens read at 300 tokens/s, 99 drawn at 80 tokens/s`.
 fn describe(effort: &Effort) -> String {
     let speed = |n: usize, time: Duration| n as f64 / time.as_secs_f64().max(1e-9);
@@ -264,7 +195,6 @@ fn describe(effort: &Effort) -> String {
 mod tests {
     use super::*;
     use crate::args::Owner;
-    use moeut_plugin_api::Split;
 
     fn arguments(line: &str, stored: &[(&str, &str)]) -> Arguments {
         let argv: Vec<String> = line.split_whitespace().map(String::from).collect();
@@ -275,60 +205,11 @@ mod tests {
         parse(&argv, &[Owner::host()], Some(&stored)).unwrap()
     }
 
-    fn folder(line: &str) -> Result<PathBuf, HostError> {
-        checkpoint_folder(&HostConfig::new(&arguments(line, &[])).unwrap())
-    }
-
-    #[test]
-    fn a_run_is_found_by_name_by_folder_and_by_checkpoint() {
-        let dir = tempfile::tempdir().unwrap();
-        let root = dir.path().display();
-        let checkpoints = dir.path().join("a/checkpoint");
-        std::fs::create_dir_all(checkpoints.join("model-5")).unwrap();
-        for (line, found) in [
-            (format!("-name a -save_dir {root}"), checkpoints.clone()),
-            (format!("-restore {root}/a"), checkpoints.clone()),
-            (format!("-restore {root}/a/checkpoint"), checkpoints.clone()),
-            (
-                format!("-name b -restore {root}/a/checkpoint/model-5"),
-                checkpoints.join("model-5"),
-            ),
-        ] {
-            assert_eq!(folder(&line).unwrap(), found, "{line}");
-        }
-        assert!(folder("").is_err());
-    }
-
     #[test]
     fn the_seed_of_the_training_is_not_that_of_the_text() {
         let own = |line| has_own_seed(&arguments(line, &[("seed", "1")]));
         assert!(own("-seed 1"));
         assert!(!own(""));
-    }
-
-    #[test]
-    fn the_tokenizer_comes_with_little_data_of_the_right_kind() {
-        let request = |name: &str, dataset: &str, token_limit| StreamRequest {
-            name: name.into(),
-            dataset: dataset.into(),
-            split: Split::Validation,
-            seq_len: 64,
-            token_limit,
-        };
-        let mut plan = TaskPlan {
-            model: "m".into(),
-            train: request("train", "a", Some(1000)),
-            validation: vec![
-                request("all", "a", None),
-                request("part", "a", Some(500)),
-                request("other", "b", Some(1)),
-            ],
-            prompts: Vec::new(),
-            evaluations: Vec::new(),
-        };
-        assert_eq!(least_data(&plan), request("part", "a", Some(64)));
-        plan.validation.clear();
-        assert_eq!(least_data(&plan), request("train", "a", Some(64)));
     }
 
     #[test]

@@ -30,6 +30,20 @@ pub fn resolve(
     registry: &Arc<Registry>,
     terminal: &Arc<Terminal>,
 ) -> Result<Resolved, HostError> {
+    resolve_with(argv, stored, &[], registry, terminal)
+}
+
+/// As [`resolve`], for a command in which the evaluation sets named `sets` take part, too.
+///
+/// # Errors
+/// As [`resolve`].
+pub fn resolve_with(
+    argv: &[String],
+    stored: Option<&BTreeMap<String, String>>,
+    sets: &[String],
+    registry: &Arc<Registry>,
+    terminal: &Arc<Terminal>,
+) -> Result<Resolved, HostError> {
     let owners = candidates(argv, registry)?;
     let arguments = parse(argv, &owners, stored)?;
     let config = HostConfig::new(&arguments)?;
@@ -44,7 +58,7 @@ pub fn resolve(
         Services::new(registry, terminal, &config, &Arc::default());
     let task = registry.find(ComponentKind::Task, task)?;
     let plan = ask(task, &arguments, &config, &services)?;
-    let owners = participants(task, &plan, &arguments, registry)?;
+    let owners = participants(task, &plan, sets, &arguments, registry)?;
     Ok(Resolved {
         arguments: parse(argv, &owners, stored)?,
         owners,
@@ -91,16 +105,21 @@ pub fn candidates(argv: &[String], registry: &Registry) -> Result<Vec<Owner>, Ho
     Ok(owners(&certain, Role::Possible, registry))
 }
 
-/// Who accepts arguments under a plan: the host, the task, and what it names; everything else is idle.
+/// Who accepts arguments under a plan: the host, the task, what it names, and `sets`; everything else is idle.
 fn participants(
     task: Component<'_>,
     plan: &TaskPlan,
+    sets: &[String],
     arguments: &Arguments,
     registry: &Registry,
 ) -> Result<Vec<Owner>, PluginError> {
     let mut certain = vec![task];
     for stream in std::iter::once(&plan.train).chain(&plan.validation) {
         certain.push(registry.find(ComponentKind::Dataset, &stream.dataset)?);
+    }
+    let planned = plan.evaluations.iter().map(|request| &request.dataset);
+    for set in planned.chain(sets) {
+        certain.push(registry.find(ComponentKind::ChoiceDataset, set)?);
     }
     let model = registry.find(ComponentKind::Model, &plan.model);
     certain.push(model.map_err(|error| name_source(error, &plan.model, task, arguments))?);
@@ -109,7 +128,7 @@ fn participants(
 
 /// The host and the components in `certain`, then all others that are no tasks, which have the role `others`. Other
 /// tasks are there only if none is certain.
-fn owners(certain: &[Component<'_>], others: Role, registry: &Registry) -> Vec<Owner> {
+pub(crate) fn owners(certain: &[Component<'_>], others: Role, registry: &Registry) -> Vec<Owner> {
     let has_task = certain
         .iter()
         .any(|component| component.info.kind == ComponentKind::Task);

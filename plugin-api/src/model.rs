@@ -128,6 +128,12 @@ pub enum Past {
         /// Empties it first.
         is_reset: bool,
     },
+    /// Scoring: as [`Past::Cache`], but the cache is left as it is. Each of its rows serves as many rows of the batch,
+    /// one after the other: with 2 cached rows and a batch of 6, rows 0 to 2 go on from the first.
+    Fork {
+        /// Which cache.
+        slot: u32,
+    },
 }
 
 /// What a model can do with [`Past`].
@@ -137,6 +143,9 @@ pub struct ModelAbilities {
     pub has_memory: bool,
     /// [`Past::Cache`] is supported.
     pub has_cache: bool,
+    /// [`Past::Fork`] is supported.
+    #[serde(default)]
+    pub can_fork: bool,
 }
 
 /// What a model is made of.

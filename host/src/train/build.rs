@@ -22,6 +22,7 @@ use super::stream::Stream;
 use super::throughput::{self, Throughput};
 use crate::args::{Arguments, HostConfig, LogSink, SampleConfig, Speedtest};
 use crate::checkpoint::{Checkpoints, Loaded};
+use crate::eval::{EvalSet, Setting};
 use crate::gpu;
 use crate::job::Job;
 use crate::log::{Jsonl, Sink, Sinks, TensorBoard, Terminal};
@@ -29,9 +30,11 @@ use crate::plan;
 use crate::plugins::{Component, Registry};
 use crate::services::Services;
 use crate::signals::Signals;
-use moeut_plugin_api::abi::client::{HostServices, ModelClient, TokenDatasetClient};
+use moeut_plugin_api::abi::client::{
+    ChoiceDatasetClient, HostServices, ModelClient, TokenDatasetClient,
+};
 use moeut_plugin_api::{
-    ComponentKind, DType, ModelSetup, PluginError, StreamInfo, StreamRequest, TaskPlan,
+    ComponentKind, DType, LogLevel, ModelSetup, PluginError, StreamInfo, StreamRequest, TaskPlan,
 };
 use moeut_torch::{IntoTensor, OrPluginError, rng};
 use std::collections::{BTreeMap, BTreeSet};
@@ -140,7 +143,7 @@ pub fn build(
         job,
         signals,
     } = blueprint;
-    let eval_batch_size = eval_batch_size(&config, shape.n_microbatches);
+    let eval_batch_size = eval_batch_size(&config, shape);
     let checkpoint_dir = folder.join("checkpoint");
     let checkpoints = is_training
         .then(|| Checkpoints::new(&checkpoint_dir, config.n_kept).keep_every(KEEP_EVERY));
@@ -155,6 +158,7 @@ pub fn build(
             .then(|| moeut_torch::kind(placement.compute_dtype)),
         batches,
         validation: data.validation,
+        evaluations: data.evaluations,
         eval_batch_size,
         optimizer: subject.optimizer,
         scaler: subject.scaler,
@@ -215,9 +219,10 @@ fn watch(
 }
 
 /// As the reference: a batch of the validation is a microbatch of the training, unless told otherwise.
-fn eval_batch_size(config: &HostConfig, n_microbatches: usize) -> usize {
+pub(crate) fn eval_batch_size(config: &HostConfig, shape: BatchShape) -> usize {
     let size = config.eval_batch_size;
-    size.unwrap_or(config.batch_size / n_microbatches).max(1)
+    size.unwrap_or(config.batch_size / shape.n_microbatches)
+        .max(1)
 }
 
 /// What every part of the building needs.
@@ -233,6 +238,7 @@ struct Data {
     train: Stream,
     info: StreamInfo,
     validation: Vec<EvalStream>,
+    evaluations: Vec<EvalSet>,
 }
 
 /// The model and what trains it.
@@ -266,12 +272,40 @@ impl Site<'_> {
             .iter()
             .map(|request| eval_stream(self.stream(request)?, request))
             .collect::<Result<_, PluginError>>()?;
+        let config = &self.blueprint.config;
+        let setting = Setting {
+            tokenizer: &tokenizer,
+            vocab_size: info.vocab_size,
+            batch_size: eval_batch_size(config, batch_shape(config, plan.train.seq_len)?),
+            seq_len: size(plan.train.seq_len)?,
+            compat: config.compat,
+            warn: &|text| self.services.log(LogLevel::Warning, text),
+        };
+        // Opened before the first step, so that a missing file is not found out by the last one.
+        let evaluations = plan
+            .evaluations
+            .iter()
+            .map(|request| {
+                let set = self.choices(&request.dataset)?;
+                EvalSet::open(&set, request, setting)
+            })
+            .collect::<Result<_, PluginError>>()
+            .map_err(or_without_evaluation)?;
         Ok(Data {
             tokenizer,
             train,
             info,
             validation,
+            evaluations,
         })
+    }
+
+    /// Opens a choice dataset.
+    fn choices(&self, name: &str) -> Result<ChoiceDatasetClient, PluginError> {
+        let set = self.registry.find(ComponentKind::ChoiceDataset, name)?;
+        let arguments = self.arguments_of(set)?;
+        let client = set.client();
+        client.new_choice_dataset(&set.info.name, &arguments, self.services)
     }
 
     /// Opens a stream.
@@ -453,7 +487,17 @@ pub(crate) fn seed_of_the_clock() -> u64 {
     now.map_or(0, |since| since.as_secs() ^ u64::from(since.subsec_nanos()))
 }
 
-fn eval_stream(
+/// What else to do about an evaluation set that does not open.
+fn or_without_evaluation(error: PluginError) -> PluginError {
+    let fix = [error.fix.as_str(), "train without evaluation: `-lm.eval.enabled 0`"];
+    let fix: Vec<&str> = fix.into_iter().filter(|fix| !fix.is_empty()).collect();
+    PluginError {
+        fix: fix.join("; or "),
+        ..error
+    }
+}
+
+pub(crate) fn eval_stream(
     dataset: Arc<TokenDatasetClient>,
     request: &StreamRequest,
 ) -> Result<EvalStream, PluginError> {
@@ -478,7 +522,7 @@ fn sampler(config: &HostConfig, stream: &Stream, seed: u64, terminal: &Terminal)
     Sampler::lanes(stream.n_windows(), batch_size)
 }
 
-fn batch_shape(config: &HostConfig, seq_len: u64) -> Result<BatchShape, PluginError> {
+pub(crate) fn batch_shape(config: &HostConfig, seq_len: u64) -> Result<BatchShape, PluginError> {
     let n_microbatches = config
         .n_microbatches
         .or_else(|| Some(config.batch_size.div_ceil(config.per_device_batch_size?)))

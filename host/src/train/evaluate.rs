@@ -29,6 +29,8 @@ pub struct Scores {
     pub accuracy: f64,
     /// Bits per UTF-8 byte of the text, if its bytes were counted.
     pub bits_per_byte: Option<f64>,
+    /// Tokens that were predicted.
+    pub n_tokens: u64,
 }
 
 impl Scores {
@@ -71,7 +73,7 @@ fn score(
         batch_size as u64,
         segments.is_on(),
     );
-    let (mut loss, mut n_right, mut n_tokens) = (0.0, 0.0, 0.0);
+    let (mut loss, mut n_right, mut n_tokens) = (0.0, 0.0, 0);
     for index in 0..order.n_batches {
         if signals.is_ending() {
             return Ok(None);
@@ -100,12 +102,13 @@ fn score(
             .double_value(&[]);
         let right = logits.argmax(-1, false).eq_tensor(&targets);
         n_right += right.sum(Kind::Double).double_value(&[]);
-        n_tokens += stream.stream.n_targets(&batch.windows[..batch.n_scored]) as f64;
+        n_tokens += stream.stream.n_targets(&batch.windows[..batch.n_scored]) as u64;
     }
-    let loss = loss / n_tokens;
+    let loss = loss / n_tokens as f64;
     Ok(Some(Scores {
         loss,
-        accuracy: n_right / n_tokens,
+        accuracy: n_right / n_tokens as f64,
+        n_tokens,
         bits_per_byte: stream
             .utf8_bytes_per_token
             .map(|bytes| loss / std::f64::consts::LN_2 / bytes),

@@ -22,7 +22,7 @@ const CHUNK_ROWS: i64 = 4096;
 ///
 /// # Errors
 /// If memory does not suffice.
-pub(super) fn token_losses(
+pub(crate) fn token_losses(
     logits_tbv: &Tensor,
     targets_tb: &Tensor,
 ) -> Result<Tensor, PluginError> {
@@ -62,7 +62,7 @@ pub(super) fn mean_loss(
 }
 
 /// Cuts `[seq_len + 1, batch]` into what the model sees, with token 0 behind the end of a document, and what it must say.
-pub(super) fn inputs_and_targets(tokens_tb: &Tensor) -> (Tensor, Tensor) {
+pub(crate) fn inputs_and_targets(tokens_tb: &Tensor) -> (Tensor, Tensor) {
     let seq_len = tokens_tb.size()[0] - 1;
     (
         tokens_tb.narrow(0, 0, seq_len).clamp_min(0),

@@ -29,7 +29,7 @@ pub mod validation;
 
 use crate::checkpoint::CheckpointError;
 use batches::Microbatch;
-use loss::{inputs_and_targets, mean_loss};
+use loss::mean_loss;
 use moeut_plugin_api::abi::client::ModelClient;
 use moeut_plugin_api::{ForwardInput, NamedTensor, PluginError};
 use moeut_torch::autocast::Autocast;
@@ -41,6 +41,7 @@ use tch::Tensor;
 use timing::Phase;
 use validation::validate;
 
+pub(crate) use loss::{inputs_and_targets, token_losses};
 pub use post_mortem::explain;
 pub use stats::StepStats;
 

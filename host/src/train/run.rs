@@ -16,6 +16,7 @@ use super::timing::Phase;
 use super::validation::{validate, validate_pretrained};
 use crate::args::HostConfig;
 use crate::checkpoint::{Checkpoints, Snapshot};
+use crate::eval::EvalSet;
 use crate::job::Job;
 use crate::signals::{Ending, Signals};
 use moeut_plugin_api::PluginError;
@@ -55,6 +56,8 @@ pub struct Run {
     pub batches: Batches,
     /// Validation data.
     pub validation: Vec<EvalStream>,
+    /// Evaluation sets.
+    pub evaluations: Vec<EvalSet>,
     /// Sequences per batch of the validation.
     pub eval_batch_size: usize,
     /// The optimizer.

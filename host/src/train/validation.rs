@@ -1,21 +1,41 @@
 //! When a run validates, and under which names the scores are logged.
 //!
 //! ```text
-//! validation/<stream>/<metric>        each `-test_interval` steps, and at the end
-//! load_validation/<stream>/<metric>   after `-load_pretrained_model`
-//! <stream>/<metric>                   `-test_only`, which prints them, too
+//! validation/<name>/<metric>        each `-test_interval` steps, and at the end
+//! load_validation/<name>/<metric>   after `-load_pretrained_model`
+//! <name>/<metric>                   `-test_only`, which prints them, too
 //! ```
-//! How a stream is scored is in [`super::evaluate`].
+//! A name is that of a stream or of an evaluation set; some sets are scored at the end only, and by `-test_only`. How a
+//! stream is scored is in [`super::evaluate`], and how a set is in [`crate::eval`].
 
 use super::TrainError;
 use super::evaluate::{Scores, evaluate};
 use super::run::Run;
 use super::state::TrainState;
 use super::timing::Phase;
+use crate::eval::metrics::SetScores;
 use moeut_plugin_api::PluginError;
 
-/// Scores by stream, in the task's order.
-type AllScores = Vec<(String, Scores)>;
+/// All scores, in the task's order.
+#[derive(Debug, Default)]
+pub struct AllScores {
+    /// By stream.
+    pub streams: Vec<(String, Scores)>,
+    /// Of evaluation sets.
+    pub sets: Vec<SetScores>,
+}
+
+impl AllScores {
+    /// Name, loss and accuracy of what counts in `mean_loss` and `mean_accuracy`: the streams and LAMBADA, as in the
+    /// reference, whose sweeps go by these averages.
+    fn counted(&self) -> Vec<(&str, f64, f64)> {
+        let streams = self.streams.iter();
+        let streams = streams.map(|(name, scores)| (name.as_str(), scores.loss, scores.accuracy));
+        let sets = self.sets.iter().filter(|set| set.is_in_means);
+        let sets = sets.map(|set| (set.name.as_str(), set.loss, set.accuracy));
+        streams.chain(sets).collect()
+    }
+}
 
 /// Validates. A signal ends it without scores; then the next start validates before it trains.
 ///
@@ -24,7 +44,8 @@ type AllScores = Vec<(String, Scores)>;
 pub fn validate(run: &mut Run) -> Result<(), TrainError> {
     run.monitor.settle(&mut run.state)?;
     run.state.owes_validation = true;
-    if let Some(all) = score(run)? {
+    let is_end = run.state.step >= run.n_steps;
+    if let Some(all) = score(run, is_end)? {
         run.state.owes_validation = false;
         let metrics = with_bests(&mut run.state, "validation/", &all);
         run.monitor.once(run.state.step, metrics);
@@ -37,7 +58,7 @@ pub fn validate(run: &mut Run) -> Result<(), TrainError> {
 /// # Errors
 /// As [`validate`].
 pub fn validate_pretrained(run: &mut Run) -> Result<(), TrainError> {
-    if let Some(all) = score(run)? {
+    if let Some(all) = score(run, false)? {
         let metrics = named("load_validation/", &all);
         run.monitor.once(run.state.step, metrics);
     }
@@ -51,7 +72,7 @@ pub fn validate_pretrained(run: &mut Run) -> Result<(), TrainError> {
 /// # Errors
 /// As [`validate`].
 pub fn test_only(run: &mut Run) -> Result<Option<String>, TrainError> {
-    let Some(all) = score(run)? else {
+    let Some(all) = score(run, true)? else {
         return Ok(None);
     };
     let metrics = with_bests(&mut run.state, "", &all);
@@ -63,10 +84,10 @@ pub fn test_only(run: &mut Run) -> Result<Option<String>, TrainError> {
     )))
 }
 
-/// Scores every stream, unless a signal ends it.
-fn score(run: &mut Run) -> Result<Option<AllScores>, TrainError> {
+/// Scores every stream and set, unless a signal ends it; those sets that are for the end only if this `is_end`.
+fn score(run: &mut Run, is_end: bool) -> Result<Option<AllScores>, TrainError> {
     run.monitor.enter(Phase::Validate);
-    let mut all = Vec::new();
+    let mut all = AllScores::default();
     for stream in &run.validation {
         let result = evaluate(
             &mut run.model,
@@ -81,7 +102,27 @@ fn score(run: &mut Run) -> Result<Option<AllScores>, TrainError> {
         };
         run.monitor
             .message(&sentence(run.state.step, &stream.name, &scores));
-        all.push((stream.name.clone(), scores));
+        all.streams.push((stream.name.clone(), scores));
+    }
+    for set in run.evaluations.iter().filter(|set| is_end || !set.is_end_only) {
+        let result = set.score(
+            &mut run.model,
+            &run.samples.tokenizer,
+            run.device,
+            &run.signals,
+            |_, _| (),
+        )?;
+        let Some((scores, _)) = result else {
+            return Ok(None);
+        };
+        run.monitor.message(&format!(
+            "step {}: {} accuracy {:.1} %, loss {:.4} nats per token",
+            run.state.step,
+            set.name,
+            scores.accuracy * 100.0,
+            scores.loss
+        ));
+        all.sets.push(scores);
     }
     run.monitor.enter(Phase::Log);
     Ok(Some(all))
@@ -100,10 +141,10 @@ fn sentence(step: u64, stream: &str, scores: &Scores) -> String {
     )
 }
 
-/// The metrics under their names, and the averages over the streams.
-fn named(prefix: &str, all: &[(String, Scores)]) -> Vec<(String, f64)> {
+/// The metrics under their names, and the averages.
+pub fn named(prefix: &str, all: &AllScores) -> Vec<(String, f64)> {
     let mut metrics = Vec::new();
-    for (stream, scores) in all {
+    for (stream, scores) in &all.streams {
         let name = |metric: &str| format!("{prefix}{stream}/{metric}");
         metrics.extend([
             (name("loss"), scores.loss),
@@ -116,43 +157,44 @@ fn named(prefix: &str, all: &[(String, Scores)]) -> Vec<(String, f64)> {
                 .map(|bits| (name("bits_per_byte"), bits)),
         );
     }
-    if !all.is_empty() {
-        let mean = |of: fn(&Scores) -> f64| {
-            all.iter().map(|(_, scores)| of(scores)).sum::<f64>() / all.len() as f64
-        };
+    for set in &all.sets {
+        let of_set = set.metrics.iter();
+        metrics.extend(of_set.map(|metric| {
+            let name = format!("{prefix}{}/{}", set.name, metric.name);
+            (name, metric.value)
+        }));
+    }
+    let counted = all.counted();
+    if !counted.is_empty() {
+        let mean = |sum: f64| sum / counted.len() as f64;
+        let losses = counted.iter().map(|(_, loss, _)| loss).sum();
+        let accuracies = counted.iter().map(|(_, _, accuracy)| accuracy).sum();
         metrics.extend([
-            (format!("{prefix}mean_loss"), mean(|scores| scores.loss)),
-            (
-                format!("{prefix}mean_accuracy"),
-                mean(|scores| scores.accuracy),
-            ),
+            (format!("{prefix}mean_loss"), mean(losses)),
+            (format!("{prefix}mean_accuracy"), mean(accuracies)),
         ]);
     }
     metrics
 }
 
-/// As [`named`], and how many steps ago each stream was at its best.
-fn with_bests(
-    state: &mut TrainState,
-    prefix: &str,
-    all: &[(String, Scores)],
-) -> Vec<(String, f64)> {
+/// As [`named`], and how many steps ago each of what counts in the averages was at its best.
+fn with_bests(state: &mut TrainState, prefix: &str, all: &AllScores) -> Vec<(String, f64)> {
     let mut metrics = named(prefix, all);
-    for (stream, scores) in all {
+    for (stream, loss, accuracy) in all.counted() {
         let name = |metric: &str| format!("{prefix}{stream}/time_since_best_{metric}");
         metrics.extend([
-            (name("loss"), state.note_loss(stream, scores.loss) as f64),
-            (
-                name("accuracy"),
-                state.note_accuracy(stream, scores.accuracy) as f64,
-            ),
+            (name("loss"), state.note_loss(stream, loss) as f64),
+            (name("accuracy"), state.note_accuracy(stream, accuracy) as f64),
         ]);
     }
     metrics
 }
 
 /// In the order given; JSON has no infinity and no NaN, so that both are `null`.
-fn as_json(metrics: &[(String, f64)]) -> Result<String, PluginError> {
+///
+/// # Errors
+/// Never for finite names and numbers; the signature leaves room.
+pub fn as_json(metrics: &[(String, f64)]) -> Result<String, PluginError> {
     let object: serde_json::Map<String, serde_json::Value> = metrics
         .iter()
         .map(|(name, value)| (name.clone(), (*value).into()))
@@ -164,31 +206,50 @@ fn as_json(metrics: &[(String, f64)]) -> Result<String, PluginError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::eval::metrics::Metric;
 
     fn scores(loss: f64, accuracy: f64) -> Scores {
         Scores {
             loss,
             accuracy,
             bits_per_byte: None,
+            n_tokens: 7,
+        }
+    }
+
+    fn all(streams: &[(&str, Scores)]) -> AllScores {
+        let streams = streams.iter();
+        AllScores {
+            streams: streams.map(|&(name, scores)| (name.to_owned(), scores)).collect(),
+            sets: Vec::new(),
+        }
+    }
+
+    fn set(name: &str, loss: f64, accuracy: f64, is_in_means: bool) -> SetScores {
+        let metric = |name: &str, value| Metric {
+            name: name.into(),
+            value,
+            n: 1,
+        };
+        SetScores {
+            name: name.into(),
+            metrics: vec![metric("loss", loss), metric("accuracy/total", accuracy)],
+            loss,
+            accuracy,
+            is_in_means,
         }
     }
 
     #[test]
     fn names_averages_and_bests() {
-        let all = [
-            ("val".to_owned(), scores(2.0, 0.25)),
-            ("lambada".to_owned(), scores(4.0, 0.75)),
-        ];
+        let first = all(&[("val", scores(2.0, 0.25)), ("lambada", scores(4.0, 0.75))]);
         let mut state = TrainState {
             step: 10,
             ..TrainState::default()
         };
-        with_bests(&mut state, "validation/", &all);
+        with_bests(&mut state, "validation/", &first);
         state.step = 30;
-        let worse = [
-            ("val".to_owned(), scores(2.5, 0.5)),
-            ("lambada".to_owned(), scores(1.0, 0.5)),
-        ];
+        let worse = all(&[("val", scores(2.5, 0.5)), ("lambada", scores(1.0, 0.5))]);
         let metrics = with_bests(&mut state, "", &worse);
         insta::assert_snapshot!(as_json(&metrics).unwrap().replace(',', ",\n"), @r#"
         {"val/loss":2.5,
@@ -204,5 +265,19 @@ mod tests {
         "lambada/time_since_best_loss":0.0,
         "lambada/time_since_best_accuracy":20.0}
         "#);
+    }
+
+    /// As in the reference, whose sweeps are judged by the averages.
+    #[test]
+    fn last_words_count_in_the_averages_and_choices_do_not() {
+        let scores = AllScores {
+            sets: vec![
+                set("lambada", 4.0, 0.75, true),
+                set("blimp", 9.0, 1.0, false),
+            ],
+            ..all(&[("val", scores(2.0, 0.25))])
+        };
+        let metrics = with_bests(&mut TrainState::default(), "", &scores);
+        insta::assert_snapshot!(as_json(&metrics).unwrap().replace(',', ",\n"), @"");
     }
 }

@@ -156,8 +156,8 @@ pub fn logits(
     Ok(output.logits_tbv.into_tensor())
 }
 
-/// Checks that a text given piece by piece to a cache has the logits of the whole, that slots are independent, and that
-/// a reset forgets.
+/// Checks that a text given piece by piece to a cache has the logits of the whole, that slots are independent, that a
+/// reset forgets, and that a fork serves several rows and leaves the cache as it is.
 ///
 /// # Panics
 /// With what is off.
@@ -188,6 +188,24 @@ pub fn check_cache(model: &mut impl Model) {
         is_reset: false,
     };
     let error = logits(model, &b, past).err();
+    assert!(error.is_some_and(|error| error.what.contains("another batch size")));
+    check_fork(model);
+}
+
+fn check_fork(model: &mut impl Model) {
+    let (start, ends) = (tokens(5, 2), tokens(4, 6));
+    let starts = start.repeat_interleave_self_int(3, 1, None);
+    let whole = expect(logits(model, &Tensor::cat(&[starts, ends.shallow_clone()], 0), Past::None));
+    let fill = Past::Cache {
+        slot: 3,
+        is_reset: true,
+    };
+    let _ = expect(logits(model, &start, fill));
+    for round in 0..2 {
+        let forked = expect(logits(model, &ends, Past::Fork { slot: 3 }));
+        assert_close(&forked, &whole.narrow(0, 5, 4), &format!("fork {round}"));
+    }
+    let error = logits(model, &tokens(4, 5), Past::Fork { slot: 3 }).err();
     assert!(error.is_some_and(|error| error.what.contains("another batch size")));
 }
 

@@ -48,7 +48,8 @@ enum Kind {
         new: Vec<Tensor>,
     },
     Cache {
-        slot: u32,
+        /// Where it is kept; nowhere if it is a fork.
+        slot: Option<u32>,
         layers: Vec<Option<KeyValues>>,
     },
 }
@@ -131,9 +132,20 @@ impl Memory {
                 opened.n_earlier = cache.n_tokens;
                 opened.mask = Mask::after(cache.n_tokens, seq_len, device);
                 opened.kind = Kind::Cache {
-                    slot,
+                    slot: Some(slot),
                     layers: cache.layers,
                 };
+            }
+            Past::Fork { slot } => {
+                let cache = self.caches.get(&slot);
+                let n_tokens = cache.map_or(0, |cache| cache.n_tokens);
+                let layers = match cache {
+                    Some(cache) => fork(&cache.layers, slot, size)?,
+                    None => (0..self.n_layers).map(|_| None).collect(),
+                };
+                opened.n_earlier = n_tokens;
+                opened.mask = Mask::after(n_tokens, seq_len, device);
+                opened.kind = Kind::Cache { slot: None, layers };
             }
         }
         Ok(opened)
@@ -162,7 +174,9 @@ impl Memory {
             }
             Kind::Cache { slot, layers } => {
                 let n_tokens = pass.n_earlier + pass.n_new;
-                self.caches.insert(slot, Cache { n_tokens, layers });
+                if let Some(slot) = slot {
+                    self.caches.insert(slot, Cache { n_tokens, layers });
+                }
             }
         }
     }
@@ -268,6 +282,29 @@ impl PassPast {
             *kept = past.into_cache();
         }
     }
+}
+
+/// A copy of a cache in which each row is there as often as it takes to make `size` of them.
+fn fork(
+    layers: &[Option<KeyValues>],
+    slot: u32,
+    size: i64,
+) -> Result<Vec<Option<KeyValues>>, PluginError> {
+    let forked = |kept: &KeyValues| {
+        let n_rows = kept.k_bshd.size()[0];
+        if size % n_rows != 0 {
+            return Err(other_batch_size("cache", slot, n_rows, size));
+        }
+        let repeat = |x: &Tensor| x.repeat_interleave_self_int(size / n_rows, 0, None);
+        Ok(KeyValues {
+            k_bshd: repeat(&kept.k_bshd),
+            v_bshd: repeat(&kept.v_bshd),
+        })
+    };
+    layers
+        .iter()
+        .map(|kept| kept.as_ref().map(forked).transpose())
+        .collect()
 }
 
 /// `memory.slot_2.layer_11.segment_0`.

@@ -330,6 +330,7 @@ impl<B: Block> LanguageModel<B> {
         ModelAbilities {
             has_memory: B::HAS_MEMORY && self.shell.config.memory.is_on(),
             has_cache: B::HAS_CACHE,
+            can_fork: B::HAS_CACHE,
         }
     }
 
