@@ -52,6 +52,12 @@ pub struct Setting<'a> {
     pub warn: &'a dyn Fn(&str),
 }
 
+/// Whether a choice dataset says that its files are not in the folder where it was to look. Errors cross the plugin
+/// boundary as text, so these are the words of the datasets; end-to-end tests hold them together.
+pub fn is_missing(error: &PluginError) -> bool {
+    error.what.ends_with(" are missing")
+}
+
 impl EvalSet {
     /// Reads, tokenizes and checks all questions.
     ///
@@ -64,7 +70,9 @@ impl EvalSet {
     ) -> Result<Self, PluginError> {
         let name = &request.dataset;
         let info = dataset.info()?;
-        let multiplier = usize::try_from(request.batch_multiplier).unwrap_or(1).max(1);
+        let multiplier = usize::try_from(request.batch_multiplier)
+            .unwrap_or(1)
+            .max(1);
         let batch_size = setting.batch_size.saturating_mul(multiplier);
         let mut n_questions = info.n_questions;
         if setting.compat && info.rule == ScoringRule::LastWord {

@@ -32,7 +32,11 @@ pub(super) fn count(
         .iter()
         .map(|name| find(name, registry))
         .collect::<Result<Vec<_>, _>>()?;
-    let arguments = parse(&words.argv, &owners(&components, Role::Idle, registry), None)?;
+    let arguments = parse(
+        &words.argv,
+        &owners(&components, Role::Idle, registry),
+        None,
+    )?;
     for warning in &arguments.warnings {
         terminal.message(Level::Warning, warning);
     }
@@ -47,7 +51,10 @@ pub(super) fn count(
             documents(component, &own, &services)
         };
         match counted {
-            Ok(count) => print(&format!("{name} {} {}\n", count.n_documents, count.n_skipped)),
+            Ok(count) => print(&format!(
+                "{name} {} {}\n",
+                count.n_documents, count.n_skipped
+            )),
             Err(error) if words.sets.is_none() && is_absent(&error) => {
                 let text = format!("`{name}` is left out: {}, {}", error.what, error.why);
                 terminal.message(Level::Warning, &text);

@@ -20,9 +20,9 @@ use super::segments::Segments;
 use super::state::{Rows, TrainState};
 use super::stream::Stream;
 use super::throughput::{self, Throughput};
-use crate::args::{Arguments, HostConfig, LogSink, SampleConfig, Speedtest};
+use crate::args::{Arguments, HostConfig, LogSink, SampleConfig, Source, Speedtest};
 use crate::checkpoint::{Checkpoints, Loaded};
-use crate::eval::{EvalSet, Setting};
+use crate::eval::{self, EvalSet, Setting};
 use crate::gpu;
 use crate::job::Job;
 use crate::log::{Jsonl, Sink, Sinks, TensorBoard, Terminal};
@@ -281,16 +281,7 @@ impl Site<'_> {
             compat: config.compat,
             warn: &|text| self.services.log(LogLevel::Warning, text),
         };
-        // Opened before the first step, so that a missing file is not found out by the last one.
-        let evaluations = plan
-            .evaluations
-            .iter()
-            .map(|request| {
-                let set = self.choices(&request.dataset)?;
-                EvalSet::open(&set, request, setting)
-            })
-            .collect::<Result<_, PluginError>>()
-            .map_err(or_without_evaluation)?;
+        let evaluations = self.evaluations(plan, setting)?;
         Ok(Data {
             tokenizer,
             train,
@@ -298,6 +289,39 @@ impl Site<'_> {
             validation,
             evaluations,
         })
+    }
+
+    /// Opens the evaluation sets of the plan before the first step, so that a missing file is not found out by the last
+    /// one. A set that nobody typed an argument for is left out if its files are not in the folder of the user's data.
+    fn evaluations(
+        &self,
+        plan: &TaskPlan,
+        setting: Setting<'_>,
+    ) -> Result<Vec<EvalSet>, PluginError> {
+        let is_typed = self
+            .blueprint
+            .arguments
+            .raw
+            .iter()
+            .any(|(name, (_, source))| {
+                name.starts_with("lm.eval.")
+                    && matches!(source, Source::CommandLine | Source::Profile(_))
+            });
+        let mut sets = Vec::new();
+        for request in &plan.evaluations {
+            let opened = self
+                .choices(&request.dataset)
+                .and_then(|set| EvalSet::open(&set, request, setting));
+            match opened {
+                Ok(set) => sets.push(set),
+                Err(error) if !is_typed && eval::is_missing(&error) => (setting.warn)(&format!(
+                    "`{}` is not evaluated: {}; {}",
+                    request.dataset, error.why, error.fix
+                )),
+                Err(error) => return Err(or_without_evaluation(error)),
+            }
+        }
+        Ok(sets)
     }
 
     /// Opens a choice dataset.
@@ -489,7 +513,10 @@ pub(crate) fn seed_of_the_clock() -> u64 {
 
 /// What else to do about an evaluation set that does not open.
 fn or_without_evaluation(error: PluginError) -> PluginError {
-    let fix = [error.fix.as_str(), "train without evaluation: `-lm.eval.enabled 0`"];
+    let fix = [
+        error.fix.as_str(),
+        "train without evaluation: `-lm.eval.enabled 0`",
+    ];
     let fix: Vec<&str> = fix.into_iter().filter(|fix| !fix.is_empty()).collect();
     PluginError {
         fix: fix.join("; or "),

@@ -79,6 +79,12 @@ impl Web {
         log.faults.push((path_end.to_owned(), fault, times));
     }
 
+    /// No further faults.
+    pub fn forgive(&self) {
+        let mut log = self.log.lock().unwrap_or_else(PoisonError::into_inner);
+        log.faults.clear();
+    }
+
     /// All requests so far.
     pub fn requests(&self) -> Vec<Request> {
         let log = self.log.lock().unwrap_or_else(PoisonError::into_inner);

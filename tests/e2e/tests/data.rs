@@ -1,12 +1,16 @@
 //! Text through the real program: the four corpora in their published formats, text of one's own, and everything that
 //! can be wrong with a shard, a disk or a server. Whatever happens, no wrong token is ever cached: a run that is started
 //! again has the bytes of one that was never disturbed.
+#![expect(
+    clippy::unwrap_used,
+    reason = "helpers of tests: what they cannot do fails the test"
+)]
 
 use flate2::{Compression, write::GzEncoder};
 use insta::assert_snapshot;
 use moeut_e2e::{
-    Fault, Outcome, Sandbox, Web, losses, shared_data, staged_plugins, steps_seen, tiny_on,
-    wait_until,
+    Args, Fault, Outcome, Request, Sandbox, Web, losses, shared_data, staged_plugins, steps_seen,
+    tiny_on, wait_until,
 };
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -128,7 +132,7 @@ fn last_validation_loss(run: &Path) -> f64 {
         .map(|line| serde_json::from_str::<serde_json::Value>(line).unwrap());
     records
         .filter_map(|record| record["validation/val/loss"].as_f64())
-        .last()
+        .next_back()
         .unwrap()
 }
 
@@ -141,7 +145,7 @@ fn text_of_ones_own_trains_as_a_stream_and_by_documents() {
             "-data.dir",
             "text",
             "-sentencepiece.n_pieces",
-            "150",
+            "90",
             "-lmds.valid_ratio",
             "1",
         ];
@@ -184,7 +188,7 @@ fn documents_go_on_where_a_killed_run_was() {
             "-data.dir",
             "text",
             "-sentencepiece.n_pieces",
-            "150",
+            "90",
             "-lmds.valid_ratio",
             "1",
         ];
@@ -244,23 +248,25 @@ const DAMAGES: &[(&str, Damage)] = &[
         fs::write(train_shard(folder), bytes).unwrap();
     }),
     ("not gzip", |folder| {
-        fs::write(train_shard(folder), "text\n").unwrap()
+        fs::write(train_shard(folder), "text\n").unwrap();
     }),
     ("no bytes", |folder| {
-        fs::write(train_shard(folder), "").unwrap()
+        fs::write(train_shard(folder), "").unwrap();
     }),
     ("no JSON", |folder| {
-        lines(folder, b"{\"text\": \"a\"}\nnonsense\n")
+        lines(folder, b"{\"text\": \"a\"}\nnonsense\n");
     }),
     ("no key", |folder| lines(folder, b"{\"txt\": \"a\"}\n")),
     ("a number", |folder| lines(folder, b"{\"text\": 5}\n")),
     ("no UTF-8", |folder| {
-        lines(folder, b"{\"text\": \"\xff\xfe\"}\n")
+        lines(folder, b"{\"text\": \"\xff\xfe\"}\n");
     }),
     ("no shard of a split", |folder| {
         fs::remove_file(folder.join("en/c4-validation.00000-of-00008.json.gz")).unwrap();
     }),
-    ("no folder", |folder| fs::remove_dir_all(folder).unwrap()),
+    ("no folder", |folder| {
+        fs::remove_dir_all(folder).unwrap();
+    }),
 ];
 
 /// A small C4: two training shards and one for validation, made of the shared one's.
@@ -277,9 +283,8 @@ fn small_c4(folder: &Path) -> Option<()> {
     Some(())
 }
 
-/// A run on both training shards, whose tokens are in `cache`.
-fn c4(sandbox: &Sandbox, name: &str, source: &[&str], cache: &str) -> moeut_e2e::Args {
-    let _ = sandbox;
+/// A run that makes tokens of both training shards in `cache`, and trains one step.
+fn c4(name: &str, source: &[&str], cache: &str) -> Args {
     let own = [
         "-data.cache_dir",
         cache,
@@ -307,9 +312,7 @@ fn each_damage_gets_what_why_and_fix_and_caches_no_wrong_token() {
         return;
     }
     let source = ["-data.dir", "good"];
-    sandbox
-        .run(&c4(&sandbox, "good", &source, "cache").as_strs())
-        .ok();
+    sandbox.run(&c4("good", &source, "cache").as_strs()).ok();
     let mut table = String::new();
     for (index, (name, damage)) in DAMAGES.iter().enumerate() {
         let folder = format!("damaged-{index}");
@@ -318,7 +321,7 @@ fn each_damage_gets_what_why_and_fix_and_caches_no_wrong_token() {
         damage(&path);
         let cache = format!("cache-{index}");
         let source = ["-data.dir", folder.as_str()];
-        let args = c4(&sandbox, "a", &source, &cache);
+        let args = c4("a", &source, &cache);
         let outcome = sandbox.run(&args.as_strs());
         writeln!(
             table,
@@ -343,4 +346,195 @@ fn assert_same_tokens(sandbox: &Sandbox, a: &str, b: &str, what: &str) {
             .collect()
     };
     assert!(by_name(a) == by_name(b), "{what}");
+}
+
+/// A server with the small C4 at the place where the hub has it.
+fn hub(sandbox: &Sandbox) -> Option<Web> {
+    let folder = sandbox.work().join("hub");
+    small_c4(&folder.join(ON_HUB))?;
+    Some(Web::serve(&folder))
+}
+
+/// From the hub until `limit` tokens are there; `more` are arguments of the test.
+fn from_hub(sandbox: &Sandbox, web: &Web, cache: &str, more: &[&str]) -> Outcome {
+    // Two steps of data, and the hundred that are kept in stock: less than the first training shard has.
+    let own = [
+        "-data.source",
+        "hub",
+        "-data.cache_dir",
+        cache,
+        "-stop_after",
+        "2",
+    ];
+    let args = tiny_on("moeut_c4", cache, &[&own[..], more].concat());
+    let variables = [
+        ("HF_ENDPOINT", web.address()),
+        ("HF_TOKEN", "a-secret"),
+        ("NO_PROXY", "127.0.0.1"),
+    ];
+    sandbox.start(&args.as_strs(), &variables).wait()
+}
+
+/// Where the hub has C4.
+const ON_HUB: &str = "datasets/allenai/c4/resolve/1ddc917116b730e1859edef32896ec5c16be51d0";
+const FIRST: &str = "en/c4-train.00000-of-01024.json.gz";
+
+/// Servers that fail for a while are waited for, and what was cut is asked for from where it broke.
+#[test]
+fn a_server_that_fails_for_a_while_changes_nothing() {
+    let sandbox = sandbox();
+    let Some(web) = hub(&sandbox) else {
+        return;
+    };
+    // The tokenizer wants more shards than there are, so that it is handed over.
+    let model = |cache: &str| {
+        let folder = sandbox.work().join(cache).join("C4/C4-en-500");
+        fs::create_dir_all(&folder).unwrap();
+        let trained = files(&sandbox.work().join("trained"));
+        let (_, bytes) = trained
+            .iter()
+            .find(|(path, _)| path.ends_with("tokenizer.model.model"))
+            .unwrap();
+        fs::write(folder.join("tokenizer.model.model"), bytes).unwrap();
+    };
+    let dir = sandbox.work().join("hub").join(ON_HUB);
+    let source = ["-data.dir", dir.to_str().unwrap()];
+    sandbox
+        .run(&c4("trained", &source, "trained").as_strs())
+        .ok();
+
+    model("calm");
+    from_hub(&sandbox, &web, "calm", &[]).ok();
+    let n_calm = web.requests().len();
+    let paths: Vec<String> = web
+        .requests()
+        .into_iter()
+        .map(|request| request.path)
+        .collect();
+    assert!(paths.iter().any(|path| path.ends_with(FIRST)), "{paths:?}");
+    assert!(
+        !paths.iter().any(|path| path.contains("c4-train.00001")),
+        "more was downloaded than is needed: {paths:?}"
+    );
+    let authorized =
+        |request: &Request| request.authorization.as_deref() == Some("Bearer a-secret");
+    assert!(web.requests().iter().all(authorized));
+
+    for (index, (name, faults)) in [
+        ("503", vec![Fault::Status(503), Fault::Status(500)]),
+        ("429", vec![Fault::Status(429)]),
+        ("cut", vec![Fault::Cut(100_000)]),
+        ("cut, no ranges", vec![Fault::Cut(100_000), Fault::NoRanges]),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        for fault in faults {
+            web.fault(FIRST, fault, 1);
+        }
+        let cache = format!("troubled-{index}");
+        model(&cache);
+        let before = web.requests().len();
+        from_hub(&sandbox, &web, &cache, &[]).ok();
+        let since: Vec<_> = web.requests().into_iter().skip(before).collect();
+        assert!(since.len() > n_calm, "{name}: {since:?}");
+        if name == "cut" {
+            assert!(
+                since.iter().any(|request| request.start == Some(100_000)),
+                "{since:?}"
+            );
+        }
+        assert!(
+            tokens(&sandbox, &cache) == tokens(&sandbox, "calm"),
+            "{name}"
+        );
+    }
+}
+
+/// What does not pass by waiting is an error with its address.
+#[test]
+fn a_server_that_keeps_failing_is_named() {
+    let sandbox = sandbox();
+    let Some(web) = hub(&sandbox) else {
+        return;
+    };
+    let mut table = String::new();
+    for (name, fault) in [
+        ("401", Fault::Status(401)),
+        ("404", Fault::Status(404)),
+        ("500 for ever", Fault::Status(500)),
+        ("cut at the same place for ever", Fault::Cut(0)),
+    ] {
+        let n_times = if name.contains("ever") { 50 } else { 1 };
+        web.fault(FIRST, fault, n_times);
+        let cache = name.replace(' ', "-");
+        let outcome = from_hub(&sandbox, &web, &cache, &[]);
+        let text = error(&outcome).replace(web.address(), "[hub]");
+        writeln!(table, "{name}: exit {:?}\n{text}", outcome.code).unwrap();
+        web.forgive();
+        let made = files(&sandbox.work().join(&cache));
+        let is_tokens = |path: &&PathBuf| path.extension().is_some_and(|end| end == "bin");
+        assert_eq!(made.keys().filter(is_tokens).count(), 0, "{name}");
+    }
+    assert_snapshot!("server_errors", table);
+}
+
+/// Four times in the middle of its work, then once to the end: the bytes of a run that nobody killed.
+#[test]
+fn a_killed_preparation_goes_on_without_a_wrong_token() {
+    let sandbox = sandbox();
+    let good = sandbox.work().join("good");
+    if small_c4(&good).is_none() {
+        return;
+    }
+    let source = ["-data.dir", "good"];
+    sandbox.run(&c4("a", &source, "undisturbed").as_strs()).ok();
+    let args = c4("b", &source, "killed");
+    for n_files in 1..5 {
+        let mut running = sandbox.start(&args.as_strs(), &[]);
+        // Each time a little later: while the tokenizer is trained, in the first chunk, in the second.
+        let cache = sandbox.work().join("killed");
+        wait_until("some files of the cache", || {
+            running.has_ended() || (cache.exists() && files_now(&cache) >= n_files)
+        });
+        running.signal("KILL");
+        drop(running);
+    }
+    sandbox.run(&args.as_strs()).ok();
+    assert_same_tokens(&sandbox, "undisturbed", "killed", "after four kills");
+}
+
+/// How many files are in a folder that another process changes.
+fn files_now(folder: &Path) -> usize {
+    let entries = fs::read_dir(folder).map(Iterator::flatten);
+    entries.map_or(0, |entries| {
+        entries
+            .map(|entry| {
+                let path = entry.path();
+                if path.is_dir() { files_now(&path) } else { 1 }
+            })
+            .sum()
+    })
+}
+
+/// One of them works, the other waits, says so, and uses what the first has made.
+#[test]
+fn two_processes_prepare_the_same_text_once() {
+    let sandbox = sandbox();
+    if small_c4(&sandbox.work().join("good")).is_none() {
+        return;
+    }
+    let source = ["-data.dir", "good"];
+    sandbox.run(&c4("a", &source, "alone").as_strs()).ok();
+    let other = self::sandbox();
+    let first = sandbox.start(&c4("b", &source, "shared").as_strs(), &[]);
+    let dir = sandbox.work().join("good");
+    let cache = sandbox.work().join("shared");
+    let (dir, cache) = (dir.to_str().unwrap(), cache.to_str().unwrap());
+    let second = other.start(&c4("c", &["-data.dir", dir], cache).as_strs(), &[]);
+    let outcomes = [first.wait(), second.wait()];
+    for outcome in &outcomes {
+        assert_eq!(outcome.code, Some(0), "{outcome}");
+    }
+    assert_same_tokens(&sandbox, "alone", "shared", "two at once");
 }
