@@ -3,6 +3,8 @@
 //! Only text to ids and back: what the file says about begin and end marks, truncation and padding is left out,
 //! because a token cache holds whole documents.
 
+use std::{any::Any, panic::catch_unwind};
+
 use tokenizers::{ModelWrapper, Tokenizer};
 
 use crate::error::TextError;
@@ -17,7 +19,10 @@ pub(crate) struct HuggingFace {
 impl HuggingFace {
     /// Takes the bytes of a file; what is wrong with it.
     pub(crate) fn from_bytes(json: &[u8]) -> Result<Self, String> {
-        let mut tokenizer = Tokenizer::from_bytes(json).map_err(|error| error.to_string())?;
+        // Where a file breaks off in its decoder, the library panics instead of returning an error.
+        let mut tokenizer = catch_unwind(|| Tokenizer::from_bytes(json))
+            .map_err(|payload| panic_message(payload.as_ref()))?
+            .map_err(|error| error.to_string())?;
         if let ModelWrapper::BPE(model) = tokenizer.get_model()
             && let Some(dropout) = model.dropout.filter(|&dropout| dropout != 0.0)
         {
@@ -75,6 +80,13 @@ impl HuggingFace {
             .decode(&ids, false)
             .map_err(|error| refused(&error))
     }
+}
+
+fn panic_message(payload: &(dyn Any + Send)) -> String {
+    let text = payload.downcast_ref::<String>().map(String::as_str);
+    let text = text.or_else(|| payload.downcast_ref::<&str>().copied());
+    text.unwrap_or("the library `tokenizers` panicked")
+        .to_owned()
 }
 
 fn refused(error: &tokenizers::Error) -> TextError {
@@ -163,7 +175,9 @@ mod tests {
         let dropping = json.replace(model, &model.replace("null", "0.1"));
         let empty = r#"{"version":"1.0","truncation":null,"padding":null,"added_tokens":[],"normalizer":null,
             "pre_tokenizer":null,"post_processor":null,"decoder":null,"model":{"type":"BPE","vocab":{},"merges":[]}}"#;
+        let decoder = json.find("\"decoder\":{").unwrap();
         for (json, why) in [
+            (&json[..decoder + 20], "EOF while parsing"),
             (dropping.as_str(), "`dropout` is 0.1"),
             (empty, "it has no pieces"),
             ("{}", "Model missing"),
