@@ -430,10 +430,11 @@ fn report(host: &Host, split: Split, news: &Progress) {
             );
         }
         Progress::Reading { shard, done, total } => {
-            host.progress(&format!("tokenizing {split} shard {shard}"), *done, *total);
+            // All bytes are read before all are tokenized; only `ChunkDone` ends the bar.
+            let done = (*done).min(total.saturating_sub(1));
+            host.progress(&format!("tokenizing {split} shard {shard}"), done, *total);
         }
         Progress::ChunkDone { shard, n_tokens } => {
-            // Ends its bar.
             host.progress(&format!("tokenizing {split} shard {shard}"), 1, 1);
             let text = format!("{split} shard {shard} has {n_tokens} tokens");
             host.log(LogLevel::Debug, &text);

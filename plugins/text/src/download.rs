@@ -22,8 +22,8 @@ const NEWS_BYTES: u64 = 1 << 20;
 
 /// Makes `path` hold the complete file at `url`; does nothing if it exists. Folders are created as needed.
 ///
-/// What is there of the file is in `<path>.part`, and is kept when the download fails; the next call asks the server for
-/// the rest only, on condition that the file is still the same (which `<path>.part.tag` can tell). `<path>.lock` keeps
+/// What is there of the file is in `<path>.part`, and is kept when the download fails; the next call asks the server
+/// for the rest only, on condition that the file is still the same (which `<path>.part.tag` can tell). `<path>.lock` keeps
 /// other processes away meanwhile. An address on huggingface.co is looked for at `$HF_ENDPOINT`, if that is set.
 ///
 /// # Errors
@@ -140,7 +140,8 @@ impl<'a> Part<'a> {
         }
     }
 
-    /// Compares with the announced checksum, if there is one. A wrong file is removed, or it would be "resumed" for ever.
+    /// Compares with the announced checksum, if there is one. A wrong file is removed, or it would be "resumed" for
+    /// ever.
     fn check(&self, source: &HubFile, part: &mut File) -> Result<(), TextError> {
         let Some(expected) = source.sha256() else {
             return Ok(());

@@ -1,7 +1,7 @@
 //! Copies on a local disk of chunks that lie on a network file system, where a memory map is slow.
 //!
-//! A copy is `<mount point>/<user>/fs_cache/<absolute path of the chunk>`, as the reference has it. It counts if it is as
-//! long as the chunk and not older. Of the disks whose mount point the pattern matches, a solid-state one with the most
+//! A copy is `<mount point>/<user>/fs_cache/<absolute path of the chunk>`, as the reference has it. It counts if it is
+//! as long as the chunk and not older. Of the disks whose mount point the pattern matches, a solid-state one with the most
 //! free space is taken; if none has the space, the chunk is read from where it is.
 
 use std::{

@@ -1,8 +1,8 @@
 //! `text_files`: any folder of text as windows of SentencePiece tokens.
 //!
-//! A line of a JSON-lines file, a row of a Parquet file, or a whole `.txt` or `.md` file is a document. Files whose path
-//! has the word `valid`, `validation`, `dev` or `test` are for validation; if there are none, a share of the documents is,
-//! chosen by the hash of the text: the same documents on every machine, and never a text on both sides.
+//! A line of a JSON-lines file, a row of a Parquet file, or a whole `.txt` or `.md` file is a document. Files whose
+//! path has the word `valid`, `validation`, `dev` or `test` are for validation; if there are none, a share of the
+//! documents is, chosen by the hash of the text: the same documents on every machine, and never a text on both sides.
 
 use moeut_plugin_api::{ArgSpec, PluginError};
 use moeut_text::{Corpus, CorpusPlugin, Recipe, TextConfig, TextDataset, dataset};
