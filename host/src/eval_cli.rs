@@ -56,11 +56,15 @@ struct Words {
 impl Words {
     fn new(argv: &[String]) -> Result<Self, HostError> {
         let is_count_only = |word: &String| matches!(word.as_str(), "--count-only" | "-count-only");
-        let rest: Vec<String> = argv.iter().filter(|word| !is_count_only(word)).cloned().collect();
+        let rest: Vec<String> = argv
+            .iter()
+            .filter(|word| !is_count_only(word))
+            .cloned()
+            .collect();
         let value = |name: &str, example: &str| match peek(argv, name).pop() {
-            Some(value) => Ok(Some(value)),
+            Some(value) if value.chars().any(|c| !",; ".contains(c)) => Ok(Some(value)),
             None if without(argv, name).len() == argv.len() => Ok(None),
-            None => Err(HostError::new(
+            _ => Err(HostError::new(
                 format!("no value for `-{name}`"),
                 format!("it takes {example}"),
                 format!("write `-{name} <value>`"),
@@ -70,7 +74,10 @@ impl Words {
         let json = value("json", "the path of a file")?;
         let names = |sets: String| -> Vec<String> {
             let names = sets.split(',').map(str::trim);
-            names.filter(|name| !name.is_empty()).map(str::to_owned).collect()
+            names
+                .filter(|name| !name.is_empty())
+                .map(str::to_owned)
+                .collect()
         };
         Ok(Self {
             sets: sets.map(names).filter(|names| names != &["all"]),
@@ -86,7 +93,9 @@ fn without(argv: &[String], name: &str) -> Vec<String> {
     let mut rest = Vec::new();
     let mut words = argv.iter().peekable();
     while let Some(word) = words.next() {
-        let flag = word.strip_prefix('-').map(|word| word.strip_prefix('-').unwrap_or(word));
+        let flag = word
+            .strip_prefix('-')
+            .map(|word| word.strip_prefix('-').unwrap_or(word));
         match flag.and_then(|flag| flag.strip_prefix(name)) {
             Some("") => {
                 words.next_if(|next| !next.starts_with('-'));
@@ -191,7 +200,11 @@ fn arguments_of_sets(
         .iter()
         .map(|name| registry.find(ComponentKind::ChoiceDataset, name))
         .collect::<Result<Vec<_>, _>>()?;
-    Ok(parse(argv, &owners(&certain, Role::Idle, registry), stored)?)
+    Ok(parse(
+        argv,
+        &owners(&certain, Role::Idle, registry),
+        stored,
+    )?)
 }
 
 /// Names of all choice datasets, sorted.
@@ -256,7 +269,10 @@ fn check_folder_of(path: &Path) -> Result<(), HostError> {
     Err(HostError::new(
         format!("the scores cannot be written to `{}`", path.display()),
         format!("`{}` is no folder", folder.display()),
-        format!("make it with `mkdir -p {}`, or set `-json` to another file", folder.display()),
+        format!(
+            "make it with `mkdir -p {}`, or set `-json` to another file",
+            folder.display()
+        ),
     ))
 }
 
@@ -356,11 +372,10 @@ impl Evaluator<'_> {
         let component = self.registry.find(ComponentKind::ChoiceDataset, name)?;
         let arguments = self.of_sets.config_for(&component.info.args)?;
         let services = &self.trained.services;
-        let dataset = component.client().new_choice_dataset(
-            &component.info.name,
-            &arguments,
-            services,
-        )?;
+        let dataset =
+            component
+                .client()
+                .new_choice_dataset(&component.info.name, &arguments, services)?;
         let planned = self.trained.plan.evaluations.iter();
         let planned = planned.clone().find(|request| request.dataset == name);
         let request = planned.cloned().unwrap_or_else(|| EvaluationRequest {
@@ -402,10 +417,7 @@ impl Evaluator<'_> {
         scores.map_err(HostError::from)
     }
 
-    fn set(
-        &mut self,
-        set: &EvalSet,
-    ) -> Result<Option<crate::eval::metrics::SetScores>, HostError> {
+    fn set(&mut self, set: &EvalSet) -> Result<Option<crate::eval::metrics::SetScores>, HostError> {
         let label = format!("scoring `{}`", set.name);
         let Trained {
             model,

@@ -115,7 +115,10 @@ impl Tokens<'_> {
                 n_tokens: tokens.len(),
                 last_token,
             }),
-            _ => Err(self.bad(index, "its text ends in a space, so there is no last word".into())),
+            _ => Err(self.bad(
+                index,
+                "its text ends in a space, so there is no last word".into(),
+            )),
         }
     }
 
@@ -140,12 +143,15 @@ impl Tokens<'_> {
     }
 
     fn bad(&self, index: u64, why: String) -> PluginError {
-        PluginError::new(format!("question {index} of `{}` cannot be scored", self.set))
-            .why(why)
-            .fix(format!(
-                "correct the files of `{0}`, or evaluate without it; questions count from 0",
-                self.set
-            ))
+        PluginError::new(format!(
+            "question {index} of `{}` cannot be scored",
+            self.set
+        ))
+        .why(why)
+        .fix(format!(
+            "correct the files of `{0}`, or evaluate without it; questions count from 0",
+            self.set
+        ))
     }
 }
 
@@ -156,10 +162,18 @@ mod tests {
     /// A token for each character.
     #[expect(clippy::unnecessary_wraps, reason = "the signature of a tokenizer")]
     fn encode(text: &str) -> Result<Vec<i32>, PluginError> {
-        Ok(text.chars().map(|c| i32::try_from(u32::from(c)).unwrap()).collect())
+        Ok(text
+            .chars()
+            .map(|c| i32::try_from(u32::from(c)).unwrap())
+            .collect())
     }
 
-    fn item(rule: ScoringRule, prefix: &str, options: &[&str], answer: u32) -> Result<Item, String> {
+    fn item(
+        rule: ScoringRule,
+        prefix: &str,
+        options: &[&str],
+        answer: u32,
+    ) -> Result<Item, String> {
         let question = Question {
             group: "g".into(),
             prefix: prefix.into(),
@@ -193,15 +207,41 @@ mod tests {
     fn what_cannot_be_scored_is_said() {
         let what = "question 7 of `toy` cannot be scored: ";
         for (prefix, options, answer, why) in [
-            ("ab", &["c"][..], 1, "option 1 is said to be right, and it has 1 options"),
-            ("ab", &["c", ""], 0, "option 1 (``) has no token to be predicted: 2 before it, 0 of its own"),
-            ("", &["c", "de"], 0, "option 0 (`c`) has no token to be predicted: 0 before it, 1 of its own"),
-            ("é", &["c"], 0, "the tokenizer makes token 233 of it, and the model knows 128 tokens"),
+            (
+                "ab",
+                &["c"][..],
+                1,
+                "option 1 is said to be right, and it has 1 options",
+            ),
+            (
+                "ab",
+                &["c", ""],
+                0,
+                "option 1 (``) has no token to be predicted: 2 before it, 0 of its own",
+            ),
+            (
+                "",
+                &["c", "de"],
+                0,
+                "option 0 (`c`) has no token to be predicted: 0 before it, 1 of its own",
+            ),
+            (
+                "é",
+                &["c"],
+                0,
+                "the tokenizer makes token 233 of it, and the model knows 128 tokens",
+            ),
         ] {
-            assert_eq!(item(CHOICE, prefix, options, answer).unwrap_err(), format!("{what}{why}"));
+            assert_eq!(
+                item(CHOICE, prefix, options, answer).unwrap_err(),
+                format!("{what}{why}")
+            );
         }
         let error = item(ScoringRule::LastWord, "", &["ab "], 0).unwrap_err();
-        assert_eq!(error, format!("{what}its text ends in a space, so there is no last word"));
+        assert_eq!(
+            error,
+            format!("{what}its text ends in a space, so there is no last word")
+        );
     }
 
     #[test]

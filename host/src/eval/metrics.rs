@@ -131,7 +131,11 @@ impl Accuracy {
             .iter()
             .map(|(group, tally)| metric(&format!("accuracy/{group}"), tally.share(), tally.n));
         let averages = [
-            metric("accuracy/group_average", self.group_average(), self.0.len() as u64),
+            metric(
+                "accuracy/group_average",
+                self.group_average(),
+                self.0.len() as u64,
+            ),
             metric("accuracy/seq_average", self.seq_average(), self.all().n),
         ];
         groups.chain(averages).collect()
@@ -222,7 +226,11 @@ pub fn last_word_scores(
     let metrics = vec![
         metric("loss", loss.value(), loss.n),
         metric("accuracy/total", total.share(), total.n),
-        metric("accuracy/openai_last_token", last_token.share(), last_token.n),
+        metric(
+            "accuracy/openai_last_token",
+            last_token.share(),
+            last_token.n,
+        ),
         metric("perplexity", word_loss.value().exp(), word_loss.n),
         metric("lm_loss", loss.value(), loss.n),
         metric("lm_perplexity", loss.value().exp(), loss.n),
@@ -270,7 +278,9 @@ mod tests {
 
     fn values(scores: &SetScores) -> Vec<(&str, f64, u64)> {
         let metrics = scores.metrics.iter();
-        metrics.map(|metric| (metric.name.as_str(), metric.value, metric.n)).collect()
+        metrics
+            .map(|metric| (metric.name.as_str(), metric.value, metric.n))
+            .collect()
     }
 
     #[test]
@@ -325,7 +335,11 @@ mod tests {
         let items = vec![item("lambada", 0, 0, word()); 3];
         let said = |best: &[i32]| vec![predicted(&[-3.0, -1.0, -2.0, -6.0], best)];
         // Right; the last token only; a space within the last two places.
-        let all = [said(&[0, 0, 10, 11]), said(&[0, 0, 12, 11]), said(&[0, 10, 0, 12])];
+        let all = [
+            said(&[0, 0, 10, 11]),
+            said(&[0, 0, 12, 11]),
+            said(&[0, 10, 0, 12]),
+        ];
         let scores = last_word_scores("lambada", &items, &all, decode).unwrap();
         assert_eq!(
             values(&scores),

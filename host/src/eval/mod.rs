@@ -64,7 +64,9 @@ impl EvalSet {
     ) -> Result<Self, PluginError> {
         let name = &request.dataset;
         let info = dataset.info()?;
-        let multiplier = usize::try_from(request.batch_multiplier).unwrap_or(1).max(1);
+        let multiplier = usize::try_from(request.batch_multiplier)
+            .unwrap_or(1)
+            .max(1);
         let batch_size = setting.batch_size.saturating_mul(multiplier);
         let mut n_questions = info.n_questions;
         if setting.compat && info.rule == ScoringRule::LastWord {

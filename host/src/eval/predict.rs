@@ -162,14 +162,17 @@ fn plan(items: &[Item], batch_size: usize, can_fork: bool) -> Vec<Work> {
         std::cmp::Reverse(items[item].prefix.len() + items[item].options[option].len())
     });
     let batch_size = batch_size.max(1);
-    let shared = groups.into_iter().rev().flat_map(|((_, n_options), group)| {
-        let n_items = (batch_size / n_options).max(1);
-        let parts: Vec<Work> = group
-            .chunks(n_items)
-            .map(|part| Work::Shared(part.to_vec()))
-            .collect();
-        parts
-    });
+    let shared = groups
+        .into_iter()
+        .rev()
+        .flat_map(|((_, n_options), group)| {
+            let n_items = (batch_size / n_options).max(1);
+            let parts: Vec<Work> = group
+                .chunks(n_items)
+                .map(|part| Work::Shared(part.to_vec()))
+                .collect();
+            parts
+        });
     let alone = alone
         .chunks(batch_size)
         .map(|part| Work::Whole(part.to_vec()));
@@ -220,7 +223,10 @@ fn shared(
     effort: &mut Effort,
 ) -> Result<Done, PluginError> {
     let device = predictor.device();
-    let prefixes: Vec<Vec<i32>> = group.iter().map(|&item| items[item].prefix.clone()).collect();
+    let prefixes: Vec<Vec<i32>> = group
+        .iter()
+        .map(|&item| items[item].prefix.clone())
+        .collect();
     let sequences: Vec<(usize, usize)> = group
         .iter()
         .flat_map(|&item| (0..items[item].options.len()).map(move |option| (item, option)))
@@ -261,7 +267,12 @@ fn shared(
     let predicted = options.iter().enumerate().map(|(row, option)| {
         let prefix = &of_prefix[row * prefixes.len() / options.len()];
         Predicted {
-            log_p: [&prefix[..], &of_first[row], &of_rest[row][..option.len() - 1]].concat(),
+            log_p: [
+                &prefix[..],
+                &of_first[row],
+                &of_rest[row][..option.len() - 1],
+            ]
+            .concat(),
             best: Vec::new(),
         }
     });
@@ -301,7 +312,10 @@ fn columns<T>(tensor_tb: &Tensor, kind: Kind) -> Result<Vec<Vec<T>>, TchError>
 where
     Vec<Vec<T>>: for<'a> TryFrom<&'a Tensor, Error = TchError>,
 {
-    let by_column = tensor_tb.f_transpose(0, 1)?.f_contiguous()?.f_to_kind(kind)?;
+    let by_column = tensor_tb
+        .f_transpose(0, 1)?
+        .f_contiguous()?
+        .f_to_kind(kind)?;
     (&by_column.f_to_device(Device::Cpu)?).try_into()
 }
 
@@ -344,7 +358,9 @@ mod tests {
             for t in 0..seq_len {
                 for seen in &all {
                     let end = seen.len() - seq_len + t + 1;
-                    let hash = seen[..end].iter().fold(7, |hash, id| (hash * 31 + id + 1) % 10_007);
+                    let hash = seen[..end]
+                        .iter()
+                        .fold(7, |hash, id| (hash * 31 + id + 1) % 10_007);
                     logits.extend((0..N_IDS).map(|id| (hash * (id + 3) % 97) as f64 / 20.0));
                 }
             }
@@ -425,7 +441,10 @@ mod tests {
         let of = |item: &Item, option| {
             let ids: Vec<i64> = item.sequence(option).into_iter().map(i64::from).collect();
             let tokens = Tensor::from_slice(&ids).view([-1, 1]);
-            let log_p = toy.logits(&tokens, Past::None).unwrap().log_softmax(-1, Kind::Double);
+            let log_p = toy
+                .logits(&tokens, Past::None)
+                .unwrap()
+                .log_softmax(-1, Kind::Double);
             let at = |t: usize| log_p.double_value(&[int(t), 0, ids[t + 1]]);
             let best = log_p.argmax(-1, false);
             let best = |t: usize| i32::try_from(best.int64_value(&[int(t), 0])).unwrap();
@@ -436,7 +455,9 @@ mod tests {
         };
         let mut of = of;
         let items = items();
-        let all = items.iter().map(|item| (0..item.options.len()).map(|o| of(item, o)).collect());
+        let all = items
+            .iter()
+            .map(|item| (0..item.options.len()).map(|o| of(item, o)).collect());
         all.collect()
     }
 
@@ -450,7 +471,13 @@ mod tests {
                 assert!(difference < 1e-12, "{can_fork} {batch_size}: {difference}");
             }
             let (_, predicted, _) = run(true, batch_size, true);
-            assert!(predicted.iter().flatten().zip(expected.iter().flatten()).all(|(a, b)| a.best == b.best));
+            assert!(
+                predicted
+                    .iter()
+                    .flatten()
+                    .zip(expected.iter().flatten())
+                    .all(|(a, b)| a.best == b.best)
+            );
         }
     }
 
@@ -463,7 +490,10 @@ mod tests {
         // whole: 2 of 9 and 2 of 6.
         assert_eq!(of_shared.n_computed, 20 + 18 + 9 + 9 + 18 + 12 + 2 + 4 * 9);
         assert!(of_whole.n_computed >= of_whole.n_whole);
-        assert!(of_shared.n_computed < of_whole.n_computed, "{of_shared:?} {of_whole:?}");
+        assert!(
+            of_shared.n_computed < of_whole.n_computed,
+            "{of_shared:?} {of_whole:?}"
+        );
         assert!(whole.n_rows.iter().chain(&shared.n_rows).all(|&n| n <= 6));
     }
 
@@ -476,13 +506,17 @@ mod tests {
                 let sequences = match work {
                     Work::Whole(sequences) => sequences,
                     Work::Shared(group) => {
-                        let all = |item: usize| (0..items[item].options.len()).map(move |o| (item, o));
+                        let all =
+                            |item: usize| (0..items[item].options.len()).map(move |o| (item, o));
                         group.into_iter().flat_map(all).collect()
                     }
                 };
                 assert!(sequences.into_iter().all(|one| seen.insert(one)));
             }
-            assert_eq!(seen.len(), items.iter().map(|item| item.options.len()).sum::<usize>());
+            assert_eq!(
+                seen.len(),
+                items.iter().map(|item| item.options.len()).sum::<usize>()
+            );
         }
     }
 
@@ -506,7 +540,10 @@ mod tests {
             seen.push((done, all));
             seen.len() < 3
         };
-        assert_eq!(predict(&mut toy, &items(), 4, false, goes_on).unwrap(), None);
+        assert_eq!(
+            predict(&mut toy, &items(), 4, false, goes_on).unwrap(),
+            None
+        );
         assert_eq!(seen, [(0, 17), (2, 17), (5, 17)]);
     }
 }

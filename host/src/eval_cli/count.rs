@@ -1,6 +1,6 @@
 //! `moeut-host eval --count-only`: reads datasets without a model and says how much there is.
 
-use super::{Words, arguments_of_sets, choice_sets, is_absent, unknown};
+use super::{Words, choice_sets, is_absent, unknown};
 use crate::args::{HostConfig, Role, parse};
 use crate::cli::print;
 use crate::error::HostError;
@@ -32,7 +32,11 @@ pub(super) fn count(
         .iter()
         .map(|name| find(name, registry))
         .collect::<Result<Vec<_>, _>>()?;
-    let arguments = parse(&words.argv, &owners(&components, Role::Idle, registry), None)?;
+    let arguments = parse(
+        &words.argv,
+        &owners(&components, Role::Idle, registry),
+        None,
+    )?;
     for warning in &arguments.warnings {
         terminal.message(Level::Warning, warning);
     }
@@ -47,7 +51,10 @@ pub(super) fn count(
             documents(component, &own, &services)
         };
         match counted {
-            Ok(count) => print(&format!("{name} {} {}\n", count.n_documents, count.n_skipped)),
+            Ok(count) => print(&format!(
+                "{name} {} {}\n",
+                count.n_documents, count.n_skipped
+            )),
             Err(error) if words.sets.is_none() && is_absent(&error) => {
                 let text = format!("`{name}` is left out: {}, {}", error.what, error.why);
                 terminal.message(Level::Warning, &text);

@@ -20,7 +20,12 @@ const STREAM: &str = "val";
 pub(super) fn render(all: &AllScores) -> String {
     let mut rows = vec![["set", "metric", "value", "n"].map(String::from)];
     let mut row = |set: &str, metric: &str, value: f64, n: u64| {
-        rows.push([set.to_owned(), metric.to_owned(), format!("{value:.4}"), n.to_string()]);
+        rows.push([
+            set.to_owned(),
+            metric.to_owned(),
+            format!("{value:.4}"),
+            n.to_string(),
+        ]);
     };
     for (name, scores) in &all.streams {
         let n = scores.n_tokens;
@@ -59,7 +64,9 @@ fn paper(all: &AllScores) -> Vec<[String; 8]> {
         std::array::from_fn(|_| String::new()),
     ];
     let titles = ["ppl"].into_iter();
-    let titles = titles.chain(COLUMNS.iter().map(|(title, ..)| *title)).chain(["avg %"]);
+    let titles = titles
+        .chain(COLUMNS.iter().map(|(title, ..)| *title))
+        .chain(["avg %"]);
     let values = [shown(perplexity, 2)].into_iter();
     let values = values
         .chain(accuracies.map(|accuracy| shown(accuracy, 1)))

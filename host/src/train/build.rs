@@ -489,7 +489,10 @@ pub(crate) fn seed_of_the_clock() -> u64 {
 
 /// What else to do about an evaluation set that does not open.
 fn or_without_evaluation(error: PluginError) -> PluginError {
-    let fix = [error.fix.as_str(), "train without evaluation: `-lm.eval.enabled 0`"];
+    let fix = [
+        error.fix.as_str(),
+        "train without evaluation: `-lm.eval.enabled 0`",
+    ];
     let fix: Vec<&str> = fix.into_iter().filter(|fix| !fix.is_empty()).collect();
     PluginError {
         fix: fix.join("; or "),

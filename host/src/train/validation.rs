@@ -104,7 +104,11 @@ fn score(run: &mut Run, is_end: bool) -> Result<Option<AllScores>, TrainError> {
             .message(&sentence(run.state.step, &stream.name, &scores));
         all.streams.push((stream.name.clone(), scores));
     }
-    for set in run.evaluations.iter().filter(|set| is_end || !set.is_end_only) {
+    for set in run
+        .evaluations
+        .iter()
+        .filter(|set| is_end || !set.is_end_only)
+    {
         let result = set.score(
             &mut run.model,
             &run.samples.tokenizer,
@@ -184,7 +188,10 @@ fn with_bests(state: &mut TrainState, prefix: &str, all: &AllScores) -> Vec<(Str
         let name = |metric: &str| format!("{prefix}{stream}/time_since_best_{metric}");
         metrics.extend([
             (name("loss"), state.note_loss(stream, loss) as f64),
-            (name("accuracy"), state.note_accuracy(stream, accuracy) as f64),
+            (
+                name("accuracy"),
+                state.note_accuracy(stream, accuracy) as f64,
+            ),
         ]);
     }
     metrics
@@ -220,7 +227,9 @@ mod tests {
     fn all(streams: &[(&str, Scores)]) -> AllScores {
         let streams = streams.iter();
         AllScores {
-            streams: streams.map(|&(name, scores)| (name.to_owned(), scores)).collect(),
+            streams: streams
+                .map(|&(name, scores)| (name.to_owned(), scores))
+                .collect(),
             sets: Vec::new(),
         }
     }

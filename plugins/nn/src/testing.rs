@@ -195,7 +195,11 @@ pub fn check_cache(model: &mut impl Model) {
 fn check_fork(model: &mut impl Model) {
     let (start, ends) = (tokens(5, 2), tokens(4, 6));
     let starts = start.repeat_interleave_self_int(3, 1, None);
-    let whole = expect(logits(model, &Tensor::cat(&[starts, ends.shallow_clone()], 0), Past::None));
+    let whole = expect(logits(
+        model,
+        &Tensor::cat(&[starts, ends.shallow_clone()], 0),
+        Past::None,
+    ));
     let fill = Past::Cache {
         slot: 3,
         is_reset: true,

@@ -54,11 +54,18 @@ fn items(set: &str, folder: &Path) -> Result<Vec<Item>> {
     let folder = folder.to_str().ok_or("the path is not UTF-8")?;
     let mut values = BTreeMap::new();
     for def in &component.args {
-        let raw = if def.name == "data.dir" { folder } else { &def.default };
+        let raw = if def.name == "data.dir" {
+            folder
+        } else {
+            &def.default
+        };
         values.insert(def.name.clone(), def.parse(raw)?);
     }
     let config = moeut_plugin_api::args::configuration(&component.args, &values)?;
-    let kernel = plugins::kernels()?.into_iter().next().ok_or("there is no kernel")?;
+    let kernel = plugins::kernels()?
+        .into_iter()
+        .next()
+        .ok_or("there is no kernel")?;
     let dataset = plugin.new_choice_dataset(set, &config, &plugins::services(&kernel))?;
     let n_read = dataset.info()?.n_questions.min(N_ITEMS as u64);
     let tokens = Tokens {
@@ -68,9 +75,8 @@ fn items(set: &str, folder: &Path) -> Result<Vec<Item>> {
         encode: &|text| Ok(encode(text)),
     };
     let questions = dataset.read(0, n_read)?.into_iter().enumerate();
-    let items = questions.map(|(index, question): (usize, Question)| {
-        Ok(cut(tokens.item(index as u64, question)?))
-    });
+    let items = questions
+        .map(|(index, question): (usize, Question)| Ok(cut(tokens.item(index as u64, question)?)));
     Ok(items.collect::<std::result::Result<_, PluginError>>()?)
 }
 
@@ -88,7 +94,11 @@ fn cut(mut item: Item) -> Item {
 }
 
 /// `log p` of each token by item and option, through a model in its plugin.
-fn log_p(subject: &mut Subject, items: &[Item], can_fork: bool) -> Result<(Vec<Vec<Vec<f64>>>, Effort)> {
+fn log_p(
+    subject: &mut Subject,
+    items: &[Item],
+    can_fork: bool,
+) -> Result<(Vec<Vec<Vec<f64>>>, Effort)> {
     let _no_grad = tch::no_grad_guard();
     let mut client = Client {
         model: &mut subject.model,
@@ -110,21 +120,37 @@ fn subject(fixture: &str) -> Result<Option<Subject>> {
     let Some(json) = shared(&format!("fixtures/{fixture}.json"))? else {
         return Ok(None);
     };
-    let kernel = plugins::kernels()?.into_iter().next().ok_or("there is no kernel")?;
-    Ok(Some(Subject::of(&Fixture::read(&json)?, DType::F32, &kernel)?))
+    let kernel = plugins::kernels()?
+        .into_iter()
+        .next()
+        .ok_or("there is no kernel")?;
+    Ok(Some(Subject::of(
+        &Fixture::read(&json)?,
+        DType::F32,
+        &kernel,
+    )?))
 }
 
 /// Row of expected numbers up to the first that is not one.
 fn expected(of_set: &Tensor, item: usize, option: usize) -> Result<Vec<f64>> {
     let index = |n: usize| i64::try_from(n);
-    let row = of_set.get(index(item)?).get(index(option)?).to_kind(Kind::Double);
+    let row = of_set
+        .get(index(item)?)
+        .get(index(option)?)
+        .to_kind(Kind::Double);
     let row = Vec::<f64>::try_from(&row)?;
-    Ok(row.into_iter().take_while(|value| !value.is_nan()).collect())
+    Ok(row
+        .into_iter()
+        .take_while(|value| !value.is_nan())
+        .collect())
 }
 
 fn largest_difference(a: &[f64], b: &[f64]) -> f64 {
     assert_eq!(a.len(), b.len());
-    a.iter().zip(b).map(|(a, b)| (a - b).abs()).fold(0.0, f64::max)
+    a.iter()
+        .zip(b)
+        .map(|(a, b)| (a - b).abs())
+        .fold(0.0, f64::max)
 }
 
 /// Numbers of `tests/numerics/scoring/expected.py`; shared prefixes change nothing.
@@ -136,8 +162,10 @@ fn probabilities_are_those_of_an_independent_scorer() {
         };
         assert!(subject.model.abilities().unwrap().can_fork);
         let path = format!("{}/scoring/{name}.safetensors", env!("CARGO_MANIFEST_DIR"));
-        let numbers: BTreeMap<String, Tensor> =
-            Tensor::read_safetensors(path).unwrap().into_iter().collect();
+        let numbers: BTreeMap<String, Tensor> = Tensor::read_safetensors(path)
+            .unwrap()
+            .into_iter()
+            .collect();
         for (set, folder) in SETS {
             let folder = shared(&format!("data/eval/{folder}")).unwrap().unwrap();
             let items = items(set, &folder).unwrap();
@@ -181,7 +209,10 @@ fn verdicts_and_averages_are_those_of_an_independent_scorer() {
             let [item, group, _, _, scores, ok] = fields[..] else {
                 panic!("{line}");
             };
-            let scores: Vec<f64> = scores.split(',').map(|score| score.parse().unwrap()).collect();
+            let scores: Vec<f64> = scores
+                .split(',')
+                .map(|score| score.parse().unwrap())
+                .collect();
             let is_right = is_right(&scores, 0);
             assert_eq!(is_right, ok == "1", "{name} item {item}");
             accuracy.add(group, is_right);
@@ -194,7 +225,10 @@ fn verdicts_and_averages_are_those_of_an_independent_scorer() {
             ("seq_average", accuracy.seq_average()),
         ] {
             let recorded = recorded[metric].as_f64().unwrap();
-            assert!((value - recorded).abs() < 1e-12, "{name} {metric}: {value} {recorded}");
+            assert!(
+                (value - recorded).abs() < 1e-12,
+                "{name} {metric}: {value} {recorded}"
+            );
         }
         n_checked += n;
     }
@@ -211,7 +245,13 @@ fn shared_prefixes_save_most_tokens_of_a_long_context() {
     let mut items = items("cbt", &folder).unwrap();
     for (index, item) in items.iter_mut().enumerate() {
         // Contexts of 300 tokens and some more; not two of a length, so that nothing is batched.
-        item.prefix = item.prefix.iter().copied().cycle().take(300 + index).collect();
+        item.prefix = item
+            .prefix
+            .iter()
+            .copied()
+            .cycle()
+            .take(300 + index)
+            .collect();
     }
     let (whole, alone) = log_p(&mut subject, &items[..4], false).unwrap();
     let (shared, effort) = log_p(&mut subject, &items[..4], true).unwrap();
