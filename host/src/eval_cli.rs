@@ -62,9 +62,9 @@ impl Words {
             .cloned()
             .collect();
         let value = |name: &str, example: &str| match peek(argv, name).pop() {
-            Some(value) => Ok(Some(value)),
+            Some(value) if value.chars().any(|c| !",; ".contains(c)) => Ok(Some(value)),
             None if without(argv, name).len() == argv.len() => Ok(None),
-            None => Err(HostError::new(
+            _ => Err(HostError::new(
                 format!("no value for `-{name}`"),
                 format!("it takes {example}"),
                 format!("write `-{name} <value>`"),

@@ -438,7 +438,7 @@ mod tests {
             cache: Vec::new(),
             n_rows: Vec::new(),
         };
-        let of = |item: &Item, option| {
+        let mut of = |item: &Item, option| {
             let ids: Vec<i64> = item.sequence(option).into_iter().map(i64::from).collect();
             let tokens = Tensor::from_slice(&ids).view([-1, 1]);
             let log_p = toy
@@ -453,7 +453,6 @@ mod tests {
                 best: (0..ids.len() - 1).map(best).collect(),
             }
         };
-        let mut of = of;
         let items = items();
         let all = items
             .iter()

@@ -1,6 +1,6 @@
 //! `moeut-host eval --count-only`: reads datasets without a model and says how much there is.
 
-use super::{Words, arguments_of_sets, choice_sets, is_absent, unknown};
+use super::{Words, choice_sets, is_absent, unknown};
 use crate::args::{HostConfig, Role, parse};
 use crate::cli::print;
 use crate::error::HostError;

@@ -263,7 +263,7 @@ mod tests {
         fn predict(&mut self, ids: &[i32], past: Past) -> Result<Vec<f64>, PluginError> {
             let is_reset = match past {
                 Past::Cache { is_reset, .. } => is_reset,
-                Past::None | Past::Segments { .. } => true,
+                Past::None | Past::Segments { .. } | Past::Fork { .. } => true,
             };
             if is_reset {
                 self.cache.clear();

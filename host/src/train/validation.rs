@@ -287,6 +287,20 @@ mod tests {
             ..all(&[("val", scores(2.0, 0.25))])
         };
         let metrics = with_bests(&mut TrainState::default(), "", &scores);
-        insta::assert_snapshot!(as_json(&metrics).unwrap().replace(',', ",\n"), @"");
+        insta::assert_snapshot!(as_json(&metrics).unwrap().replace(',', ",\n"), @r#"
+        {"val/loss":2.0,
+        "val/accuracy":0.25,
+        "val/perplexity":7.38905609893065,
+        "lambada/loss":4.0,
+        "lambada/accuracy/total":0.75,
+        "blimp/loss":9.0,
+        "blimp/accuracy/total":1.0,
+        "mean_loss":3.0,
+        "mean_accuracy":0.5,
+        "val/time_since_best_loss":0.0,
+        "val/time_since_best_accuracy":0.0,
+        "lambada/time_since_best_loss":0.0,
+        "lambada/time_since_best_accuracy":0.0}
+        "#);
     }
 }

@@ -1,0 +1,329 @@
+//! `moeut-host eval` and the evaluations of a training: sets in the published formats, with questions made for these tests.
+
+use insta::assert_snapshot;
+use moeut_e2e::{Outcome, Sandbox, cached_data, losses, shared_data, staged_plugins, tiny};
+use serde_json::Value;
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::Path;
+use std::process::Command;
+
+/// The plugins of the sets.
+const SETS: [&str; 6] = ["ai2arc", "blimp", "cbt", "hellaswag", "lambada", "piqa"];
+
+const LAMBADA: &str = r#"{"text": "the lamp stood on the table and she lit the lamp"}
+{"text": "he went to the gate , waited there , and then he closed the gate"}
+{"text": "one stone and another stone"}
+"#;
+
+const PIQA: &str = r#"{"goal": "To dry a wet shirt,", "sol1": "hang it in the sun", "sol2": "put it into the pond"}
+{"goal": "To cut bread,", "sol1": "use a spoon", "sol2": "use a knife"}
+"#;
+
+const HELLASWAG: &str = r#"{"activity_label": "Fishing", "ctx_a": "A man sits by the river.", "ctx_b": "he", "endings": ["waits for a fish.", "eats the boat.", "paints a wall.", "is a fish."], "label": 0}
+"#;
+
+/// A sandbox with the plugins of all sets.
+fn sandbox() -> Sandbox {
+    let sandbox = Sandbox::new();
+    for set in SETS {
+        let name = format!("libmoeut_dataset_{set}.so");
+        fs::copy(staged_plugins().join(&name), sandbox.installed().join(name)).unwrap();
+    }
+    sandbox
+}
+
+/// Fewer sentences than the published questions have, and a candidate too few in the last one.
+fn cbt() -> String {
+    let words = [
+        "door", "tree", "bird", "road", "fish", "ship", "hand", "king", "rain", "wall",
+    ];
+    let mut text = String::new();
+    for (answer, n_words) in [("door", 10), ("king", 10), ("rain", 9)] {
+        let words: Vec<&str> = words.iter().rev().take(n_words).copied().collect();
+        text += "1 It was late , and nobody was there .\n2 She went to the old house .\n";
+        text += &format!(
+            "3 She opened the XXXXX .\t{answer}\t\t{}\n\n",
+            words.join("|")
+        );
+    }
+    text
+}
+
+/// Writes the questions into a folder; of `blimp` and `ai2arc` there are none.
+fn write_sets(folder: &Path) {
+    for (path, text) in [
+        ("lambada_test.jsonl", LAMBADA),
+        ("piqa/valid.jsonl", PIQA),
+        ("piqa/valid-labels.lst", "0\n1\n"),
+        ("hellaswag_val.jsonl", HELLASWAG),
+        ("cbt/cbtest_CN_test_3ex.txt", &cbt()),
+    ] {
+        let path = folder.join(path);
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        fs::write(path, text).unwrap();
+    }
+}
+
+/// As [`sandbox`], with a run `a` of a few steps and the folder `sets`.
+fn trained() -> Sandbox {
+    let sandbox = sandbox();
+    write_sets(&sandbox.work().join("sets"));
+    sandbox
+        .run(&tiny("a", &["-stop_after", "20"]).as_strs())
+        .ok();
+    sandbox
+}
+
+fn eval(sandbox: &Sandbox, line: &str) -> Outcome {
+    let args: Vec<&str> = ["eval"].into_iter().chain(line.split(' ')).collect();
+    sandbox.run(&args)
+}
+
+fn json(path: &Path) -> BTreeMap<String, f64> {
+    serde_json::from_slice(&fs::read(path).unwrap()).unwrap()
+}
+
+/// The last value of each metric that is logged at a step.
+fn logged(run_folder: &Path, step: u64) -> BTreeMap<String, f64> {
+    let text = fs::read_to_string(run_folder.join("metrics.jsonl")).unwrap();
+    let records = text
+        .lines()
+        .map(|line| serde_json::from_str::<Value>(line).unwrap());
+    let of_step = records.filter(|record| record["step"] == step);
+    let metrics = of_step.flat_map(|record| record.as_object().unwrap().clone());
+    metrics
+        .filter_map(|(name, value)| Some((name, value.as_f64()?)))
+        .collect()
+}
+
+#[test]
+fn a_trained_run_is_scored_and_stays_as_it_is() {
+    let sandbox = trained();
+    let folder = sandbox.run_folder("a");
+    let before = fs::read(folder.join("metrics.jsonl")).unwrap();
+    let outcome = eval(
+        &sandbox,
+        "-gpu none -name a -sets val,lambada,cbt,hellaswag,piqa -data.dir sets",
+    )
+    .ok();
+    let shape: Vec<String> = outcome
+        .stdout
+        .lines()
+        .map(|line| {
+            let words: Vec<&str> = line.split_whitespace().collect();
+            match words[..] {
+                [set, metric, _, n] => format!("{set} {metric} {n}"),
+                _ => format!("{} columns", words.len()),
+            }
+        })
+        .collect();
+    assert_snapshot!(shape.join("\n"), @"");
+    assert!(
+        outcome.stdout.lines().all(|line| !line.ends_with(' ')),
+        "{outcome}"
+    );
+
+    let scores = json(&folder.join("eval.json"));
+    let at_the_end = logged(&folder, 20);
+    for metric in ["loss", "accuracy", "perplexity"] {
+        let (own, logged) = (
+            scores[&format!("val/{metric}")],
+            at_the_end[&format!("validation/val/{metric}")],
+        );
+        assert!(
+            (own - logged).abs() <= 1e-6 * logged.abs(),
+            "{metric}: {own} {logged}"
+        );
+    }
+    assert_eq!(
+        scores["lambada/lm_perplexity"],
+        scores["lambada/lm_loss"].exp()
+    );
+    let mean = (scores["val/loss"] + scores["lambada/loss"]) / 2.0;
+    assert!((scores["mean_loss"] - mean).abs() < 1e-12);
+    assert!(fs::read(folder.join("metrics.jsonl")).unwrap() == before);
+
+    // By checkpoint, in another order, and to another file.
+    let outcome = eval(
+        &sandbox,
+        "-gpu none -restore save/a/checkpoint/model-20 -sets piqa,lambada -data.dir=sets -json b.json",
+    )
+    .ok();
+    let again = json(&sandbox.work().join("b.json"));
+    for (name, value) in &again {
+        if name.starts_with("piqa/") || name.starts_with("lambada/") {
+            assert_eq!(scores[name], *value, "{name}");
+        }
+    }
+    assert!(outcome.stdout.find("piqa").unwrap() < outcome.stdout.find("lambada").unwrap());
+    assert!(!again.contains_key("val/loss"));
+}
+
+#[test]
+fn all_leaves_out_what_is_missing_and_a_name_insists() {
+    let sandbox = trained();
+    let outcome = eval(&sandbox, "-gpu none -name a -data.dir sets").ok();
+    for left_out in ["`ai2arc` is left out", "`blimp` is left out"] {
+        assert!(outcome.stderr.contains(left_out), "{outcome}");
+    }
+    let scores = json(&sandbox.run_folder("a").join("eval.json"));
+    for name in [
+        "val/loss",
+        "cbt/accuracy/CN",
+        "lambada/accuracy/total",
+        "piqa/accuracy/val",
+    ] {
+        assert!(scores.contains_key(name), "{name}");
+    }
+    assert!(!scores.keys().any(|name| name.starts_with("blimp/")));
+    let outcome = eval(&sandbox, "-gpu none -name a -sets blimp -data.dir sets");
+    assert_snapshot!(outcome, @"");
+}
+
+#[test]
+fn evaluations_come_with_validations_and_change_nothing_else() {
+    let sandbox = sandbox();
+    // The embedded text with its tokenizer, and sets where downloads are kept.
+    let warm = tiny("warm", &["-stop_after", "1"]);
+    sandbox.run(&warm.as_strs()).ok();
+    let cache = sandbox.work().join("cache");
+    let copied = Command::new("cp")
+        .arg("-r")
+        .args([&cached_data(), &cache])
+        .status();
+    assert!(copied.unwrap().success());
+    fs::create_dir_all(cache.join("Lambada")).unwrap();
+    fs::write(cache.join("Lambada/lambada_test.jsonl"), LAMBADA).unwrap();
+    let run = |name: &str, more: &[&str]| {
+        let own = [
+            "-data.cache_dir",
+            "cache",
+            "-lm.eval.blimp.enabled",
+            "0",
+            "-lm.trafo.context_blocks",
+            "1",
+            "-test_interval",
+            "4",
+            "-stop_after",
+            "8",
+        ];
+        sandbox.run(&tiny(name, &[&own[..], more].concat()).as_strs())
+    };
+    run("without", &["-lm.eval.enabled", "0"]).ok();
+    run("with", &["-lm.eval.enabled", "1"]).ok();
+    run(
+        "end",
+        &["-lm.eval.enabled", "1", "-lm.eval.lambada.end_only", "1"],
+    )
+    .ok();
+    let folder = |name: &str| sandbox.run_folder(name);
+    for name in ["with", "end"] {
+        assert_eq!(losses(&folder(name)), losses(&folder("without")), "{name}");
+    }
+    let metric = "validation/lambada/accuracy/total";
+    for (name, step, is_there) in [
+        ("without", 8, false),
+        ("with", 4, true),
+        ("with", 8, true),
+        ("end", 4, false),
+        ("end", 8, true),
+    ] {
+        assert_eq!(
+            logged(&folder(name), step).contains_key(metric),
+            is_there,
+            "{name} {step}"
+        );
+    }
+
+    let outcome = run("end", &["-test_only", "1"]).ok();
+    let line = outcome.stdout.lines().nth(1).unwrap();
+    let scores: BTreeMap<String, f64> = serde_json::from_str(line).unwrap();
+    let at_the_end = logged(&folder("end"), 8);
+    assert_eq!(
+        scores["lambada/loss"],
+        at_the_end["validation/lambada/loss"]
+    );
+    assert!(scores.contains_key("lambada/time_since_best_loss"));
+
+    // Found out before the first step.
+    fs::write(cache.join("Lambada/lambada_test.jsonl"), "{\"text\": 1}\n").unwrap();
+    let outcome = run("damaged", &["-lm.eval.enabled", "1"]);
+    assert_eq!(outcome.code, Some(2), "{outcome}");
+    assert!(
+        outcome
+            .stderr
+            .contains("train without evaluation: `-lm.eval.enabled 0`"),
+        "{outcome}"
+    );
+    assert!(losses(&folder("damaged")).is_empty());
+}
+
+#[test]
+fn questions_and_documents_are_counted_without_a_model() {
+    let sandbox = sandbox();
+    write_sets(&sandbox.work().join("sets"));
+    let count = |line: &str| eval(&sandbox, &format!("--count-only {line}"));
+    assert_snapshot!(count("-sets piqa,cbt,lambada -data.dir sets").ok().stdout, @"");
+    let outcome = count("-sets all -data.dir sets").ok();
+    assert_snapshot!(outcome.stdout, @"");
+    assert!(outcome.stderr.contains("`blimp` is left out"), "{outcome}");
+}
+
+/// The published files, as far as the test data has them.
+#[test]
+fn published_files_are_counted() {
+    let (Some(sets), Some(c4)) = (shared_data("data/eval"), shared_data("data/lm/c4_like")) else {
+        return;
+    };
+    let sandbox = sandbox();
+    let count = |names: &str, folder: &Path| {
+        let folder = folder.to_str().unwrap();
+        let args = ["eval", "--count-only", "-sets", names, "-data.dir", folder];
+        sandbox.run(&args).ok().stdout
+    };
+    assert_snapshot!(count("all", &sets), @"");
+    assert_snapshot!(count("c4", &c4), @"");
+}
+
+#[test]
+fn what_cannot_be_evaluated_is_said() {
+    let sandbox = sandbox();
+    let sets = sandbox.work().join("sets");
+    write_sets(&sets);
+    let count = |line: &str| eval(&sandbox, &format!("--count-only {line}"));
+    assert_snapshot!(count("-sets lambda -data.dir sets"), @"");
+    assert_snapshot!(count("-sets blimp -data.dir sets"), @"");
+    assert_snapshot!(count("-sets lambada -data.dir nowhere"), @"");
+    assert_snapshot!(count("-sets c4 -data.dir sets"), @"");
+    assert_snapshot!(count("-sets"), @"");
+    assert_snapshot!(count("-sets ,"), @"");
+
+    fs::create_dir_all(sets.join("more")).unwrap();
+    fs::write(
+        sets.join("more/lambada_test.jsonl"),
+        LAMBADA.replace("lamp", "lump"),
+    )
+    .unwrap();
+    assert_snapshot!(count("-sets lambada -data.dir sets"), @"");
+    fs::remove_dir_all(sets.join("more")).unwrap();
+    fs::write(sets.join("lambada_test.jsonl"), "{\"text\": 1}\n").unwrap();
+    assert_snapshot!(count("-sets lambada -data.dir sets"), @"");
+    // Damaged is not missing, also when everything is asked for.
+    assert_eq!(count("-sets all -data.dir sets").code, Some(2));
+
+    assert_snapshot!(eval(&sandbox, "-sets val"), @"");
+    assert_snapshot!(eval(&sandbox, "-name b"), @"");
+}
+
+#[test]
+fn scores_are_not_lost_to_a_wrong_path() {
+    let sandbox = trained();
+    let outcome = eval(&sandbox, "-gpu none -name a -sets nothing -data.dir sets");
+    assert_snapshot!(outcome, @"");
+    let outcome = eval(
+        &sandbox,
+        "-gpu none -name a -sets val -json no/such/file.json",
+    );
+    assert_snapshot!(outcome, @"");
+}
