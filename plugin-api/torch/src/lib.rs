@@ -21,6 +21,7 @@ pub mod grouped;
 pub mod handle;
 pub mod memory;
 pub mod optim;
+pub mod padding;
 pub mod readback;
 pub mod rng;
 pub mod testing;
