@@ -192,7 +192,7 @@ impl<B: Block> LanguageModel<B> {
         let n_blocks = order.iter().max().map_or(0, |last| last + 1);
 
         let named_kernel = experts.map(|experts| experts.kernel);
-        let precision = |dtype: DType| {
+        let precision = |dtype: DType, named_kernel: Option<&str>| {
             let kernel = named_kernel
                 .filter(|_| !setup.is_shape_only)
                 .map(|name| host.kernel(name, setup.device, dtype).map(Rc::new))
@@ -203,11 +203,13 @@ impl<B: Block> LanguageModel<B> {
                 is_mixed: dtype != setup.dtype,
             })
         };
-        let evaluation = precision(setup.dtype)?;
-        let training = if setup.compute_dtype == setup.dtype {
-            evaluation.clone()
+        let training = precision(setup.compute_dtype, named_kernel)?;
+        let evaluation = if setup.compute_dtype == setup.dtype {
+            training.clone()
         } else {
-            precision(setup.compute_dtype)?
+            // A kernel for half types only still serves the training that it was named for.
+            precision(setup.dtype, named_kernel)
+                .or_else(|_| precision(setup.dtype, named_kernel.and(Some("auto"))))?
         };
 
         let style = match (setup.is_shape_only, shell.config.has_xl_init) {
