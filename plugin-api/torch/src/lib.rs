@@ -25,6 +25,7 @@ pub mod padding;
 pub mod readback;
 pub mod rng;
 pub mod testing;
+pub mod tf32;
 pub mod version;
 
 pub use autocast::Autocast;

@@ -18,7 +18,8 @@ use std::time::Instant;
 use moeut_plugin_api::abi::client::{HostServices, KernelClient, PluginClient};
 use moeut_plugin_api::kernel::{Activation, MoeMlp, MoeMlpOptions};
 use moeut_plugin_api::{
-    ComponentKind, DType, Device as AbiDevice, GroupedMatmul, HostInfo, LogLevel, PluginError, Selection,
+    ComponentKind, DType, Device as AbiDevice, GroupedMatmul, HostInfo, LogLevel, PluginError,
+    Selection,
 };
 use moeut_torch::testing::selection;
 use moeut_torch::{IntoHandle, IntoTensor, cuda};
@@ -118,7 +119,9 @@ fn main() -> Result<(), Box<dyn Error>> {
             let mut first: Option<Vec<Tensor>> = None;
             for (name, kernel) in &kernels {
                 let results = run(&subject, kernel)?;
-                let error = first.as_ref().map_or(0.0, |first| distance(first, &results));
+                let error = first
+                    .as_ref()
+                    .map_or(0.0, |first| distance(first, &results));
                 first.get_or_insert(results);
                 cuda::reset_peak_memory(DEVICE)?;
                 let before = cuda::memory_stats(DEVICE)?.allocated;
@@ -230,14 +233,22 @@ impl Shape {
     fn values(&self) -> Subject<'_> {
         let [n_heads, _, d_head] = self.heads;
         let n_tokens = self.n_tokens;
-        self.product("v", [n_tokens, self.d_model, d_head], [n_tokens * n_heads, 2])
+        self.product(
+            "v",
+            [n_tokens, self.d_model, d_head],
+            [n_tokens * n_heads, 2],
+        )
     }
 
     /// Its output projection.
     fn outputs(&self) -> Subject<'_> {
         let [n_heads, _, d_head] = self.heads;
         let n_tokens = self.n_tokens;
-        self.product("o", [n_tokens * n_heads, d_head, self.d_model], [n_tokens, n_heads * 2])
+        self.product(
+            "o",
+            [n_tokens * n_heads, d_head, self.d_model],
+            [n_tokens, n_heads * 2],
+        )
     }
 
     fn product(
@@ -248,8 +259,7 @@ impl Shape {
     ) -> Subject<'_> {
         let [n_heads, n_experts, _] = self.heads;
         let first_of_head = Tensor::arange(n_heads, (Kind::Int64, DEVICE)) * n_experts;
-        let ids = chosen(self.n_tokens * n_heads, n_experts, 2)
-            .view([self.n_tokens, n_heads, 2])
+        let ids = chosen(self.n_tokens * n_heads, n_experts, 2).view([self.n_tokens, n_heads, 2])
             + first_of_head.view([1, n_heads, 1]);
         let n_experts = n_heads * n_experts;
         let sorted = Sorted::new(&ids, n_experts);

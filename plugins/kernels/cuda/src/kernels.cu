@@ -90,6 +90,8 @@ __device__ __forceinline__ void load_matrices(u32 (&m)[4], u32 address) {
 // Tiles: 128 × 128 results, the contracted axis in steps of 64, four warps of 64 × 64 each
 // ---------------------------------------------------------------------------------------------------------------------
 
+extern __shared__ __align__(128) u16 shared_memory[];
+
 constexpr int TILE = 128;
 constexpr int STEP = 64;
 constexpr int N_STAGES = 3;
@@ -142,11 +144,10 @@ __device__ __forceinline__ u32 block_address(u32 operand, int block, int k, int 
   }
 }
 
-// Adds the product of one stage's operands to `sums`.
+// Adds the product of two operands, one step of the contraction, to `sums`.
 template <bool IS_LEFT_OUTER, bool IS_RIGHT_OUTER>
-__device__ __forceinline__ void multiply(Sums& sums, u32 stage) {
+__device__ __forceinline__ void multiply(Sums& sums, u32 left, u32 right) {
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-  const u32 left = stage, right = stage + OPERAND_BYTES;
 #pragma unroll
   for (int k = 0; k < STEP / 16; k++) {
     u32 a[4][4], b[4][4];
@@ -177,7 +178,7 @@ __device__ __forceinline__ void contract(Sums& sums, u32 shared, int n_steps, co
     __syncthreads();
     if (s + N_STAGES - 1 < n_steps) load(s + N_STAGES - 1, writing);
     commit_copies();
-    multiply<IS_LEFT_OUTER, IS_RIGHT_OUTER>(sums, reading);
+    multiply<IS_LEFT_OUTER, IS_RIGHT_OUTER>(sums, reading, reading + OPERAND_BYTES);
     reading = reading + STAGE_BYTES == end ? shared : reading + STAGE_BYTES;
     writing = writing + STAGE_BYTES == end ? shared : writing + STAGE_BYTES;
   }
@@ -215,6 +216,42 @@ __device__ __forceinline__ void store_tile(const u16* staged, u16* to, i64 width
   for (int row = place.row; row < n_rows; row += 8) {
     const uint4 piece = *reinterpret_cast<const uint4*>(staged + row * STAGED_PITCH + place.piece * 8);
     *reinterpret_cast<uint4*>(to + row * width + place.piece * 8) = piece;
+  }
+}
+
+// Writes a tile of sums to `to`, the tile's first element in a matrix `width` wide, without shared memory. The four lanes
+// of a row exchange pairs until each has eight neighboring columns: four 16-byte stores of a row lie side by side.
+__device__ __forceinline__ void store_sums(const Sums& sums, u16* to, i64 width, int n_rows, int n_columns) {
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      const int row = (warp & 1) * 64 + i * 16 + half * 8 + (lane >> 2);
+#pragma unroll
+      for (int j0 = 0; j0 < 8; j0 += 4) {
+        u32 pairs[4];
+#pragma unroll
+        for (int j = 0; j < 4; j++) pairs[j] = pack(sums[i][j0 + j][half * 2], sums[i][j0 + j][half * 2 + 1]);
+#pragma unroll
+        for (int distance = 1; distance < 4; distance *= 2) {
+          const bool is_upper = lane & distance;
+#pragma unroll
+          for (int j = 0; j < 4; j++) {
+            if (j & distance) continue;
+            const u32 other = __shfl_xor_sync(0xffffffffu, is_upper ? pairs[j] : pairs[j + distance], distance);
+            if (is_upper) {
+              pairs[j] = other;
+            } else {
+              pairs[j + distance] = other;
+            }
+          }
+        }
+        const int column = (warp >> 1) * 64 + (j0 + (lane & 3)) * 8;
+        if (row < n_rows && column < n_columns)
+          *reinterpret_cast<uint4*>(to + row * width + column) = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
+      }
+    }
   }
 }
 
@@ -393,8 +430,6 @@ __device__ __forceinline__ void rows_product(const RowsProduct& p, const RowsTil
   contract<false, !IS_TRANSPOSED>(sums, shared_address(shared), (p.d_in + STEP - 1) / STEP, load);
 }
 
-extern __shared__ __align__(128) u16 shared_memory[];
-
 template <bool IS_TRANSPOSED>
 __device__ __forceinline__ void plain_product(const RowsProduct& p) {
   RowsTile tile;
@@ -406,6 +441,87 @@ __device__ __forceinline__ void plain_product(const RowsProduct& p) {
   });
   __syncthreads();
   store_tile(shared_memory, p.y + i64(tile.row0) * p.d_out + tile.column0, p.d_out, tile.n_rows, tile.n_columns);
+}
+
+// As `plain_product` for a `d_in` of at most two steps, one block for all columns of its rows. The rows stay in shared
+// memory and the matrix passes by in a ring of its own, which goes on loading while a tile of results is written: with
+// two steps a tile, waiting for the first operands would otherwise take as long as the work.
+constexpr int N_RING = 4;
+
+template <bool IS_TRANSPOSED>
+__device__ __forceinline__ void wide_product(const RowsProduct& p) {
+  if (blockIdx.x >= *p.n_tiles) return;
+  const int4 of_rows = p.tiles[blockIdx.x];
+  const int row0 = of_rows.y, n_rows = of_rows.z - of_rows.y;
+  const InnerPlace inner(threadIdx.x);
+  const OuterPlace outer(threadIdx.x);
+  const u32 pieces_in = p.d_in / 8, pieces_out = p.d_out / 8;
+  const u32 left = shared_address(shared_memory), ring = left + 2 * OPERAND_BYTES;
+  const int n_steps = (p.d_in + STEP - 1) / STEP;
+  const int n_loads = n_steps * ((p.d_out + TILE - 1) / TILE);
+
+#pragma unroll
+  for (int i = 0; i < N_PIECES; i++) {
+    const int row = inner.row + 16 * i;
+    const bool is_row = row < n_rows;
+    const i64 source = !is_row ? 0 : p.sources == nullptr ? row0 + row : p.sources[row0 + row];
+    for (int step = 0; step < n_steps; step++) {
+      const u32 piece = step * (STEP / 8) + inner.piece;
+      const bool is_valid = is_row && piece < pieces_in;
+      copy_async(inner.at(left + step * OPERAND_BYTES, i), p.x + (is_valid ? source * p.d_in + piece * 8 : 0), is_valid);
+    }
+  }
+  const u16* weight = p.weight + i64(of_rows.x) * p.d_in * p.d_out;
+  const auto load = [&](int index) {
+    const int step = n_steps == 1 ? 0 : index & 1, column0 = (n_steps == 1 ? index : index >> 1) * TILE;
+    const u32 to = ring + index % N_RING * OPERAND_BYTES;
+#pragma unroll
+    for (int i = 0; i < N_PIECES; i++) {
+      if constexpr (IS_TRANSPOSED) {
+        const u32 column = column0 + inner.row + 16 * i, in_piece = step * (STEP / 8) + inner.piece;
+        const bool is_valid = in_piece < pieces_in && column < p.d_out;
+        copy_async(inner.at(to, i), weight + (is_valid ? i64(column * pieces_in + in_piece) * 8 : 0), is_valid);
+      } else {
+        const u32 row = step * STEP + outer.row + 8 * i, column_piece = column0 / 8 + outer.piece;
+        const bool is_valid = row < p.d_in && column_piece < pieces_out;
+        copy_async(outer.at(to, i), weight + (is_valid ? i64(row * pieces_out + column_piece) * 8 : 0), is_valid);
+      }
+    }
+  };
+  for (int index = 0; index < N_RING - 1; index++) {
+    if (index < n_loads) load(index);
+    commit_copies();
+  }
+  Sums sums = {};
+  for (int index = 0; index < n_loads; index++) {
+    wait_for_copies<N_RING - 2>();
+    __syncthreads();
+    if (index + N_RING - 1 < n_loads) load(index + N_RING - 1);
+    commit_copies();
+    const int step = n_steps == 1 ? 0 : index & 1;
+    multiply<false, !IS_TRANSPOSED>(sums, left + step * OPERAND_BYTES, ring + index % N_RING * OPERAND_BYTES);
+    if (step + 1 < n_steps) continue;
+    const int column0 = (n_steps == 1 ? index : index >> 1) * TILE;
+    store_sums(sums, p.y + i64(row0) * p.d_out + column0, p.d_out, n_rows, p.d_out - column0);
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+#pragma unroll
+      for (int j = 0; j < 8; j++) {
+#pragma unroll
+        for (int element = 0; element < 4; element++) sums[i][j][element] = 0.f;
+      }
+    }
+  }
+}
+
+// y = x[source] · weight[expert]
+extern "C" __global__ void __launch_bounds__(N_THREADS, 2) product_wide(const __grid_constant__ RowsProduct p) {
+  wide_product<false>(p);
+}
+
+// y = x[source] · weight[expert]ᵀ
+extern "C" __global__ void __launch_bounds__(N_THREADS, 2) product_wide_transposed(const __grid_constant__ RowsProduct p) {
+  wide_product<true>(p);
 }
 
 // y = x[source] · weight[expert]
@@ -587,6 +703,8 @@ struct Pieces {
   // By selection; null means 1.
   const float* gates;
   float* gate_grads;
+  // By output of `sum_and_dot_rows`.
+  const u16* x;
   i64 n_rows;
   int width;
   // Selections that are summed.
@@ -616,6 +734,45 @@ extern "C" __global__ void __launch_bounds__(256) sum_rows(const __grid_constant
   }
   reinterpret_cast<uint4*>(p.by_source)[index] =
       make_uint4(pack(sums[0], sums[1]), pack(sums[2], sums[3]), pack(sums[4], sums[5]), pack(sums[6], sums[7]));
+}
+
+// The same, and gate_grads[i, j] = rows[inverse[i, j]] · x[i], for a few selections each; one warp for each i
+constexpr int MAX_DOTS = 16;
+
+extern "C" __global__ void __launch_bounds__(256) sum_and_dot_rows(const __grid_constant__ Pieces p) {
+  const u32 n_pieces = p.width / 8;
+  const int lane = threadIdx.x & 31;
+  const i64 at = (i64(blockIdx.x) * blockDim.x + threadIdx.x) / 32;
+  const i64 first = at * p.n_summed;
+  if (first >= p.n_rows) return;
+  float dots[MAX_DOTS] = {};
+  for (u32 piece = lane; piece < n_pieces; piece += 32) {
+    const uint4 own = reinterpret_cast<const uint4*>(p.x)[at * n_pieces + piece];
+    const u32 own_pairs[4] = {own.x, own.y, own.z, own.w};
+    float sums[8] = {};
+#pragma unroll
+    for (int j = 0; j < MAX_DOTS; j++) {
+      if (j >= p.n_summed) break;
+      const float gate = p.gates[first + j];
+      const uint4 values = reinterpret_cast<const uint4*>(p.rows)[p.inverse[first + j] * n_pieces + piece];
+      const u32 pairs[4] = {values.x, values.y, values.z, values.w};
+#pragma unroll
+      for (int i = 0; i < 4; i++) {
+        const float2 pair = unpack(pairs[i]), factor = unpack(own_pairs[i]);
+        sums[2 * i] += gate * pair.x;
+        sums[2 * i + 1] += gate * pair.y;
+        dots[j] += pair.x * factor.x + pair.y * factor.y;
+      }
+    }
+    reinterpret_cast<uint4*>(p.by_source)[at * n_pieces + piece] =
+        make_uint4(pack(sums[0], sums[1]), pack(sums[2], sums[3]), pack(sums[4], sums[5]), pack(sums[6], sums[7]));
+  }
+#pragma unroll
+  for (int j = 0; j < MAX_DOTS; j++) {
+    if (j >= p.n_summed) break;
+    for (int distance = 16; distance > 0; distance /= 2) dots[j] += __shfl_xor_sync(0xffffffffu, dots[j], distance);
+    if (lane == 0) p.gate_grads[first + j] = dots[j];
+  }
 }
 
 // rows[r] = gate of r · by_source[source of r]

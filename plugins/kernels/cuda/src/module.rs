@@ -20,18 +20,21 @@ const SOURCE: &str = include_str!("kernels.cu");
 /// Compute capability that the kernels need: asynchronous copies and products of bfloat16.
 const MIN_CAPABILITY_MAJOR: i32 = 8;
 
-/// Shared memory of a block that computes a tile: three stages of two operands of 128 × 64 elements.
-pub(crate) const TILE_SHARED_BYTES: c_uint = 3 * 2 * 128 * 64 * 2;
+/// Shared memory of a block that computes tiles: six operands of 128 × 64 elements.
+pub(crate) const TILE_SHARED_BYTES: c_uint = 6 * 128 * 64 * 2;
 
 /// Names in [`SOURCE`], in the order of [`Entry`].
-const NAMES: [&CStr; 9] = [
+const NAMES: [&CStr; 12] = [
     c"list_tiles",
     c"product",
     c"product_transposed",
+    c"product_wide",
+    c"product_wide_transposed",
     c"up",
     c"down_backward",
     c"outer_product",
     c"sum_rows",
+    c"sum_and_dot_rows",
     c"weigh_rows",
     c"dot_rows",
 ];
@@ -42,10 +45,13 @@ pub(crate) enum Entry {
     ListTiles,
     Product,
     ProductTransposed,
+    ProductWide,
+    ProductWideTransposed,
     Up,
     DownBackward,
     OuterProduct,
     SumRows,
+    SumAndDotRows,
     WeighRows,
     DotRows,
 }
@@ -214,7 +220,10 @@ mod tests {
         for capability in [(8, 0), (8, 6), (9, 0)] {
             for is_f16 in [false, true] {
                 let code = Build::new(capability, is_f16).and_then(|build| build.compile());
-                assert!(code.as_ref().is_ok_and(|code| code.starts_with(b"\x7fELF")), "{code:?}");
+                assert!(
+                    code.as_ref().is_ok_and(|code| code.starts_with(b"\x7fELF")),
+                    "{code:?}"
+                );
             }
         }
     }

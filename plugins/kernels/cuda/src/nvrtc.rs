@@ -72,9 +72,10 @@ impl Nvrtc {
         Err(format!(
             "there is no `{}`, neither on the library path nor in `{}`",
             NAMES[0],
-            folders
-                .first()
-                .map_or_else(|| "nvidia/cu13/lib".into(), |folder| folder.to_string_lossy())
+            folders.first().map_or_else(
+                || "nvidia/cu13/lib".into(),
+                |folder| folder.to_string_lossy()
+            )
         ))
     }
 

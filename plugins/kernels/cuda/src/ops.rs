@@ -21,6 +21,9 @@ const TILE: i64 = 128;
 const TILE_THREADS: u32 = 128;
 /// Threads of a block of the kernels without tiles.
 const THREADS: u32 = 256;
+const WARP: i64 = 32;
+/// Selections of one row that [`Ops::sum_and_dot_rows`] takes.
+pub(crate) const MAX_DOTS: i64 = 16;
 /// Elements that a thread of those handles.
 const PIECE: i64 = 8;
 
@@ -155,6 +158,7 @@ struct RawPieces {
     order: *const c_void,
     gates: *const c_void,
     gate_grads: *mut c_void,
+    x: *const c_void,
     n_rows: i64,
     width: i32,
     n_summed: i32,
@@ -190,7 +194,8 @@ impl Ops {
         let (_, _, d_out) = weight.size3()?;
         let y = self.empty(&[tiles.n_rows, d_out], self.kind)?;
         let raw = raw_product(rows, weight, &y, tiles, d_out)?;
-        self.launch_tiles(Entry::Product, tiles, d_out, &raw)?;
+        let entries = (Entry::Product, Entry::ProductWide);
+        self.launch_product(entries, tiles, &raw)?;
         Ok(y)
     }
 
@@ -204,7 +209,8 @@ impl Ops {
         let (_, d_out, _) = weight.size3()?;
         let y = self.empty(&[tiles.n_rows, d_out], self.kind)?;
         let raw = raw_product(rows, weight, &y, tiles, d_out)?;
-        self.launch_tiles(Entry::ProductTransposed, tiles, d_out, &raw)?;
+        let entries = (Entry::ProductTransposed, Entry::ProductWideTransposed);
+        self.launch_product(entries, tiles, &raw)?;
         Ok(y)
     }
 
@@ -328,6 +334,37 @@ impl Ops {
         Ok(y)
     }
 
+    /// [`Self::sum_rows`], and `rows[inverse[i, j]] · x[i]` in fp32 `[M]`, by selection; `x [M / n_summed, A]`, at most
+    /// [`MAX_DOTS`] selections each.
+    pub(crate) fn sum_and_dot_rows(
+        &self,
+        rows: &Tensor,
+        inverse: &Tensor,
+        gates: &Tensor,
+        x: &Tensor,
+    ) -> Result<(Tensor, Tensor)> {
+        let n_rows = rows.size()[0];
+        let n_sums = x.size()[0];
+        let y = x.f_empty_like()?;
+        let dots = self.empty(&[n_rows], Kind::Float)?;
+        let raw = RawPieces {
+            inverse: pointer(inverse),
+            gates: pointer(gates),
+            gate_grads: dots.data_ptr(),
+            x: pointer(x),
+            n_summed: narrow(n_rows / n_sums.max(1))?,
+            ..raw_pieces(rows, &y)?
+        };
+        self.launch(
+            Entry::SumAndDotRows,
+            blocks(n_sums * WARP),
+            THREADS,
+            0,
+            &raw,
+        )?;
+        Ok((y, dots))
+    }
+
     /// `gate of r · x[source of r]`: `[M, A]`.
     pub(crate) fn weigh_rows(
         &self,
@@ -364,7 +401,6 @@ impl Ops {
             gate_grads: dots.data_ptr(),
             ..raw_pieces(rows, x)?
         };
-        const WARP: i64 = 32;
         self.launch(Entry::DotRows, blocks(n_rows * WARP), THREADS, 0, &raw)?;
         Ok(dots)
     }
@@ -381,6 +417,20 @@ impl Ops {
 
     fn empty(&self, shape: &[i64], kind: Kind) -> Result<Tensor> {
         Ok(Tensor::f_empty(shape, (kind, self.device))?)
+    }
+
+    /// One block for each tile, or for all tiles of the same rows where a short contraction lets them share the rows.
+    fn launch_product(
+        &self,
+        (narrow, wide): (Entry, Entry),
+        tiles: &Tiles,
+        raw: &RawRowsProduct,
+    ) -> Result<()> {
+        if i64::from(raw.d_in) <= TILE && i64::from(raw.d_out) > TILE {
+            self.launch(wide, tiles.bound, TILE_THREADS, TILE_SHARED_BYTES, raw)
+        } else {
+            self.launch_tiles(narrow, tiles, raw.d_out.into(), raw)
+        }
     }
 
     fn launch_tiles(
@@ -471,6 +521,7 @@ fn raw_pieces(rows: &Tensor, by_source: &Tensor) -> Result<RawPieces> {
         order: ptr::null(),
         gates: ptr::null(),
         gate_grads: ptr::null_mut(),
+        x: ptr::null(),
         n_rows,
         width: narrow(width)?,
         n_summed: 1,

@@ -6,7 +6,7 @@ use moeut_torch::{Autocast, Context, Function, FunctionError};
 use tch::Tensor;
 
 use crate::mlp::wide;
-use crate::ops::{Ops, Order, Rows, Selections, sources};
+use crate::ops::{MAX_DOTS, Ops, Order, Rows, Selections, sources};
 
 /// One call as a differentiable function of `x, weight, order, inverse, ends` and perhaps `gate`.
 pub(crate) struct Product {
@@ -39,9 +39,7 @@ impl Function for Product {
         let ys = ops.product(Rows::of(&x_padded, &places), &weight_padded, &tiles)?;
         let gate = gate.first().map(wide).transpose()?;
         let y = ops.sum_rows(&ys, inverse, fanout.n_summed, gate.as_ref())?;
-        Ok(vec![
-            y.f_narrow(1, 0, weight.size()[2])?.f_contiguous()?,
-        ])
+        Ok(vec![y.f_narrow(1, 0, weight.size()[2])?.f_contiguous()?])
     }
 
     /// With `gs = g[order / n]` and `gate = 1` where there is none:
@@ -80,12 +78,22 @@ impl Function for Product {
             let tiles = ops.tiles(ends, order.size1()?, Order::Windows)?;
             let weight = padded_weight(weight, x.kind())?;
             let u = ops.product_transposed(Rows::of(&g, &g_places), &weight, &tiles)?;
+            let (dx, dgate) = match &gates {
+                // Both read `u`, which is the largest tensor here.
+                Some(gates) if fanout.per_row <= MAX_DOTS => {
+                    let (dx, dgate) = ops.sum_and_dot_rows(&u, inverse, gates, &x_padded)?;
+                    (dx, Some(dgate))
+                }
+                Some(gates) => (
+                    ops.sum_rows(&u, inverse, fanout.per_row, Some(gates))?,
+                    Some(ops.dot_rows(&u, &x_padded, &x_places, order)?),
+                ),
+                None => (ops.sum_rows(&u, inverse, fanout.per_row, None)?, None),
+            };
             if ctx.needs_input_grad(X) {
-                let dx = ops.sum_rows(&u, inverse, fanout.per_row, gates.as_ref())?;
                 input_grads[X] = Some(like(&dx, x)?);
             }
-            if let (true, Some(gate)) = (needs_gate, gate) {
-                let dgate = ops.dot_rows(&u, &x_padded, &x_places, order)?;
+            if let (true, Some(gate), Some(dgate)) = (needs_gate, gate, dgate) {
                 let dgate = dgate.f_view(&gate.size()[..])?;
                 input_grads[GATE] = Some(dgate.f_to_kind(gate.kind())?);
             }

@@ -12,7 +12,7 @@ pub use args::{
 
 use crate::cost::{Cost, Sequence, element_bytes};
 use crate::params::InitStyle;
-use crate::{Context, Embedding, LayerNorm, LayerPast, LmHead, Params};
+use crate::{Context, Embedding, LayerNorm, LayerPast, LmHead, Params, RouterDtype};
 use memory::{Batch, Memory};
 use moeut_plugin_api::abi::client::KernelClient;
 use moeut_plugin_api::{
@@ -134,8 +134,8 @@ pub struct BlockReport {
 pub struct ExpertNeeds<'a> {
     /// Name of the kernel, or `auto`.
     pub kernel: &'a str,
-    /// Whether routers compute in autocast's type.
-    pub is_router_rounded: bool,
+    /// In which type routers compute.
+    pub router_dtype: RouterDtype,
 }
 
 /// Parameters, the order in which they run, and the kernels.
@@ -149,7 +149,7 @@ pub struct LanguageModel<B: Block> {
     head: LmHead,
     training: Precision,
     evaluation: Precision,
-    is_router_rounded: bool,
+    router_dtype: RouterDtype,
     memory: Memory,
     shell: Shell,
 }
@@ -239,7 +239,7 @@ impl<B: Block> LanguageModel<B> {
             head: LmHead::new(&params, vocab_size, d_model, d_embedding, has_norm, dropout),
             training,
             evaluation,
-            is_router_rounded: experts.is_some_and(|experts| experts.is_router_rounded),
+            router_dtype: experts.map_or(RouterDtype::F32, |experts| experts.router_dtype),
             memory: Memory::new(shell.config.memory, order.len()),
             order,
             params,
@@ -393,7 +393,7 @@ impl<B: Block> LanguageModel<B> {
             kernel: precision.kernel.clone(),
             compute: precision.compute,
             is_mixed: precision.is_mixed,
-            is_router_rounded: self.is_router_rounded,
+            router_dtype: self.router_dtype,
             is_training: input.is_training,
             wants_stats: input.wants_stats,
         }
