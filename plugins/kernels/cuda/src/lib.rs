@@ -12,7 +12,7 @@ mod nvrtc;
 mod ops;
 mod product;
 
-use std::path::PathBuf;
+use std::path::Path;
 
 use moeut_plugin_api::kernel::{Fused, FusedCall, MoeMlp};
 use moeut_plugin_api::{
@@ -41,7 +41,7 @@ pub struct Cuda {
 
 impl Cuda {
     /// Keeps compiled kernels below `cache_dir`.
-    fn with_cache(cache_dir: PathBuf) -> Self {
+    fn with_cache(cache_dir: &Path) -> Self {
         Self {
             modules: Modules::new(cache_dir.join("kernels")),
         }
@@ -76,7 +76,7 @@ impl Kernel for Cuda {
                 .why(why)
                 .fix("run `cargo xtask setup --cuda`, or set `-moe.kernel grouped`")
         })?;
-        Ok(Self::with_cache(host.info().cache_dir.clone()))
+        Ok(Self::with_cache(&host.info().cache_dir))
     }
 
     fn capabilities() -> Capabilities {
@@ -154,7 +154,7 @@ mod tests {
     use super::*;
 
     fn kernel(folder: &tempfile::TempDir) -> KernelClient {
-        KernelClient::in_process(Cuda::with_cache(folder.path().to_owned())).unwrap()
+        KernelClient::in_process(Cuda::with_cache(folder.path())).unwrap()
     }
 
     /// On a machine without a GPU, that everything is refused with a way out.

@@ -115,15 +115,15 @@ impl Modules {
         let path = self.folder.join(build.file_name());
         let load = |code: &[u8]| driver.load(context, code, NAMES, TILE_SHARED_BYTES);
         // What is on disk but does not load is made anew, like what is not there.
-        let functions = match read_checked(&path).map(|code| load(&code)) {
-            Some(Ok(functions)) => functions,
-            Some(Err(_)) | None => {
-                let code = build.compile().map_err(wrong)?;
-                let functions = load(&code).map_err(wrong)?;
-                // A cache that cannot be written costs the next start some seconds and nothing else.
-                let _not_kept = write_checked(&path, &code);
-                functions
-            }
+        let kept = read_checked(&path).map(|code| load(&code));
+        let functions = if let Some(Ok(functions)) = kept {
+            functions
+        } else {
+            let code = build.compile().map_err(wrong)?;
+            let functions = load(&code).map_err(wrong)?;
+            // A cache that cannot be written costs the next start some seconds and nothing else.
+            let _not_kept = write_checked(&path, &code);
+            functions
         };
         Ok(Module {
             driver,

@@ -51,7 +51,8 @@ impl Order {
 /// Row tiles of all experts, a list on the device.
 pub(crate) struct Tiles {
     list: Tensor,
-    n_tiles: Tensor,
+    /// How many there are, int32 `[1]`.
+    count: Tensor,
     /// At least as many as there are: the number itself is known to the device only.
     bound: i64,
     n_rows: i64,
@@ -174,14 +175,14 @@ impl Ops {
             .saturating_add(1);
         let tiles = Tiles {
             list: self.empty(&[bound, 4], Kind::Int)?,
-            n_tiles: self.empty(&[1], Kind::Int)?,
+            count: self.empty(&[1], Kind::Int)?,
             bound,
             n_rows,
         };
         let raw = RawTileList {
             ends: pointer(ends),
             tiles: tiles.list.data_ptr(),
-            n_tiles: tiles.n_tiles.data_ptr(),
+            n_tiles: tiles.count.data_ptr(),
             n_experts: narrow(n_experts)?,
             group: order.group(),
         };
@@ -497,7 +498,7 @@ fn raw_product(
         weight: pointer(weight),
         y: y.data_ptr(),
         tiles: pointer(&tiles.list),
-        n_tiles: pointer(&tiles.n_tiles),
+        n_tiles: pointer(&tiles.count),
         d_in: narrow(rows.x.size()[1])?,
         d_out: narrow(d_out)?,
         activation: 0,
