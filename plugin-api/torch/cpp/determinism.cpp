@@ -1,4 +1,5 @@
-// Whether operations may give other bits each time, and how precise products in fp32 are. Settings of the whole process.
+// Whether operations may give other bits each time, and how precise products in fp32 are. Settings of the whole
+// process.
 #include "guard.h"
 
 #include <ATen/Context.h>

@@ -1,5 +1,5 @@
-//! Matrix products in fp32 on tensor cores, as a scope: operands are rounded to TF32 (10 bits of mantissa instead of 23),
-//! sums stay in fp32.
+//! Matrix products in fp32 on tensor cores, as a scope: operands are rounded to TF32 (10 bits of mantissa instead of
+//! 23), sums stay in fp32.
 
 #![expect(unsafe_code, reason = "calls into the C++ shim")]
 
@@ -13,8 +13,8 @@ unsafe extern "C" {
     fn moeut_tf32(is_on: bool, was_on: *mut bool) -> *mut c_char;
 }
 
-/// While it lives, cuBLAS may use TF32; dropped, it restores what was set before. The setting is the whole process's, so
-/// products that other threads queue meanwhile may be rounded, too. The CPU computes as ever.
+/// While it lives, cuBLAS may use TF32; dropped, it restores what was set before. The setting is the whole process's,
+/// so products that other threads queue meanwhile may be rounded, too. The CPU computes as ever.
 #[derive(Debug)]
 #[must_use = "the scope ends when the guard is dropped"]
 pub struct Tf32 {

@@ -13,7 +13,8 @@ use crate::context::at_least_f32;
 pub enum RouterDtype {
     /// At least single precision.
     F32,
-    /// Under mixed precision on a GPU, operands rounded to 10 bits of mantissa, sums and logits in fp32: tensor cores do it, and logits do not tie. Elsewhere as `F32`.
+    /// Under mixed precision on a GPU, operands rounded to 10 bits of mantissa, sums and logits in fp32: tensor cores
+    /// do it, and logits do not tie. Elsewhere as `F32`.
     Tf32,
     /// As everything else, like the reference's.
     Amp,
@@ -51,7 +52,8 @@ pub(crate) fn logits(
 
 /// `x · weightᵀ` in TF32, forward and backward.
 ///
-/// cuBLAS needs rows of whole 16 bytes for it, and numbers of experts are seldom even, so rows of logits are padded here.
+/// cuBLAS needs rows of whole 16 bytes for it, and numbers of experts are seldom even, so rows of logits are padded
+/// here.
 struct Tf32Linear;
 
 /// Elements of fp32 in 16 bytes.

@@ -1,5 +1,5 @@
-//! NVIDIA's driver, opened when somebody needs it: contexts, modules, launches. Handles are as plain as the driver's own;
-//! what keeps them valid is in [`crate::module`].
+//! NVIDIA's driver, opened when somebody needs it: contexts, modules, launches. Handles are as plain as the driver's
+//! own; what keeps them valid is in [`crate::module`].
 
 #![expect(unsafe_code, reason = "opens a library and calls its C functions")]
 
@@ -197,8 +197,8 @@ impl Driver {
     ) -> Result<(), String> {
         let mut pointers = [ptr::from_ref(parameters).cast_mut().cast::<c_void>()];
         self.within(context, || {
-            // SAFETY: the driver copies the parameter during the call, in the size that the kernel declares, and does not
-            // write to it. The rest is the caller's promise.
+            // SAFETY: the driver copies the parameter during the call, in the size that the kernel declares, and does
+            // not write to it. The rest is the caller's promise.
             self.check(unsafe {
                 (self.launch)(
                     function.0.0,

@@ -1,4 +1,5 @@
-// The kernels of the σ-MoE layer and of the grouped matrix product, for NVIDIA GPUs of compute capability 8.0 and later.
+// The kernels of the σ-MoE layer and of the grouped matrix product, for NVIDIA GPUs of compute capability 8.0 and
+// later.
 //
 // One module has one element type: bfloat16, or float16 if IS_F16 is defined. Products are summed in fp32. The file
 // includes nothing, because the run-time compiler comes without CUDA's headers.
@@ -219,8 +220,9 @@ __device__ __forceinline__ void store_tile(const u16* staged, u16* to, i64 width
   }
 }
 
-// Writes a tile of sums to `to`, the tile's first element in a matrix `width` wide, without shared memory. The four lanes
-// of a row exchange pairs until each has eight neighboring columns: four 16-byte stores of a row lie side by side.
+// Writes a tile of sums to `to`, the tile's first element in a matrix `width` wide, without shared memory. The four
+// lanes of a row exchange pairs until each has eight neighboring columns: four 16-byte stores of a row lie side by
+// side.
 __device__ __forceinline__ void store_sums(const Sums& sums, u16* to, i64 width, int n_rows, int n_columns) {
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
 #pragma unroll
@@ -351,8 +353,8 @@ struct RowsProduct {
   int activation;
   // Bias [n_experts, d_out] of `up`, or null.
   const u16* bias;
-  // `up`: the argument of the activation is left here, unless null. `down_backward`: what `up` left, its result for ReLU and
-  // the argument for GELU.
+  // `up`: the argument of the activation is left here, unless null. `down_backward`: what `up` left, its result for
+  // ReLU and the argument for GELU.
   u16* hidden;
   // `down_backward`: gates by selection, selections by row, and the two further results.
   const float* gates;
@@ -468,7 +470,8 @@ __device__ __forceinline__ void wide_product(const RowsProduct& p) {
     for (int step = 0; step < n_steps; step++) {
       const u32 piece = step * (STEP / 8) + inner.piece;
       const bool is_valid = is_row && piece < pieces_in;
-      copy_async(inner.at(left + step * OPERAND_BYTES, i), p.x + (is_valid ? source * p.d_in + piece * 8 : 0), is_valid);
+      const u16* from = p.x + (is_valid ? source * p.d_in + piece * 8 : 0);
+      copy_async(inner.at(left + step * OPERAND_BYTES, i), from, is_valid);
     }
   }
   const u16* weight = p.weight + i64(of_rows.x) * p.d_in * p.d_out;
@@ -520,7 +523,8 @@ extern "C" __global__ void __launch_bounds__(N_THREADS, 2) product_wide(const __
 }
 
 // y = x[source] · weight[expert]ᵀ
-extern "C" __global__ void __launch_bounds__(N_THREADS, 2) product_wide_transposed(const __grid_constant__ RowsProduct p) {
+extern "C" __global__ void __launch_bounds__(N_THREADS, 2)
+    product_wide_transposed(const __grid_constant__ RowsProduct p) {
   wide_product<true>(p);
 }
 

@@ -1,5 +1,5 @@
-//! `cuda`: the σ-MoE layer and the grouped matrix product by kernels of our own, for NVIDIA GPUs of compute capability 8.0
-//! and later, in bf16 and f16.
+//! `cuda`: the σ-MoE layer and the grouped matrix product by kernels of our own, for NVIDIA GPUs of compute capability
+//! 8.0 and later, in bf16 and f16.
 //!
 //! The kernels read rows where they are, so no gathered copy of a tensor exists; every sum has one fixed order, so two
 //! runs give the same bits. They are compiled for the GPU when they are first needed, by the compiler that comes with
@@ -85,7 +85,8 @@ impl Kernel for Cuda {
             cuda: DTYPES.to_vec(),
             speed_rank: 20,
             is_deterministic: true,
-            is_graph_safe: true,
+            // No call waits for the device, but none has been captured yet.
+            is_graph_safe: false,
             alignment_bytes: ALIGNMENT_BYTES,
             fused: vec![Fused {
                 call: FusedCall::MoeMlp,

@@ -1,7 +1,7 @@
 //! A whole σ-MoE layer as one node of the graph. The kernel's checks are in the crate's root, shapes in `moeut-torch`.
 //!
-//! Between forward and backward it keeps its inputs and one tensor `[T·K, S]` in the experts' order. No gathered copy of
-//! the tokens is ever made.
+//! Between forward and backward it keeps its inputs and one tensor `[T·K, S]` in the experts' order. No gathered copy
+//! of the tokens is ever made.
 
 use moeut_plugin_api::kernel::Activation;
 use moeut_torch::padding::{like, padded_weight};

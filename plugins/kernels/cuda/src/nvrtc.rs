@@ -1,5 +1,5 @@
-//! NVIDIA's run-time compiler, opened when somebody needs it: it comes with libtorch's CUDA libraries, and no CUDA toolkit
-//! has to be installed.
+//! NVIDIA's run-time compiler, opened when somebody needs it: it comes with libtorch's CUDA libraries, and no CUDA
+//! toolkit has to be installed.
 
 #![expect(unsafe_code, reason = "opens a library and calls its C functions")]
 

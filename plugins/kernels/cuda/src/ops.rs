@@ -242,8 +242,8 @@ impl Ops {
         Ok((y, kept))
     }
 
-    /// From the gradient of the layer's result to that of the argument of the activation; `weight [E, S, A]`, `kept [M, S]`
-    /// as [`Self::up`] returned it.
+    /// From the gradient of the layer's result to that of the argument of the activation; `weight [E, S, A]`, `kept [M,
+    /// S]` as [`Self::up`] returned it.
     ///
     /// ```text
     /// u = x[source] · weight[expert]ᵀ
@@ -468,9 +468,9 @@ impl Ops {
             driver, context, ..
         } = &*self.module;
         let function = self.module.function(entry);
-        // SAFETY: each caller passes the structure of its kernel, with pointers to contiguous tensors of this device and
-        // of the shapes that the kernel takes from its numbers. libtorch's allocator gives their memory out again only
-        // for work that follows on the same stream.
+        // SAFETY: each caller passes the structure of its kernel, with pointers to contiguous tensors of this device
+        // and of the shapes that the kernel takes from its numbers. libtorch's allocator gives their memory out again
+        // only for work that follows on the same stream.
         unsafe { driver.launch(*context, function, shape, stream, raw) }
             .map_err(|error| format!("cannot launch {entry:?}: {error}").into())
     }
