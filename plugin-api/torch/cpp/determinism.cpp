@@ -1,4 +1,5 @@
-// Whether operations may give other bits each time. A setting of the whole process.
+// Whether operations may give other bits each time, and how precise products in fp32 are. Settings of the whole
+// process.
 #include "guard.h"
 
 #include <ATen/Context.h>
@@ -11,6 +12,14 @@ char* moeut_deterministic(bool is_on) {
   return guard([&] {
     at::globalContext().setDeterministicAlgorithms(is_on, /*warn_only=*/false);
     at::globalContext().setDeterministicCuDNN(is_on);
+  });
+}
+
+// Lets matrix products in fp32 round their operands to TF32; says whether they did before.
+char* moeut_tf32(bool is_on, bool* was_on) {
+  return guard([&] {
+    moeut::checked(was_on, "was_on") = at::globalContext().allowTF32CuBLAS();
+    at::globalContext().setAllowTF32CuBLAS(is_on);
   });
 }
 

@@ -126,6 +126,13 @@ char* moeut_cuda_reset_peak(int device) {
   return guard([&] { at::accelerator::resetPeakStats(cuda_device(device).index()); });
 }
 
+// The `CUstream` on which libtorch queues the work of this thread.
+char* moeut_cuda_stream(int device, void** stream) {
+  return guard([&] {
+    checked(stream, "stream") = at::accelerator::getCurrentStream(cuda_device(device).index()).native_handle();
+  });
+}
+
 // Asks the driver, whose three functions have had the same face since its beginnings, and honors CUDA_VISIBLE_DEVICES.
 char* moeut_cuda_describe(int device, char* name, int name_length, int* major, int* minor) {
   return guard([&] {

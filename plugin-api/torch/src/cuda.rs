@@ -2,7 +2,7 @@
 
 #![expect(unsafe_code, reason = "calls into the C++ shim, which opens a library")]
 
-use std::ffi::{c_char, c_int};
+use std::ffi::{c_char, c_int, c_void};
 
 use moeut_plugin_api::PluginError;
 use tch::{Device, TchError};
@@ -78,6 +78,19 @@ pub fn reset_peak_memory(device: Device) -> Result<(), TchError> {
     unsafe { check(ffi::moeut_cuda_reset_peak(code)) }
 }
 
+/// The driver's handle (`CUstream`) of the stream on which libtorch queues this thread's work on `device`. Kernels
+/// launched there run after what libtorch queued before, and memory that libtorch frees later stays valid for them.
+///
+/// # Errors
+/// If `device` is not a CUDA device that libtorch sees.
+pub fn current_stream(device: Device) -> Result<*mut c_void, TchError> {
+    let code = device_code(device)?;
+    let mut stream = std::ptr::null_mut();
+    // SAFETY: the shim checks the device and writes the handle.
+    unsafe { check(ffi::moeut_cuda_stream(code, &raw mut stream)) }?;
+    Ok(stream)
+}
+
 /// What the driver says about a CUDA device.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Description {
@@ -140,6 +153,7 @@ mod tests {
             assert!(memory_stats(device).is_err(), "{device:?}");
             assert!(reset_peak_memory(device).is_err(), "{device:?}");
             assert!(describe(device).is_err(), "{device:?}");
+            assert!(current_stream(device).is_err(), "{device:?}");
         }
     }
 }

@@ -166,6 +166,7 @@ unsafe extern "C" {
     pub(crate) fn moeut_cuda_load(has_device: *mut bool) -> *mut c_char;
     pub(crate) fn moeut_cuda_memory(device: c_int, memory: *mut RawMemory) -> *mut c_char;
     pub(crate) fn moeut_cuda_reset_peak(device: c_int) -> *mut c_char;
+    pub(crate) fn moeut_cuda_stream(device: c_int, stream: *mut *mut c_void) -> *mut c_char;
     pub(crate) fn moeut_cuda_describe(
         device: c_int,
         name: *mut c_char,

@@ -21,9 +21,11 @@ pub mod grouped;
 pub mod handle;
 pub mod memory;
 pub mod optim;
+pub mod padding;
 pub mod readback;
 pub mod rng;
 pub mod testing;
+pub mod tf32;
 pub mod version;
 
 pub use autocast::Autocast;

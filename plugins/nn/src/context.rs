@@ -1,19 +1,16 @@
 //! What all layers of one forward pass share: the kernel, precision, and whether the pass trains or reports.
 
 use crate::Routing;
+use crate::router::{self, RouterDtype};
 use moeut_plugin_api::abi::client::KernelClient;
 use moeut_plugin_api::kernel::{Activation, FusedCall, MoeMlp, MoeMlpOptions};
 use moeut_plugin_api::{Device, GroupedMatmul, PluginError};
-use moeut_torch::{Autocast, IntoHandle, IntoTensor, OrPluginError, dtype};
+use moeut_torch::{IntoHandle, IntoTensor, OrPluginError, dtype};
 use std::rc::Rc;
 use tch::{Kind, Tensor};
 
 /// Facts about one forward pass.
 #[derive(Clone)]
-#[expect(
-    clippy::struct_excessive_bools,
-    reason = "independent facts about one pass"
-)]
 pub struct Context {
     /// The grouped matrix product, if the model has experts.
     pub kernel: Option<Rc<KernelClient>>,
@@ -21,8 +18,8 @@ pub struct Context {
     pub compute: Kind,
     /// Whether autocast is on around the pass.
     pub is_mixed: bool,
-    /// Whether routers compute in autocast's type, as the reference's, and not in at least single precision.
-    pub is_router_rounded: bool,
+    /// In which type routers compute.
+    pub router_dtype: RouterDtype,
     /// Dropout and regularizers are on.
     pub is_training: bool,
     /// Statistics are wanted.
@@ -102,29 +99,23 @@ impl Context {
         }
     }
 
-    /// Router logits `x · weightᵀ + bias`, `[.., D] → [.., rows]`, not in a half type unless `is_router_rounded`.
-    ///
-    /// The reference computes them in the autocast type; with bf16 that makes 39 % of the tokens tie at the last
-    /// place of the top-k (387 experts, 16 taken, logits N(0, 1)), so that rounding decides.
+    /// Router logits `x · weightᵀ + bias`, `[.., D] → [.., rows]`, in the type that [`RouterDtype`] says.
     ///
     /// # Errors
-    /// If autocast cannot be suspended.
+    /// If autocast cannot be suspended, or libtorch has no memory.
     pub fn router_logits(
         &self,
         x: &Tensor,
         weight: &Tensor,
         bias: Option<&Tensor>,
     ) -> Result<Tensor, PluginError> {
-        if self.is_router_rounded {
-            return Ok(x.linear(weight, bias));
-        }
-        let _full = self
-            .is_mixed
-            .then(|| Autocast::new(x.device(), None).or_plugin_error("cannot suspend autocast"))
-            .transpose()?;
-        let kind = at_least_f32(weight.kind());
-        let bias = bias.map(|bias| bias.to_kind(kind));
-        Ok(x.to_kind(kind).linear(&weight.to_kind(kind), bias.as_ref()))
+        router::logits(x, weight, bias, self.router_dtype, self.is_mixed)
+            .or_plugin_error("cannot compute router logits")
+    }
+
+    /// Whether routers compute in autocast's type, with its rounding of scores.
+    pub fn is_router_rounded(&self) -> bool {
+        self.router_dtype == RouterDtype::Amp
     }
 }
 
@@ -133,31 +124,5 @@ pub(crate) fn at_least_f32(kind: Kind) -> Kind {
     match kind {
         Kind::Half | Kind::BFloat16 => Kind::Float,
         wide => wide,
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use tch::Device;
-
-    /// The reference's routers compute in autocast's type; ours do so only if asked to.
-    #[test]
-    fn router_logits_are_rounded_only_on_request() {
-        let options = (Kind::Float, Device::Cpu);
-        let (x, weight) = (Tensor::ones([2, 3], options), Tensor::ones([4, 3], options));
-        let _bf16 = Autocast::new(Device::Cpu, Some(Kind::BFloat16)).unwrap();
-        for (is_router_rounded, kind) in [(false, Kind::Float), (true, Kind::BFloat16)] {
-            let ctx = Context {
-                kernel: None,
-                compute: Kind::BFloat16,
-                is_mixed: true,
-                is_router_rounded,
-                is_training: true,
-                wants_stats: false,
-            };
-            let logits = ctx.router_logits(&x, &weight, None).unwrap();
-            assert_eq!(logits.kind(), kind);
-        }
     }
 }

@@ -310,7 +310,7 @@ impl SigmaMoe {
         let scores = match scoring {
             Scoring::Softmax if !scores_after_top_k => logits.softmax(-1, None),
             // Rounding of the scores is part of what the reference does.
-            Scoring::Sigmoid if ctx.is_router_rounded && !scores_after_top_k => logits.sigmoid(),
+            Scoring::Sigmoid if ctx.is_router_rounded() && !scores_after_top_k => logits.sigmoid(),
             Scoring::Sigmoid | Scoring::Softmax => logits.shallow_clone(),
         };
         let drop = if ctx.is_training {
@@ -329,7 +329,7 @@ impl SigmaMoe {
             pass.balance.add(balanced);
         }
         let gate_btk = match scoring {
-            Scoring::Sigmoid if ctx.is_router_rounded && !scores_after_top_k => picked_btk,
+            Scoring::Sigmoid if ctx.is_router_rounded() && !scores_after_top_k => picked_btk,
             Scoring::Sigmoid => picked_btk.sigmoid(),
             Scoring::Softmax if scores_after_top_k => picked_btk.softmax(-1, None),
             Scoring::Softmax => picked_btk,

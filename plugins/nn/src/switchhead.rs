@@ -294,8 +294,15 @@ impl SwitchHead {
             routes.get(&(source, is_apart && side.is_attended()))
         };
 
-        let q = self.project(Side::Q, &scored_btd, route(Side::Q), pass, ctx)?;
-        let k = self.project(Side::K, key_in_bsd, route(Side::K), pass, ctx)?;
+        // Both cast alike, so that libtorch neither casts twice nor adds their gradients in single precision.
+        let q_in_btd = scored_btd.to_kind(ctx.compute);
+        let k_in_bsd = if is_apart {
+            key_in_bsd.to_kind(ctx.compute)
+        } else {
+            q_in_btd.shallow_clone()
+        };
+        let q = self.project(Side::Q, &q_in_btd, route(Side::Q), pass, ctx)?;
+        let k = self.project(Side::K, &k_in_bsd, route(Side::K), pass, ctx)?;
         let v = self.project(Side::V, v_in_bsd, route(Side::V), pass, ctx)?;
         let size = x_btd.size();
         let heads = |x: Tensor, d| x.view([size[0], -1, n_heads, d]);

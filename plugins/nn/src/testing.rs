@@ -126,7 +126,7 @@ pub fn context(is_training: bool) -> Context {
         kernel: Some(Rc::new(kernel)),
         compute: Kind::Double,
         is_mixed: false,
-        is_router_rounded: false,
+        router_dtype: crate::RouterDtype::F32,
         is_training,
         wants_stats: false,
     }

@@ -148,7 +148,7 @@ fn run<const IS_FUSED: bool>(
         kernel: Some(Rc::new(KernelClient::in_process(Copies::<IS_FUSED>)?)),
         compute: Kind::Double,
         is_mixed: false,
-        is_router_rounded: false,
+        router_dtype: moeut_nn::RouterDtype::F32,
         is_training: true,
         wants_stats: false,
     };

@@ -142,7 +142,7 @@ impl Case {
 }
 
 /// Tokens and selections of each; `d_model`, `d_expert` and experts.
-const CASES: [Case; 10] = [
+const CASES: [Case; 11] = [
     Case::new("plain", [24, 4], [16, 8, 6], Routing::Mixed),
     Case::new("with a bias", [24, 4], [16, 8, 6], Routing::Mixed).with_bias(),
     Case::new("k = 1", [24, 1], [16, 8, 6], Routing::Mixed),
@@ -157,6 +157,12 @@ const CASES: [Case; 10] = [
     ),
     Case::new("412 and 82", [15, 3], [412, 82, 5], Routing::Mixed),
     Case::new("82 and 41", [15, 3], [82, 41, 5], Routing::Mixed).with_bias(),
+    Case::new(
+        "experts of several tiles",
+        [300, 2],
+        [136, 144, 3],
+        Routing::Mixed,
+    ),
     Case::new("zero tokens", [0, 4], [16, 8, 6], Routing::Mixed).with_bias(),
 ];
 

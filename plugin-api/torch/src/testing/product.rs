@@ -108,7 +108,7 @@ impl Case {
 const SMALL: Case = Case::new("small", [3, 4, 2], [5, 3, 3], Routing::Mixed);
 
 /// Rows, selections per row and selections summed; inner width, outer width and experts.
-const CASES: [Case; 13] = [
+const CASES: [Case; 15] = [
     Case::new("σ-MoE up", [24, 4, 0], [16, 8, 6], Routing::Mixed),
     Case::new("σ-MoE down", [96, 1, 4], [8, 16, 6], Routing::Mixed),
     Case::new("SwitchHead v", [24, 8, 2], [16, 8, 12], Routing::Mixed),
@@ -126,6 +126,18 @@ const CASES: [Case; 13] = [
     ),
     Case::new("odd sizes up", [15, 3, 0], [412, 41, 5], Routing::Mixed),
     Case::new("odd sizes down", [45, 1, 3], [82, 412, 5], Routing::Mixed),
+    Case::new(
+        "results wider than a tile",
+        [24, 2, 2],
+        [16, 200, 5],
+        Routing::Mixed,
+    ),
+    Case::new(
+        "experts of several tiles",
+        [300, 2, 2],
+        [72, 136, 3],
+        Routing::Mixed,
+    ),
     Case::new("zero tokens", [0, 4, 2], [16, 8, 6], Routing::Mixed),
 ];
 

@@ -46,7 +46,7 @@ impl Kernel for Grouped {
             is_deterministic: true,
             // Outside bf16 on recent devices libtorch copies the ends of the runs to the host.
             is_graph_safe: false,
-            alignment_bytes: ops::ALIGNMENT_BYTES,
+            alignment_bytes: moeut_torch::padding::ALIGNMENT_BYTES,
             fused: vec![Fused {
                 call: FusedCall::MoeMlp,
                 activations: mlp::ACTIVATIONS.to_vec(),

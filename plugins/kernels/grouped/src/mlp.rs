@@ -4,12 +4,11 @@
 //! size `[T·K, ..]` is made when it is needed: gathered tokens, activations, weighted copies.
 
 use moeut_plugin_api::kernel::Activation;
+use moeut_torch::padding::{like, padded_rows, padded_weight};
 use moeut_torch::{Autocast, Context, Function, FunctionError};
 use tch::{Kind, TchError, Tensor};
 
-use crate::ops::{
-    divided, grouped_columns, grouped_mm, grouped_outer, padded_rows, padded_weight, sum_rows,
-};
+use crate::ops::{divided, grouped_columns, grouped_mm, grouped_outer, sum_rows};
 
 /// The activations below.
 pub(crate) const ACTIVATIONS: [Activation; 2] = [Activation::Relu, Activation::Gelu];
@@ -169,13 +168,4 @@ fn row_gates(gate: &Tensor, order: &Tensor, kind: Kind) -> Result<Tensor, TchErr
 fn experts(ends: &Tensor, order: &Tensor) -> Result<Tensor, TchError> {
     let rows = Tensor::f_arange(order.size1()?, (Kind::Int, ends.device()))?;
     rows.f_searchsorted(ends, false, true, "right", None::<Tensor>)
-}
-
-/// `padded` without its padding, in the shape and element type of `input`.
-fn like(padded: &Tensor, input: &Tensor) -> Result<Tensor, TchError> {
-    let mut narrowed = padded.shallow_clone();
-    for (axis, &width) in (0_i64..).zip(&input.size()) {
-        narrowed = narrowed.f_narrow(axis, 0, width)?;
-    }
-    narrowed.f_contiguous()?.f_to_kind(input.kind())
 }

@@ -1,9 +1,7 @@
-//! What both functions are made of: libtorch's grouped product, the way to the experts' order and back, padding.
+//! What both functions are made of: libtorch's grouped product, the way to the experts' order and back.
 
+use moeut_torch::padding::missing;
 use tch::{Kind, TchError, Tensor};
-
-/// Rows and base addresses must be multiples of this for libtorch's grouped matrix product.
-pub(crate) const ALIGNMENT_BYTES: u32 = 16;
 
 /// `rows [M, K] · weight [E, K, N]`, each run of rows with its expert: `[M, N]`.
 pub(crate) fn grouped_mm(
@@ -75,35 +73,6 @@ pub(crate) fn divided(order: &Tensor, n: i64) -> Result<Tensor, TchError> {
     } else {
         order.f_divide_scalar_mode(n, "floor")
     }
-}
-
-/// Zero columns until a row fills whole multiples of [`ALIGNMENT_BYTES`].
-pub(crate) fn padded_rows(rows: &Tensor) -> Result<Tensor, TchError> {
-    match missing(rows.size()[1], rows.kind()) {
-        0 => Ok(rows.shallow_clone()),
-        n_columns => rows.f_constant_pad_nd([0, n_columns]),
-    }
-}
-
-/// The weight in `kind`, contiguous, aligned, both widths padded with zeros as [`padded_rows`] pads.
-pub(crate) fn padded_weight(weight: &Tensor, kind: Kind) -> Result<Tensor, TchError> {
-    let weight = weight.f_to_kind(kind)?.f_contiguous()?;
-    match (
-        missing(weight.size()[1], kind),
-        missing(weight.size()[2], kind),
-    ) {
-        (0, 0) if (weight.data_ptr() as usize).is_multiple_of(ALIGNMENT_BYTES as usize) => {
-            Ok(weight)
-        }
-        (0, 0) => Ok(weight.copy()),
-        (n_rows, n_columns) => weight.f_constant_pad_nd([0, n_columns, 0, n_rows]),
-    }
-}
-
-/// Columns to add to `width`.
-fn missing(width: i64, kind: Kind) -> i64 {
-    let multiple = (ALIGNMENT_BYTES as usize / kind.elt_size_in_bytes()).cast_signed() as i64;
-    (multiple - width % multiple) % multiple
 }
 
 /// Undoes the padding of the last axis.

@@ -1,12 +1,11 @@
 //! The grouped matrix product as one node of the graph. The kernel's checks are in the crate's root.
 
 use moeut_torch::grouped::Fanout;
+use moeut_torch::padding::{padded_rows, padded_weight};
 use moeut_torch::{Autocast, Context, Function, FunctionError};
 use tch::Tensor;
 
-use crate::ops::{
-    divided, first_columns, grouped_mm, grouped_outer, padded_rows, padded_weight, sum_rows,
-};
+use crate::ops::{divided, first_columns, grouped_mm, grouped_outer, sum_rows};
 
 /// One call as a differentiable function of `x, weight, order, inverse, ends` and perhaps `gate`.
 pub(crate) struct Product(pub(crate) Fanout);

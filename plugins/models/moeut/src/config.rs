@@ -3,7 +3,7 @@
 use moeut_nn::balance::{BalanceConfig, BalanceMode};
 use moeut_nn::lm::{Shell, ShellConfig, check_positive, check_probabilities};
 use moeut_nn::switchhead::ExpertSides;
-use moeut_nn::{MoeConfig, Norm, Scoring, SwitchHeadConfig};
+use moeut_nn::{MoeConfig, Norm, RouterDtype, Scoring, SwitchHeadConfig};
 use moeut_plugin_api::PluginError;
 use serde::Deserialize;
 
@@ -34,21 +34,13 @@ pub(crate) struct Blueprint {
     pub(crate) shell: Shell,
     pub(crate) norm: Norm,
     pub(crate) kernel: String,
-    /// Whether routers compute in autocast's type.
-    pub(crate) is_router_rounded: bool,
+    /// In which type routers compute.
+    pub(crate) router_dtype: RouterDtype,
     pub(crate) moe: MoeConfig,
     /// `None` is dense attention.
     pub(crate) switchhead: Option<SwitchHeadConfig>,
     /// Dropout of the queries of dense attention.
     pub(crate) dense_dropout: f64,
-}
-
-/// `moe.router_dtype`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
-#[serde(rename_all = "snake_case")]
-enum RouterDtype {
-    F32,
-    Amp,
 }
 
 /// `moe.att.selection_mode`.
@@ -131,7 +123,7 @@ impl Config {
             },
             shell,
             kernel: self.kernel,
-            is_router_rounded: self.router_dtype == RouterDtype::Amp,
+            router_dtype: self.router_dtype,
             moe,
             switchhead,
             dense_dropout: attention.dropout,

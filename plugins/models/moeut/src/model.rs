@@ -22,7 +22,7 @@ impl Model for Moeut {
         let blueprint = config.checked(setup.compat)?;
         let experts = ExpertNeeds {
             kernel: &blueprint.kernel,
-            is_router_rounded: blueprint.is_router_rounded,
+            router_dtype: blueprint.router_dtype,
         };
         let block = |params: &_| Block::new(params, &blueprint, setup.compat);
         let shell = blueprint.shell.clone();

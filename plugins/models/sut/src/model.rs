@@ -3,6 +3,7 @@
 use crate::args::ARGS;
 use crate::block::Block;
 use crate::config::Config;
+use moeut_nn::RouterDtype;
 use moeut_nn::lm::{ExpertNeeds, LanguageModel};
 use moeut_plugin_api::{ArgSpec, Host, LogLevel, Model, ModelSetup, PluginError};
 
@@ -25,7 +26,7 @@ impl Model for Sut {
         }
         let experts = ExpertNeeds {
             kernel: &config.kernel,
-            is_router_rounded: false,
+            router_dtype: RouterDtype::F32,
         };
         let block = |params: &_| Ok(Block::new(params, &layers));
         let lm = LanguageModel::build(shell, Some(experts), setup, host, block)?;

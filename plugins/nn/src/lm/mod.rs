@@ -10,7 +10,7 @@ pub use args::{SHELL_ARGS, Shell, ShellConfig, Variant, check_positive, check_pr
 
 use crate::cost::{Cost, Sequence, element_bytes};
 use crate::params::InitStyle;
-use crate::{Context, Embedding, LayerNorm, LayerPast, LmHead, Params};
+use crate::{Context, Embedding, LayerNorm, LayerPast, LmHead, Params, RouterDtype};
 use memory::{Batch, Memory};
 use moeut_plugin_api::abi::client::KernelClient;
 use moeut_plugin_api::{
@@ -132,8 +132,8 @@ pub struct BlockReport {
 pub struct ExpertNeeds<'a> {
     /// Name of the kernel, or `auto`.
     pub kernel: &'a str,
-    /// Whether routers compute in autocast's type.
-    pub is_router_rounded: bool,
+    /// In which type routers compute.
+    pub router_dtype: RouterDtype,
 }
 
 /// Parameters, the order in which they run, and the kernels.
@@ -147,7 +147,7 @@ pub struct LanguageModel<B: Block> {
     head: LmHead,
     training: Precision,
     evaluation: Precision,
-    is_router_rounded: bool,
+    router_dtype: RouterDtype,
     memory: Memory,
     shell: Shell,
 }
@@ -190,7 +190,7 @@ impl<B: Block> LanguageModel<B> {
         let n_blocks = order.iter().max().map_or(0, |last| last + 1);
 
         let named_kernel = experts.map(|experts| experts.kernel);
-        let precision = |dtype: DType| {
+        let precision = |dtype: DType, named_kernel: Option<&str>| {
             let kernel = named_kernel
                 .filter(|_| !setup.is_shape_only)
                 .map(|name| host.kernel(name, setup.device, dtype).map(Rc::new))
@@ -201,11 +201,13 @@ impl<B: Block> LanguageModel<B> {
                 is_mixed: dtype != setup.dtype,
             })
         };
-        let evaluation = precision(setup.dtype)?;
-        let training = if setup.compute_dtype == setup.dtype {
-            evaluation.clone()
+        let training = precision(setup.compute_dtype, named_kernel)?;
+        let evaluation = if setup.compute_dtype == setup.dtype {
+            training.clone()
         } else {
-            precision(setup.compute_dtype)?
+            // A kernel for half types only still serves the training that it was named for.
+            precision(setup.dtype, named_kernel)
+                .or_else(|_| precision(setup.dtype, named_kernel.and(Some("auto"))))?
         };
 
         let style = match (setup.is_shape_only, shell.config.has_xl_init) {
@@ -235,7 +237,7 @@ impl<B: Block> LanguageModel<B> {
             head: LmHead::new(&params, vocab_size, d_model, d_embedding, has_norm, dropout),
             training,
             evaluation,
-            is_router_rounded: experts.is_some_and(|experts| experts.is_router_rounded),
+            router_dtype: experts.map_or(RouterDtype::F32, |experts| experts.router_dtype),
             memory: Memory::new(shell.config.memory, order.len()),
             order,
             params,
@@ -390,7 +392,7 @@ impl<B: Block> LanguageModel<B> {
             kernel: precision.kernel.clone(),
             compute: precision.compute,
             is_mixed: precision.is_mixed,
-            is_router_rounded: self.is_router_rounded,
+            router_dtype: self.router_dtype,
             is_training: input.is_training,
             wants_stats: input.wants_stats,
         }

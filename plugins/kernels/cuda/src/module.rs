@@ -1,0 +1,261 @@
+//! The kernels of one device and element type: compiled once, kept on disk by what they depend on, loaded once.
+
+use std::collections::HashMap;
+use std::ffi::{CStr, CString, c_uint};
+use std::fs;
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use moeut_plugin_api::PluginError;
+use sha2::{Digest, Sha256};
+use tch::Kind;
+
+use crate::driver::{DeviceContext, Driver, KernelFunction, driver};
+use crate::nvrtc::nvrtc;
+
+/// The kernels; an element type is chosen when they are compiled.
+const SOURCE: &str = include_str!("kernels.cu");
+
+/// Compute capability that the kernels need: asynchronous copies and products of bfloat16.
+const MIN_CAPABILITY_MAJOR: i32 = 8;
+
+/// Shared memory of a block that computes tiles: six operands of 128 × 64 elements.
+pub(crate) const TILE_SHARED_BYTES: c_uint = 6 * 128 * 64 * 2;
+
+/// Names in [`SOURCE`], in the order of [`Entry`].
+const NAMES: [&CStr; 12] = [
+    c"list_tiles",
+    c"product",
+    c"product_transposed",
+    c"product_wide",
+    c"product_wide_transposed",
+    c"up",
+    c"down_backward",
+    c"outer_product",
+    c"sum_rows",
+    c"sum_and_dot_rows",
+    c"weigh_rows",
+    c"dot_rows",
+];
+
+/// The kernels of [`SOURCE`].
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Entry {
+    ListTiles,
+    Product,
+    ProductTransposed,
+    ProductWide,
+    ProductWideTransposed,
+    Up,
+    DownBackward,
+    OuterProduct,
+    SumRows,
+    SumAndDotRows,
+    WeighRows,
+    DotRows,
+}
+
+/// The kernels of one device and element type, ready to be launched.
+pub(crate) struct Module {
+    pub(crate) driver: &'static Driver,
+    pub(crate) context: DeviceContext,
+    functions: [KernelFunction; NAMES.len()],
+}
+
+impl Module {
+    pub(crate) fn function(&self, entry: Entry) -> KernelFunction {
+        self.functions[entry as usize]
+    }
+}
+
+/// The modules of this process.
+pub(crate) struct Modules {
+    folder: PathBuf,
+    loaded: Mutex<HashMap<(usize, bool), Arc<Module>>>,
+}
+
+impl Modules {
+    /// Keeps compiled code in `folder`.
+    pub(crate) fn new(folder: PathBuf) -> Self {
+        Self {
+            folder,
+            loaded: Mutex::default(),
+        }
+    }
+
+    /// The kernels for the `index`-th CUDA device and bfloat16 or float16.
+    ///
+    /// # Errors
+    /// If the device is too old, or the code does not compile or load.
+    pub(crate) fn get(&self, index: usize, kind: Kind) -> Result<Arc<Module>, PluginError> {
+        let is_f16 = kind == Kind::Half;
+        let mut loaded = self.loaded.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(module) = loaded.get(&(index, is_f16)) {
+            return Ok(Arc::clone(module));
+        }
+        let module = Arc::new(self.load(index, is_f16)?);
+        loaded.insert((index, is_f16), Arc::clone(&module));
+        Ok(module)
+    }
+
+    fn load(&self, index: usize, is_f16: bool) -> Result<Module, PluginError> {
+        let driver = driver().map_err(|why| needs_gpu(&why))?;
+        let capability = driver.capability(index).map_err(|why| needs_gpu(&why))?;
+        if capability.0 < MIN_CAPABILITY_MAJOR {
+            return Err(too_old(index, capability));
+        }
+        let wrong = |why: String| {
+            PluginError::new("the kernels of kernel `cuda` cannot be made ready")
+                .why(why)
+                .fix("set `-moe.kernel grouped`")
+        };
+        let context = driver.context(index).map_err(wrong)?;
+        let build = Build::new(capability, is_f16).map_err(wrong)?;
+        let path = self.folder.join(build.file_name());
+        let load = |code: &[u8]| driver.load(context, code, NAMES, TILE_SHARED_BYTES);
+        // What is on disk but does not load is made anew, like what is not there.
+        let kept = read_checked(&path).map(|code| load(&code));
+        let functions = if let Some(Ok(functions)) = kept {
+            functions
+        } else {
+            let code = build.compile().map_err(wrong)?;
+            let functions = load(&code).map_err(wrong)?;
+            // A cache that cannot be written costs the next start some seconds and nothing else.
+            let _not_kept = write_checked(&path, &code);
+            functions
+        };
+        Ok(Module {
+            driver,
+            context,
+            functions,
+        })
+    }
+}
+
+/// Everything that the machine code depends on.
+struct Build {
+    options: Vec<CString>,
+    key: String,
+}
+
+impl Build {
+    fn new((major, minor): (i32, i32), is_f16: bool) -> Result<Self, String> {
+        let mut options = vec![
+            format!("--gpu-architecture=sm_{major}{minor}"),
+            "--std=c++17".to_owned(),
+            "-default-device".to_owned(),
+        ];
+        if is_f16 {
+            options.push("-DIS_F16".to_owned());
+        }
+        let version = nvrtc()?.version()?;
+        let mut hash = Sha256::new();
+        hash.update(format!("{version:?} {options:?}\n{SOURCE}"));
+        let options: Result<_, _> = options.into_iter().map(CString::new).collect();
+        Ok(Self {
+            options: options.map_err(|error| error.to_string())?,
+            key: format!("{:x}", hash.finalize()),
+        })
+    }
+
+    fn file_name(&self) -> String {
+        format!("{}.cubin", self.key)
+    }
+
+    fn compile(&self) -> Result<Vec<u8>, String> {
+        let source = CString::new(SOURCE).map_err(|error| error.to_string())?;
+        nvrtc()?.compile(&source, &self.options)
+    }
+}
+
+/// Bytes of the checksum in front of the code.
+const CHECKSUM_BYTES: usize = 32;
+
+/// The code in a file, if its checksum holds.
+fn read_checked(path: &Path) -> Option<Vec<u8>> {
+    let mut bytes = fs::read(path).ok()?;
+    if bytes.len() < CHECKSUM_BYTES {
+        return None;
+    }
+    let code = bytes.split_off(CHECKSUM_BYTES);
+    (Sha256::digest(&code)[..] == bytes[..]).then_some(code)
+}
+
+/// Writes a file that is either whole or not there.
+fn write_checked(path: &Path, code: &[u8]) -> io::Result<()> {
+    let folder = path.parent().unwrap_or(Path::new("."));
+    fs::create_dir_all(folder)?;
+    let beside = path.with_extension(format!("{}.tmp", std::process::id()));
+    let mut file = fs::File::create(&beside)?;
+    file.write_all(&Sha256::digest(code))?;
+    file.write_all(code)?;
+    file.sync_all()?;
+    fs::rename(&beside, path)
+}
+
+/// The answer on a machine without a GPU.
+pub(crate) fn needs_gpu(why: &str) -> PluginError {
+    PluginError::new("kernel `cuda` needs an NVIDIA GPU and its driver")
+        .why(why)
+        .fix("set `-moe.kernel grouped`, which also runs on the CPU")
+}
+
+fn too_old(index: usize, (major, minor): (i32, i32)) -> PluginError {
+    PluginError::new("kernel `cuda` needs a GPU of compute capability 8.0 or later")
+        .why(format!("GPU {index} has {major}.{minor}"))
+        .fix("set `-moe.kernel grouped`")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Only where the compiler is installed; no GPU is needed to compile.
+    #[test]
+    fn the_kernels_compile_for_every_architecture_and_type() {
+        if nvrtc().is_err() {
+            return;
+        }
+        for capability in [(8, 0), (8, 6), (9, 0)] {
+            for is_f16 in [false, true] {
+                let code = Build::new(capability, is_f16).and_then(|build| build.compile());
+                assert!(
+                    code.as_ref().is_ok_and(|code| code.starts_with(b"\x7fELF")),
+                    "{code:?}"
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn damaged_code_is_not_read() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("new/x.cubin");
+        write_checked(&path, b"code").unwrap();
+        assert_eq!(read_checked(&path).unwrap(), b"code");
+        let mut bytes = fs::read(&path).unwrap();
+        bytes[CHECKSUM_BYTES] ^= 1;
+        fs::write(&path, &bytes).unwrap();
+        assert_eq!(read_checked(&path), None);
+        fs::write(&path, b"short").unwrap();
+        assert_eq!(read_checked(&path), None);
+        assert_eq!(read_checked(&folder.path().join("absent")), None);
+    }
+
+    #[test]
+    fn an_old_gpu_is_refused_with_a_way_out() {
+        let error = too_old(1, (7, 5));
+        assert_eq!(error.why, "GPU 1 has 7.5");
+        assert_eq!(error.fix, "set `-moe.kernel grouped`");
+    }
+
+    #[test]
+    fn names_and_entries_agree() {
+        assert_eq!(Entry::DotRows as usize + 1, NAMES.len());
+        for name in NAMES {
+            let declared = format!(" {}(const __grid_constant__ ", name.to_string_lossy());
+            assert!(SOURCE.contains(&declared), "{declared}");
+        }
+    }
+}

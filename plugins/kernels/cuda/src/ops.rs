@@ -1,0 +1,559 @@
+//! The kernels as functions of tensors: shapes are checked, results allocated, launches queued on libtorch's stream.
+//!
+//! Shape letters: `M` rows (selections in the order of the experts), `E` experts, `A`/`B` widths, multiples of 8.
+
+#![expect(unsafe_code, reason = "launches kernels on the memory of tensors")]
+
+use std::ffi::c_void;
+use std::ptr;
+use std::sync::Arc;
+
+use moeut_plugin_api::kernel::Activation;
+use moeut_torch::padding::{ALIGNMENT_BYTES, padded_rows};
+use moeut_torch::{FunctionError, cuda};
+use tch::{Device, Kind, Tensor};
+
+use crate::driver::LaunchShape;
+use crate::module::{Entry, Module, TILE_SHARED_BYTES};
+
+/// Rows and columns of a tile of results.
+const TILE: i64 = 128;
+const TILE_THREADS: u32 = 128;
+/// Threads of a block of the kernels without tiles.
+const THREADS: u32 = 256;
+const WARP: i64 = 32;
+/// Selections of one row that [`Ops::sum_and_dot_rows`] takes.
+pub(crate) const MAX_DOTS: i64 = 16;
+/// Elements that a thread of those handles.
+const PIECE: i64 = 8;
+
+type Result<T> = std::result::Result<T, FunctionError>;
+
+/// How many row tiles of an expert come before those of the next expert.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Order {
+    /// For rows that are read by their sources: tiles that run at the same time read one window of tokens, which the L2
+    /// cache holds. 6 was the best of 1 to 16 on an H100 with 65536 tokens of 1024 channels, 16 of 387 experts.
+    Windows,
+    /// For rows that lie in the order of the experts: all tiles of an expert, so that its matrix is read once.
+    Experts,
+}
+
+impl Order {
+    fn group(self) -> i32 {
+        match self {
+            Self::Windows => 6,
+            Self::Experts => i32::MAX,
+        }
+    }
+}
+
+/// Row tiles of all experts, a list on the device.
+pub(crate) struct Tiles {
+    list: Tensor,
+    /// How many there are, int32 `[1]`.
+    count: Tensor,
+    /// At least as many as there are: the number itself is known to the device only.
+    bound: i64,
+    n_rows: i64,
+}
+
+/// The left operand of a product: rows of `[.., A]`, found by their sources or in the order of the experts.
+#[derive(Clone, Copy)]
+pub(crate) struct Rows<'a> {
+    pub(crate) x: &'a Tensor,
+    /// int32 `[M]`.
+    pub(crate) sources: Option<&'a Tensor>,
+}
+
+impl<'a> Rows<'a> {
+    pub(crate) fn sorted(x: &'a Tensor) -> Self {
+        Self { x, sources: None }
+    }
+
+    pub(crate) fn of(x: &'a Tensor, sources: &'a Tensor) -> Self {
+        Self {
+            x,
+            sources: Some(sources),
+        }
+    }
+}
+
+/// The order of selections and its inverse, int64 `[M]`, and the gates, fp32 of `M` elements by selection.
+#[derive(Clone, Copy)]
+pub(crate) struct Selections<'a> {
+    pub(crate) order: &'a Tensor,
+    pub(crate) gates: &'a Tensor,
+}
+
+/// What [`Ops::down_backward`] finds.
+pub(crate) struct DownBackward {
+    /// `[M, S]`.
+    pub(crate) hidden_grads: Tensor,
+    /// `[M, S]`.
+    pub(crate) weighted: Tensor,
+    /// fp32 `[M]`, by selection.
+    pub(crate) gate_grads: Tensor,
+}
+
+/// The kernels on one device, in one element type.
+#[derive(Clone)]
+pub(crate) struct Ops {
+    pub(crate) module: Arc<Module>,
+    pub(crate) device: Device,
+    pub(crate) kind: Kind,
+}
+
+/// As `TileList` in the source of the kernels.
+#[repr(C)]
+struct RawTileList {
+    ends: *const c_void,
+    tiles: *mut c_void,
+    n_tiles: *mut c_void,
+    n_experts: i32,
+    group: i32,
+}
+
+/// As `RowsProduct` in the source of the kernels.
+#[repr(C)]
+struct RawRowsProduct {
+    x: *const c_void,
+    sources: *const c_void,
+    weight: *const c_void,
+    y: *mut c_void,
+    tiles: *const c_void,
+    n_tiles: *const c_void,
+    d_in: i32,
+    d_out: i32,
+    activation: i32,
+    bias: *const c_void,
+    hidden: *mut c_void,
+    gates: *const c_void,
+    order: *const c_void,
+    gate_grads: *mut c_void,
+    weighted: *mut c_void,
+    n_rows: i64,
+}
+
+/// As `OuterProduct` in the source of the kernels.
+#[repr(C)]
+struct RawOuterProduct {
+    left: *const c_void,
+    left_sources: *const c_void,
+    right: *const c_void,
+    right_sources: *const c_void,
+    ends: *const c_void,
+    y: *mut c_void,
+    d_left: i32,
+    d_right: i32,
+    is_wide: i32,
+}
+
+/// As `Pieces` in the source of the kernels.
+#[repr(C)]
+struct RawPieces {
+    rows: *mut c_void,
+    by_source: *mut c_void,
+    inverse: *const c_void,
+    sources: *const c_void,
+    order: *const c_void,
+    gates: *const c_void,
+    gate_grads: *mut c_void,
+    x: *const c_void,
+    n_rows: i64,
+    width: i32,
+    n_summed: i32,
+}
+
+impl Ops {
+    /// The tiles of the runs that end at `ends`, int32 `[E]`.
+    pub(crate) fn tiles(&self, ends: &Tensor, n_rows: i64, order: Order) -> Result<Tiles> {
+        let n_experts = ends.size1()?;
+        let bound = n_rows / TILE + n_experts.min(n_rows);
+        let n_rounds = n_rows
+            .div_euclid(TILE * i64::from(order.group()))
+            .saturating_add(1);
+        let tiles = Tiles {
+            list: self.empty(&[bound, 4], Kind::Int)?,
+            count: self.empty(&[1], Kind::Int)?,
+            bound,
+            n_rows,
+        };
+        let raw = RawTileList {
+            ends: pointer(ends),
+            tiles: tiles.list.data_ptr(),
+            n_tiles: tiles.count.data_ptr(),
+            n_experts: narrow(n_experts)?,
+            group: order.group(),
+        };
+        self.launch(Entry::ListTiles, n_rounds, THREADS, 0, &raw)?;
+        Ok(tiles)
+    }
+
+    /// `y = x[source] · weight[expert]`: `weight [E, A, B]` → `[M, B]`.
+    pub(crate) fn product(&self, rows: Rows, weight: &Tensor, tiles: &Tiles) -> Result<Tensor> {
+        let (_, _, d_out) = weight.size3()?;
+        let y = self.empty(&[tiles.n_rows, d_out], self.kind)?;
+        let raw = raw_product(rows, weight, &y, tiles, d_out)?;
+        let entries = (Entry::Product, Entry::ProductWide);
+        self.launch_product(entries, tiles, &raw)?;
+        Ok(y)
+    }
+
+    /// `y = x[source] · weight[expert]ᵀ`: `weight [E, B, A]` → `[M, B]`.
+    pub(crate) fn product_transposed(
+        &self,
+        rows: Rows,
+        weight: &Tensor,
+        tiles: &Tiles,
+    ) -> Result<Tensor> {
+        let (_, d_out, _) = weight.size3()?;
+        let y = self.empty(&[tiles.n_rows, d_out], self.kind)?;
+        let raw = raw_product(rows, weight, &y, tiles, d_out)?;
+        let entries = (Entry::ProductTransposed, Entry::ProductWideTransposed);
+        self.launch_product(entries, tiles, &raw)?;
+        Ok(y)
+    }
+
+    /// `act(x[source] · weight[expert] (+ bias[expert]))` and what the backward pass needs of it: the result itself for
+    /// `ReLU`, the argument of the activation for GELU; `weight [E, A, B]`, `bias [E, B]`.
+    pub(crate) fn up(
+        &self,
+        rows: Rows,
+        weight: &Tensor,
+        bias: Option<&Tensor>,
+        activation: Activation,
+        tiles: &Tiles,
+    ) -> Result<(Tensor, Tensor)> {
+        let (_, _, d_out) = weight.size3()?;
+        let y = self.empty(&[tiles.n_rows, d_out], self.kind)?;
+        let hidden = match activation {
+            Activation::Gelu => Some(y.f_empty_like()?),
+            Activation::Relu | Activation::Unknown => None,
+        };
+        let raw = RawRowsProduct {
+            activation: activation_code(activation)?,
+            bias: optional(bias),
+            hidden: optional(hidden.as_ref()),
+            ..raw_product(rows, weight, &y, tiles, d_out)?
+        };
+        self.launch_tiles(Entry::Up, tiles, d_out, &raw)?;
+        let kept = hidden.unwrap_or_else(|| y.shallow_clone());
+        Ok((y, kept))
+    }
+
+    /// From the gradient of the layer's result to that of the argument of the activation; `weight [E, S, A]`, `kept [M,
+    /// S]` as [`Self::up`] returned it.
+    ///
+    /// ```text
+    /// u = x[source] · weight[expert]ᵀ
+    /// hidden_grads = gate · u · act'(h)     weighted = gate · act(h)     gate_grads = Σ_s act(h) · u
+    /// ```
+    pub(crate) fn down_backward(
+        &self,
+        rows: Rows,
+        weight: &Tensor,
+        kept: &Tensor,
+        selections: Selections,
+        activation: Activation,
+        tiles: &Tiles,
+    ) -> Result<DownBackward> {
+        let (_, d_out, _) = weight.size3()?;
+        let hidden_grads = kept.f_empty_like()?;
+        let weighted = kept.f_empty_like()?;
+        let n_parts = (d_out + TILE - 1) / TILE;
+        let parts = self.empty(&[n_parts, tiles.n_rows], Kind::Float)?;
+        let raw = RawRowsProduct {
+            activation: activation_code(activation)?,
+            hidden: kept.data_ptr(),
+            gates: pointer(selections.gates),
+            order: pointer(selections.order),
+            gate_grads: parts.data_ptr(),
+            weighted: weighted.data_ptr(),
+            ..raw_product(rows, weight, &hidden_grads, tiles, d_out)?
+        };
+        self.launch_tiles(Entry::DownBackward, tiles, d_out, &raw)?;
+        let gate_grads = match n_parts {
+            1 => parts.f_select(0, 0)?,
+            _ => parts.f_sum_dim_intlist(0, false, Kind::Float)?,
+        };
+        Ok(DownBackward {
+            hidden_grads,
+            weighted,
+            gate_grads,
+        })
+    }
+
+    /// `Σ left[source]ᵀ · right[source]` over the rows of each expert, `[E, A, B]`, summed in fp32; it stays in fp32 if
+    /// `kind` is, and is rounded once otherwise.
+    pub(crate) fn outer_product(
+        &self,
+        left: Rows,
+        right: Rows,
+        ends: &Tensor,
+        kind: Kind,
+    ) -> Result<Tensor> {
+        let (n_experts, d_left, d_right) = (ends.size1()?, left.x.size()[1], right.x.size()[1]);
+        let is_wide = kind == Kind::Float;
+        let y_kind = if is_wide { Kind::Float } else { self.kind };
+        let y = self.empty(&[n_experts, d_left, d_right], y_kind)?;
+        let raw = RawOuterProduct {
+            left: pointer(left.x),
+            left_sources: optional(left.sources),
+            right: pointer(right.x),
+            right_sources: optional(right.sources),
+            ends: pointer(ends),
+            y: y.data_ptr(),
+            d_left: narrow(d_left)?,
+            d_right: narrow(d_right)?,
+            is_wide: i32::from(is_wide),
+        };
+        let n_blocks = n_experts * tiles_across(d_left) * tiles_across(d_right);
+        let shared = TILE_SHARED_BYTES;
+        self.launch(Entry::OuterProduct, n_blocks, TILE_THREADS, shared, &raw)?;
+        Ok(y)
+    }
+
+    /// `Σ_j gates[i, j] · rows[inverse[i, j]]` over `n_summed` selections each: `[M, A]` → `[M / n_summed, A]`.
+    pub(crate) fn sum_rows(
+        &self,
+        rows: &Tensor,
+        inverse: &Tensor,
+        n_summed: i64,
+        gates: Option<&Tensor>,
+    ) -> Result<Tensor> {
+        let (n_rows, width) = rows.size2()?;
+        let y = self.empty(&[n_rows / n_summed, width], self.kind)?;
+        let raw = RawPieces {
+            inverse: pointer(inverse),
+            gates: optional(gates),
+            n_summed: narrow(n_summed)?,
+            ..raw_pieces(rows, &y)?
+        };
+        let n_pieces = n_rows / n_summed * (width / PIECE);
+        self.launch(Entry::SumRows, blocks(n_pieces), THREADS, 0, &raw)?;
+        Ok(y)
+    }
+
+    /// [`Self::sum_rows`], and `rows[inverse[i, j]] · x[i]` in fp32 `[M]`, by selection; `x [M / n_summed, A]`, at most
+    /// [`MAX_DOTS`] selections each.
+    pub(crate) fn sum_and_dot_rows(
+        &self,
+        rows: &Tensor,
+        inverse: &Tensor,
+        gates: &Tensor,
+        x: &Tensor,
+    ) -> Result<(Tensor, Tensor)> {
+        let n_rows = rows.size()[0];
+        let n_sums = x.size()[0];
+        let y = x.f_empty_like()?;
+        let dots = self.empty(&[n_rows], Kind::Float)?;
+        let raw = RawPieces {
+            inverse: pointer(inverse),
+            gates: pointer(gates),
+            gate_grads: dots.data_ptr(),
+            x: pointer(x),
+            n_summed: narrow(n_rows / n_sums.max(1))?,
+            ..raw_pieces(rows, &y)?
+        };
+        self.launch(
+            Entry::SumAndDotRows,
+            blocks(n_sums * WARP),
+            THREADS,
+            0,
+            &raw,
+        )?;
+        Ok((y, dots))
+    }
+
+    /// `gate of r · x[source of r]`: `[M, A]`.
+    pub(crate) fn weigh_rows(
+        &self,
+        x: &Tensor,
+        sources: &Tensor,
+        selections: Selections,
+    ) -> Result<Tensor> {
+        let (n_rows, width) = (sources.size1()?, x.size()[1]);
+        let rows = self.empty(&[n_rows, width], self.kind)?;
+        let raw = RawPieces {
+            sources: pointer(sources),
+            order: pointer(selections.order),
+            gates: pointer(selections.gates),
+            ..raw_pieces(&rows, x)?
+        };
+        let n_pieces = n_rows * (width / PIECE);
+        self.launch(Entry::WeighRows, blocks(n_pieces), THREADS, 0, &raw)?;
+        Ok(rows)
+    }
+
+    /// `rows[r] · x[source of r]`, fp32 `[M]` by selection.
+    pub(crate) fn dot_rows(
+        &self,
+        rows: &Tensor,
+        x: &Tensor,
+        sources: &Tensor,
+        order: &Tensor,
+    ) -> Result<Tensor> {
+        let n_rows = rows.size()[0];
+        let dots = self.empty(&[n_rows], Kind::Float)?;
+        let raw = RawPieces {
+            sources: pointer(sources),
+            order: pointer(order),
+            gate_grads: dots.data_ptr(),
+            ..raw_pieces(rows, x)?
+        };
+        self.launch(Entry::DotRows, blocks(n_rows * WARP), THREADS, 0, &raw)?;
+        Ok(dots)
+    }
+
+    /// `x` as the kernels read it: contiguous, aligned, its last axis padded.
+    pub(crate) fn operand(&self, x: &Tensor) -> Result<Tensor> {
+        let x = padded_rows(&x.f_to_kind(self.kind)?)?.f_contiguous()?;
+        if (x.data_ptr() as usize).is_multiple_of(ALIGNMENT_BYTES as usize) {
+            Ok(x)
+        } else {
+            Ok(x.copy())
+        }
+    }
+
+    fn empty(&self, shape: &[i64], kind: Kind) -> Result<Tensor> {
+        Ok(Tensor::f_empty(shape, (kind, self.device))?)
+    }
+
+    /// One block for each tile, or for all tiles of the same rows where a short contraction lets them share the rows.
+    fn launch_product(
+        &self,
+        (narrow, wide): (Entry, Entry),
+        tiles: &Tiles,
+        raw: &RawRowsProduct,
+    ) -> Result<()> {
+        if i64::from(raw.d_in) <= TILE && i64::from(raw.d_out) > TILE {
+            self.launch(wide, tiles.bound, TILE_THREADS, TILE_SHARED_BYTES, raw)
+        } else {
+            self.launch_tiles(narrow, tiles, raw.d_out.into(), raw)
+        }
+    }
+
+    fn launch_tiles(
+        &self,
+        entry: Entry,
+        tiles: &Tiles,
+        d_out: i64,
+        raw: &RawRowsProduct,
+    ) -> Result<()> {
+        let n_blocks = tiles.bound * tiles_across(d_out);
+        self.launch(entry, n_blocks, TILE_THREADS, TILE_SHARED_BYTES, raw)
+    }
+
+    fn launch<P>(
+        &self,
+        entry: Entry,
+        n_blocks: i64,
+        n_threads: u32,
+        shared_bytes: u32,
+        raw: &P,
+    ) -> Result<()> {
+        if n_blocks == 0 {
+            return Ok(());
+        }
+        let stream = cuda::current_stream(self.device)?;
+        let shape = LaunchShape {
+            n_blocks: i32::try_from(n_blocks)
+                .map_err(|_| format!("{n_blocks} blocks are more than a launch can have"))?
+                .cast_unsigned(),
+            n_threads,
+            shared_bytes,
+        };
+        let Module {
+            driver, context, ..
+        } = &*self.module;
+        let function = self.module.function(entry);
+        // SAFETY: each caller passes the structure of its kernel, with pointers to contiguous tensors of this device
+        // and of the shapes that the kernel takes from its numbers. libtorch's allocator gives their memory out again
+        // only for work that follows on the same stream.
+        unsafe { driver.launch(*context, function, shape, stream, raw) }
+            .map_err(|error| format!("cannot launch {entry:?}: {error}").into())
+    }
+}
+
+/// int32 `order / n`: the source of each row, `n` of which share one.
+pub(crate) fn sources(order: &Tensor, n: i64) -> Result<Tensor> {
+    let divided = match n {
+        1 => order.shallow_clone(),
+        _ => order.f_divide_scalar_mode(n, "floor")?,
+    };
+    Ok(divided.f_to_kind(Kind::Int)?)
+}
+
+fn raw_product(
+    rows: Rows,
+    weight: &Tensor,
+    y: &Tensor,
+    tiles: &Tiles,
+    d_out: i64,
+) -> Result<RawRowsProduct> {
+    Ok(RawRowsProduct {
+        x: pointer(rows.x),
+        sources: optional(rows.sources),
+        weight: pointer(weight),
+        y: y.data_ptr(),
+        tiles: pointer(&tiles.list),
+        n_tiles: pointer(&tiles.count),
+        d_in: narrow(rows.x.size()[1])?,
+        d_out: narrow(d_out)?,
+        activation: 0,
+        bias: ptr::null(),
+        hidden: ptr::null_mut(),
+        gates: ptr::null(),
+        order: ptr::null(),
+        gate_grads: ptr::null_mut(),
+        weighted: ptr::null_mut(),
+        n_rows: tiles.n_rows,
+    })
+}
+
+fn raw_pieces(rows: &Tensor, by_source: &Tensor) -> Result<RawPieces> {
+    let (n_rows, width) = rows.size2()?;
+    Ok(RawPieces {
+        rows: rows.data_ptr(),
+        by_source: by_source.data_ptr(),
+        inverse: ptr::null(),
+        sources: ptr::null(),
+        order: ptr::null(),
+        gates: ptr::null(),
+        gate_grads: ptr::null_mut(),
+        x: ptr::null(),
+        n_rows,
+        width: narrow(width)?,
+        n_summed: 1,
+    })
+}
+
+fn activation_code(activation: Activation) -> Result<i32> {
+    match activation {
+        Activation::Relu => Ok(1),
+        Activation::Gelu => Ok(2),
+        Activation::Unknown => Err("an activation of a newer interface".into()),
+    }
+}
+
+fn tiles_across(width: i64) -> i64 {
+    (width + TILE - 1) / TILE
+}
+
+fn blocks(n_threads: i64) -> i64 {
+    let per_block = i64::from(THREADS);
+    (n_threads + per_block - 1) / per_block
+}
+
+fn narrow(size: i64) -> Result<i32> {
+    i32::try_from(size).map_err(|_| format!("a size of {size} is more than 2³¹").into())
+}
+
+fn pointer(tensor: &Tensor) -> *const c_void {
+    tensor.data_ptr().cast_const()
+}
+
+fn optional(tensor: Option<&Tensor>) -> *mut c_void {
+    tensor.map_or(ptr::null_mut(), Tensor::data_ptr)
+}
