@@ -57,6 +57,7 @@ fn nothing_typed_shows_how_to_use_it() {
            moeut-host config show -task <task> [-<argument> <value> …]    every argument and where its value is from
            moeut-host checkpoint info|convert|export                      what one holds; from and to Python
            moeut-host generate -name <name> -prompt <text>                a trained model continues a text
+           moeut-host eval -name <name> -sets all -data.dir <folder>      how well it finds the right one of several texts
            moeut-host model show -task <task> [-<argument> <value> …]     size, cost and layers of the model; --json
            moeut-host doctor                                              what is wrong with this machine, and the fix
            moeut-host --help [-task <task>]                               every argument

@@ -113,7 +113,7 @@ fn what_is_missing_is_said() {
     --- stdout
     --- stderr
     Error:   × no model is named
-      ╰─▶ a text is continued by trained weights, and neither `-restore` nor `-name` is given
+      ╰─▶ trained weights are needed, and neither `-restore` nor `-name` is given
       help: add `-name <name of a run>` or `-restore <checkpoint>`
     "#);
     assert_snapshot!(sandbox.run(&["generate", "-name", "a"]), @r#"
