@@ -235,19 +235,20 @@ pub fn claims(path: &Path) -> Vec<(ComponentKind, String)> {
     }
 }
 
-/// Refuses a file that others may change, or whose folder they may.
+/// Refuses a file that others may change, or replace: in its folder or, behind a link, in the one where it really is.
 ///
 /// # Errors
 /// If they may.
 pub fn check_place(path: &Path, metadata: &std::fs::Metadata) -> Result<(), Refusal> {
+    let unreadable = |error: std::io::Error| Refusal::Unreadable(error.to_string());
     check_owner(path, metadata)?;
-    let folder = path.parent();
-    let Some(folder) = folder.filter(|folder| !folder.as_os_str().is_empty()) else {
-        return Ok(());
-    };
-    let metadata =
-        std::fs::metadata(folder).map_err(|error| Refusal::Unreadable(error.to_string()))?;
-    check_owner(folder, &metadata)
+    let real = path.canonicalize().map_err(unreadable)?;
+    for folder in [path.parent(), real.parent()].into_iter().flatten() {
+        if folder != Path::new("") {
+            check_owner(folder, &std::fs::metadata(folder).map_err(unreadable)?)?;
+        }
+    }
+    Ok(())
 }
 
 /// Refuses what others may change; a sticky folder such as `/tmp` is as open as any.
@@ -307,6 +308,10 @@ pub fn parse_records(section: &[u8]) -> Result<(PluginRecord, Vec<ComponentRecor
         }
     }
     components.sort_by(|a, b| (a.kind, &a.name).cmp(&(b.kind, &b.name)));
+    if let Some(twice) = components.windows(2).find(|pair| pair[0] == pair[1]) {
+        let ComponentRecord { kind, name } = &twice[0];
+        return Err(malformed(&format!("{kind} `{name}` is registered twice")));
+    }
     match <[PluginRecord; 1]>::try_from(plugins) {
         Ok([plugin]) => Ok((plugin, components)),
         Err(plugins) => Err(malformed(&format!(
@@ -403,6 +408,14 @@ mod tests {
         );
         let (plugin, components) = parse_records(section.as_bytes()).unwrap();
         assert_eq!((plugin.name.as_str(), components.len()), ("p", 1));
+    }
+
+    #[test]
+    fn a_component_is_registered_once() {
+        let task = r#"{"record":"component","kind":"task","name":"x"}"#;
+        let refusal = parse_records(format!("{PLUGIN}\n{task}\n{task}\n").as_bytes());
+        let why = refusal.unwrap_err().to_string();
+        assert!(why.ends_with("task `x` is registered twice"), "{why}");
     }
 
     #[test]

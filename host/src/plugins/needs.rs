@@ -106,13 +106,20 @@ impl Here {
         let paths = maps
             .lines()
             .filter_map(|line| Some(PathBuf::from(&line[line.find('/')?..])));
-        let libraries = paths.filter_map(|path| {
-            let name = path.file_name()?.to_str()?.to_owned();
-            name.contains(".so").then_some((name, path))
-        });
-        Self {
-            libraries: libraries.collect(),
+        let mut libraries = BTreeMap::new();
+        for path in paths {
+            let name = path.file_name().and_then(|name| name.to_str());
+            let Some((name, _)) = name.and_then(|name| Some((name, name.find(".so")?))) else {
+                continue;
+            };
+            // The map has the file, `libstdc++.so.6.0.30`, and who needs it the link to it, `libstdc++.so.6`.
+            let mut name = name.to_owned();
+            while name.contains(".so") {
+                libraries.insert(name.clone(), path.clone());
+                name.truncate(name.rfind('.').unwrap_or_default());
+            }
         }
+        Self { libraries }
     }
 
     /// Where a library is, by its file name.
@@ -192,13 +199,18 @@ impl Resolution {
             .collect();
         if self.elsewhere.is_empty() && !self.missing.is_empty() {
             reasons.push(format!(
-                "{} symbols that neither libtorch {libtorch} nor another library here exports: {}",
-                self.missing.len(),
+                "{} that neither libtorch {libtorch} nor another library here exports: {}",
+                counted(self.missing.len(), "symbol"),
                 some_of(&self.missing)
             ));
         }
         (!reasons.is_empty()).then(|| format!("it needs {}", reasons.join("; and ")))
     }
+}
+
+/// `1 symbol`, `2 symbols`.
+pub fn counted(n: usize, noun: &str) -> String {
+    format!("{n} {noun}{}", if n == 1 { "" } else { "s" })
 }
 
 /// The first few of many names.
@@ -297,6 +309,7 @@ mod tests {
         let resolution = Here::now().resolve(&needs).unwrap();
         assert_eq!(resolution.problem("2.11.0"), None, "{resolution:?}");
         assert!(resolution.missing.is_empty(), "{:?}", resolution.missing);
+        assert_eq!(resolution.elsewhere, [""; 0]);
         assert!(!resolution.found["libtorch_cpu.so"].is_empty());
         let libc = &resolution.found["libc.so.6"];
         assert!(

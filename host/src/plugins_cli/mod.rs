@@ -10,7 +10,7 @@ use crate::error::HostError;
 use crate::plugins::folders::libraries;
 use crate::plugins::inspect::inspect;
 use crate::plugins::lock;
-use crate::plugins::needs::Here;
+use crate::plugins::needs::{Here, counted};
 use crate::plugins::verify::{Check, verify};
 use crate::plugins::{Gate, Lock, Manifest};
 use moeut_plugin_api::PluginError;
@@ -119,9 +119,9 @@ fn verify_files(argv: &[String], files: &[&str]) -> Result<(String, usize), Host
     }
     let _ = writeln!(
         text,
-        "{} of {} files may be opened",
+        "{} of {} may be opened",
         files.len() - n_refused,
-        files.len()
+        counted(files.len(), "file")
     );
     Ok((text, n_refused))
 }
@@ -157,10 +157,10 @@ fn lock_plugins(argv: &[String], path: &Path, is_update: bool) -> Result<String,
             "`moeut-host doctor` shows the folders, `-plugin_dir` adds one",
         ));
     }
-    let n_files = found.len();
+    let n_files = counted(found.len(), "file");
     let change = match Lock::read(path)? {
         Some(locked) if locked == found => {
-            let _ = writeln!(text, "`{}` is up to date: {n_files} files", path.display());
+            let _ = writeln!(text, "`{}` is up to date: {n_files}", path.display());
             return Ok(text);
         }
         Some(locked) => locked.differences(&found).join("\n") + "\n",
@@ -183,7 +183,7 @@ fn lock_plugins(argv: &[String], path: &Path, is_update: bool) -> Result<String,
     text.push_str(&change);
     let _ = writeln!(
         text,
-        "wrote `{}`: {n_files} files; `-plugin_verify strict` loads no others",
+        "wrote `{}`: {n_files}; `-plugin_verify strict` loads no others",
         path.display()
     );
     Ok(text)

@@ -4,7 +4,7 @@ use crate::args::{Owner, Role, help_text, nearest};
 use crate::error::HostError;
 use crate::plugins::inspect::{self, inspect};
 use crate::plugins::library::{self, Library};
-use crate::plugins::needs::{Here, Needs, Resolution, Symbol, numbered};
+use crate::plugins::needs::{Here, Needs, Resolution, Symbol, counted, numbered};
 use crate::plugins::{Manifest, Problem, Registry};
 use moeut_plugin_api::PluginError;
 use moeut_plugin_api::abi::{ABI_MAJOR, ABI_MINOR};
@@ -25,7 +25,7 @@ pub(super) fn show(
     with_symbols: bool,
 ) -> Result<String, HostError> {
     let path = Path::new(wanted);
-    if wanted.contains('/') || wanted.ends_with(".so") || path.is_file() {
+    if wanted.contains('/') || path.is_file() {
         return show_file(path, registry, with_symbols);
     }
     let found: Vec<&Library> = registry
@@ -145,7 +145,7 @@ fn facts(manifest: &Manifest) -> String {
     ];
     let mut text = format!("{} {}\n", plugin.name, plugin.version);
     for (name, value) in rows {
-        let _ = writeln!(text, "  {name:9} {value}");
+        let _ = writeln!(text, "  {name:11}  {value}");
     }
     text
 }
@@ -167,14 +167,14 @@ fn needs(manifest: &Manifest, with_symbols: bool) -> Result<String, HostError> {
 }
 
 fn listed(needs: &Needs, resolution: &Resolution, with_symbols: bool) -> String {
-    let mut text = format!("  needs     {}\n", needs.libraries.join(", "));
+    let mut text = format!("  needs        {}\n", needs.libraries.join(", "));
     for group in ["libtorch", "C++ runtime", "C library", "others"] {
         let of_group = resolution
             .found
             .iter()
             .filter(|(library, _)| group_of(library) == group);
         for (library, symbols) in of_group {
-            let _ = writeln!(text, "  {group:12}{}", summary(library, symbols));
+            let _ = writeln!(text, "  {group:11}  {}", summary(library, symbols));
             if with_symbols {
                 text.extend(
                     symbols
@@ -185,7 +185,7 @@ fn listed(needs: &Needs, resolution: &Resolution, with_symbols: bool) -> String 
         }
     }
     if !resolution.missing.is_empty() {
-        let _ = writeln!(text, "  not found   {}", resolution.missing.join(", "));
+        let _ = writeln!(text, "  not found    {}", resolution.missing.join(", "));
     }
     text
 }
@@ -212,8 +212,8 @@ fn summary(library: &str, symbols: &[Symbol]) -> String {
     });
     let newest = versions.max().map(|(_, name)| format!(", up to {name}"));
     format!(
-        "{} symbols of {library}{}",
-        symbols.len(),
+        "{} of {library}{}",
+        counted(symbols.len(), "symbol"),
         newest.unwrap_or_default()
     )
 }
