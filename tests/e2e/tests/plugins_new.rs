@@ -48,11 +48,50 @@ fn a_task_is_short() {
 fn what_cannot_be_written() {
     let sandbox = Sandbox::bare();
     let new = |words: &[&str]| sandbox.run(&[&["plugins", "new"], words].concat());
-    assert_snapshot!(new(&["task", "verses"]), @"");
+    assert_snapshot!(new(&["task", "verses"]), @r"
+    exit: 0
+    --- stdout
+    wrote `moeut-task-verses`: Cargo.toml, .gitignore, src/lib.rs
+
+    build, test and use it:
+      cd moeut-task-verses
+      cargo test && cargo build --release
+      install -D -m 755 target/release/libmoeut_task_verses.so ~/.local/share/moeut/plugins/libmoeut_task_verses.so
+      moeut-host -task verses -profile demo -name first
+    --- stderr
+    ");
     let again = new(&["task", "verses"]);
-    assert_snapshot!(again, @"");
-    assert_snapshot!(new(&["task", "Two-Words"]), @"");
-    assert_snapshot!(new(&["optimizer", "lion"]), @"");
-    assert_snapshot!(new(&["task", "other", "--api", "plugins"]), @"");
+    assert_snapshot!(again, @r"
+    exit: 2
+    --- stdout
+    --- stderr
+    Error:   × `moeut-task-verses` is there already
+      ╰─▶ what is in it is not touched
+      help: choose another name, or another folder to start from
+    ");
+    assert_snapshot!(new(&["task", "Two-Words"]), @r"
+    exit: 2
+    --- stdout
+    --- stderr
+    Error:   × `Two-Words` is no name for a task
+      ╰─▶ `T` is none of `a` to `z`, `0` to `9` and `_`
+      help: type for instance `moeut-host plugins new task two_words`
+    ");
+    assert_snapshot!(new(&["optimizer", "lion"]), @r"
+    exit: 2
+    --- stdout
+    --- stderr
+    Error:   × unknown kind of plugin `optimizer`
+      ╰─▶ kinds are `task`, `dataset`, `model` and `kernel`
+      help: type `moeut-host plugins new task lion`
+    ");
+    assert_snapshot!(new(&["task", "other", "--api", "plugins"]), @r"
+    exit: 2
+    --- stdout
+    --- stderr
+    Error:   × `plugins` is no checkout of moeut-host
+      ╰─▶ it holds no `plugin-api/Cargo.toml`
+      help: add `--api <folder>` with the folder that holds `plugin-api` and `plugins`
+    ");
     assert!(!sandbox.work().join("moeut-task-other").exists());
 }

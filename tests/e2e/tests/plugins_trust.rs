@@ -48,7 +48,25 @@ fn show_says_what_a_task_is_and_needs() {
         .take_while(|line| !line.contains("-lm.eval.enabled"))
         .filter(|line| !is_volatile(line))
         .collect();
-    assert_snapshot!(lines.join("\n"), @"");
+    assert_snapshot!(lines.join("\n"), @r"
+    moeut-task-moeut-c4 0.1.0
+      file         plugins/x.so
+      licence      MIT OR Apache-2.0
+      authors      the moeut-host authors
+      abi          1.2 (of this host: 1.2)
+      libtorch     not used
+      target       x86_64-unknown-linux-gnu
+      profile      release
+      needs        libgcc_s.so.1, libc.so.6, ld-linux-x86-64.so.2
+
+    task `moeut_c4`, also c4_transformer: Language modelling with MoEUT on C4
+      -transformer.variant <text>         The model: `[preln_]moe[_universal]`, `[preln_]rope[_universal]`,
+                                          `preln_{moe,rope}_parallel`, `[preln_][act]sut_universal`, or the name
+                                          of any other model plugin [default preln_moe_universal]
+      -lm.unroll <int>                    Context length [tokens; default 100]
+      -lmds.valid_ratio <float>           Share of the canonical validation set to evaluate
+                                          [fraction; default 1.0]
+    ");
     assert!(
         text.contains(" symbols of libc.so.6, up to GLIBC_2."),
         "{text}"
@@ -75,8 +93,22 @@ fn show_lists_the_symbols_that_a_file_needs_of_libtorch() {
 #[test]
 fn show_of_what_is_not_there() {
     let sandbox = with(&read(&staged(TASK)));
-    assert_snapshot!(sandbox.run(&["plugins", "show", "moeut_c5"]), @"");
-    assert_snapshot!(sandbox.run(&["plugins", "show", "plugins/y.so"]), @"");
+    assert_snapshot!(sandbox.run(&["plugins", "show", "moeut_c5"]), @r"
+    exit: 2
+    --- stdout
+    --- stderr
+    Error:   × unknown plugin `moeut_c5`
+      ╰─▶ it is neither a file, nor the name of a plugin or component that is found
+      help: did you mean `moeut_c4`?
+    ");
+    assert_snapshot!(sandbox.run(&["plugins", "show", "plugins/y.so"]), @r"
+    exit: 2
+    --- stdout
+    --- stderr
+    Error:   × plugin file `plugins/y.so` is refused
+      ╰─▶ it cannot be read: No such file or directory (os error 2)
+      help: check the permissions of `plugins/y.so`
+    ");
 }
 
 #[test]
@@ -142,7 +174,36 @@ fn verify_says_why_a_file_is_refused_and_exits_with_1() {
             None => line.to_owned(),
         })
         .collect();
-    assert_snapshot!(text.join("\n"), @"");
+    assert_snapshot!(text.join("\n"), @r"
+    # garbage
+    exit: Some(1)
+    REFUSED  manifest  it is not a complete ELF library: Unknown file magic
+    fix: copy or build `plugins/x.so` anew
+    # for another machine
+    exit: Some(1)
+    REFUSED  manifest  it was built for a machine of kind Aarch64, and this is x86_64-unknown-linux-gnu
+    fix: rebuild it for x86_64-unknown-linux-gnu
+    # cut off
+    exit: Some(1)
+    REFUSED  manifest  it is not a complete ELF library: Invalid ELF section header offset/size/alignment
+    fix: copy or build `plugins/x.so` anew
+    # a newer ABI
+    exit: Some(1)
+    REFUSED  abi       it was built for plugin ABI 1.9, and this host speaks 1.2
+    fix: rebuild it against moeut-plugin-api 1.2
+    # another libtorch
+    exit: Some(1)
+    REFUSED  libtorch  it was built against libtorch 2.10.0, and this host has 2.11.0
+    fix: rebuild it against libtorch 2.11.0
+    # a symbol that libtorch does not have
+    exit: Some(1)
+    REFUSED  symbols   it needs 1 symbol that neither libtorch 2.11.0 nor another library here exports: `_ZN2at4_ops9embeddinx4callERKNS_6TensorES4_N3c106SymIntEbb`
+    fix: rebuild it on this machine, against libtorch 2.11.0
+    # a newer C library
+    exit: Some(1)
+    REFUSED  symbols   it needs `GLIBC_2.94` of `libc.so.6`, whose newest here is …
+    fix: rebuild it on this machine, against libtorch 2.11.0
+    ");
 }
 
 /// The loader names one symbol and no library.
@@ -214,10 +275,26 @@ fn a_locked_file_that_changed_is_a_warning() {
 fn strict_opens_only_what_is_locked() {
     let sandbox = with(&read(&staged(TASK)));
     let strict = ["plugins", "list", "-plugin_verify", "strict"];
-    assert_snapshot!(sandbox.run(&strict), @"");
+    assert_snapshot!(sandbox.run(&strict), @r"
+    exit: 2
+    --- stdout
+    --- stderr
+    Error:   × there is no `plugins.lock`
+      ╰─▶ `-plugin_verify strict` loads only what it names
+      help: type `moeut-host plugins lock`, or leave out `-plugin_verify`
+    ");
     sandbox.run(&["plugins", "lock"]).ok();
     sandbox.drop_in("plugins", "y.so", &read(&staged(MODEL)));
-    assert_snapshot!(sandbox.run(&strict), @"");
+    assert_snapshot!(sandbox.run(&strict), @r"
+    exit: 0
+    --- stdout
+    KIND  NAME                       VERSION  ABI  LIBTORCH  FILE
+    task  moeut_c4 (c4_transformer)  0.1.0    1.2  -         plugins/x.so
+    problem: plugin file `plugins/y.so` is refused
+        why: `plugins.lock` does not name it, and `-plugin_verify strict` loads only what it names
+        fix: if you trust the file, type `moeut-host plugins lock --update`
+    --- stderr
+    ");
     // The file that is there under a locked name is another one.
     sandbox.drop_in("plugins", "x.so", &changed());
     let outcome = sandbox.run(&["-task", "moeut_c4", "-name", "a", "-plugin_v=strict"]);
@@ -273,5 +350,12 @@ fn a_lock_that_cannot_be_read_is_no_lock_to_ignore() {
         "{\"format\": 2, \"plugins\": []}",
     )
     .unwrap();
-    assert_snapshot!(sandbox.run(&["plugins", "list"]), @"");
+    assert_snapshot!(sandbox.run(&["plugins", "list"]), @r"
+    exit: 2
+    --- stdout
+    --- stderr
+    Error:   × `plugins.lock` cannot be used
+      ╰─▶ its format is 2, and this host knows 1
+      help: correct it, or remove it and type `moeut-host plugins lock`
+    ");
 }
