@@ -11,7 +11,8 @@ use crate::job::Job;
 use crate::log::{Level, Terminal, TerminalMode};
 use crate::model_show;
 use crate::plan::{Resolved, candidates, resolve};
-use crate::plugins::{Registry, search_path};
+use crate::plugins::{Folder, Gate, Registry, search_path};
+use crate::plugins_cli;
 use crate::run_folder::{RunFolder, read_args};
 use crate::signals::{Ending, Signals};
 use crate::startup_log;
@@ -26,7 +27,7 @@ use std::time::Instant;
 
 const USAGE: &str = "\
 usage: moeut-host -task <task> -name <name> [-<argument> <value> …]   train
-       moeut-host plugins list                                        what is found, and where
+       moeut-host plugins list|show|verify|lock|new                   what is found, and where; files to trust; a start
        moeut-host config show -task <task> [-<argument> <value> …]    every argument and where its value is from
        moeut-host checkpoint info|convert|export                      what one holds; from and to Python
        moeut-host generate -name <name> -prompt <text>                a trained model continues a text
@@ -68,7 +69,7 @@ fn dispatch(argv: &[String], start: Instant) -> Result<u8, HostError> {
         [] if argv.is_empty() => print(USAGE),
         [] if asks_for_help(argv) => help(argv)?,
         [] => return train_command(argv, &cuda, start),
-        ["plugins", "list"] => print(&doctor::plugin_table(&open_registry(rest)?)),
+        ["plugins", ..] => return plugins_cli::command(&argv[1..]),
         ["config", "show"] => {
             let terminal = terminal();
             let resolved = resolve(rest, None, &Arc::new(open_registry(rest)?), &terminal)?;
@@ -85,7 +86,7 @@ fn dispatch(argv: &[String], start: Instant) -> Result<u8, HostError> {
         _ => {
             return Err(HostError::new(
                 format!("unknown command `{}`", words.join(" ")),
-                "commands are `plugins list`, `config show`, `model show`, `checkpoint`, `generate`, `eval` and `doctor`; without one it trains",
+                "commands are `plugins`, `config show`, `model show`, `checkpoint`, `generate`, `eval` and `doctor`; without one it trains",
                 "type `moeut-host --help`",
             ));
         }
@@ -220,8 +221,17 @@ pub(crate) fn terminal() -> Arc<Terminal> {
 /// The plugins of the search path that `argv` gives.
 ///
 /// # Errors
-/// If `-plugin_dir` names what is no folder: what was meant to be found there would be missing for no visible reason.
+/// If the search path or what verifies its files is misspelled.
 pub(crate) fn open_registry(argv: &[String]) -> Result<Registry, HostError> {
+    let gate = Gate::from_args(argv)?;
+    Ok(Registry::open(plugin_folders(argv)?, gate))
+}
+
+/// The search path that `argv` gives.
+///
+/// # Errors
+/// If `-plugin_dir` names what is no folder: what was meant to be found there would be missing for no visible reason.
+pub(crate) fn plugin_folders(argv: &[String]) -> Result<Vec<Folder>, HostError> {
     let dirs: Vec<String> = peek(argv, "plugin_dir")
         .iter()
         .flat_map(|dirs| dirs.split(',').map(str::to_owned).collect::<Vec<_>>())
@@ -234,7 +244,7 @@ pub(crate) fn open_registry(argv: &[String]) -> Result<Registry, HostError> {
             "set `-plugin_dir` to folders with plugins, or leave it out",
         ));
     }
-    Ok(Registry::open(search_path(&dirs)))
+    Ok(search_path(&dirs))
 }
 
 /// Resolves the arguments: command line > stored ones of the run or checkpoint > profile > default. Locks the run's

@@ -17,6 +17,7 @@ pub mod log;
 pub mod model_show;
 pub mod plan;
 pub mod plugins;
+pub mod plugins_cli;
 pub mod run_folder;
 pub mod services;
 pub mod signals;

@@ -7,6 +7,7 @@ pub(super) const NOT_SAVED: &[&str] = &[
     "dry_run",
     "gpu",
     "keep_alive",
+    "plugin_verify",
     "prompt",
     "reset",
     "restore",
@@ -59,6 +60,10 @@ const HOST_ARGS: &[ArgSpec] = &[
     ArgSpec::new(ArgKind::StrList, "plugin_dir", "")
         .field("plugin_dirs")
         .help("Folders with plugins, besides the one beside the program"),
+    ArgSpec::text("plugin_verify", "warn")
+        .choices("strict|warn|off")
+        .field("")
+        .help("Plugins that `plugins.lock` does not name with their SHA-256: refuse, warn if changed, or do not look"),
     ArgSpec::text("restore", "")
         .optional()
         .help("Checkpoint to start from, or a folder with checkpoints"),

@@ -81,6 +81,24 @@ pub enum Refusal {
         /// Its owner's id.
         owner: u32,
     },
+    /// It needs what the libraries of this program do not have.
+    #[error("{0}")]
+    Unresolved(String),
+    /// The lock holds another file under its name.
+    #[error("its SHA-256 is {found}, and `plugins.lock` says {locked} for `{name}`")]
+    Changed {
+        /// The plugin.
+        name: String,
+        /// What is locked.
+        locked: String,
+        /// What is here.
+        found: String,
+    },
+    /// Only locked files are opened, and it is none.
+    #[error(
+        "`plugins.lock` does not name it, and `-plugin_verify strict` loads only what it names"
+    )]
+    NotLocked,
     /// The system's loader or the layout check refused it.
     #[error("{0}")]
     Load(String),
@@ -114,6 +132,13 @@ impl Refusal {
                 "if you trust it, copy it to a folder of your own, or type `chown $USER {}`",
                 path.display()
             ),
+            Self::Unresolved(_) => format!(
+                "rebuild it on this machine, against libtorch {}",
+                moeut_torch::LIBTORCH_VERSION
+            ),
+            Self::Changed { .. } | Self::NotLocked => {
+                "if you trust the file, type `moeut-host plugins lock --update`".to_owned()
+            }
             Self::Load(_) => "rebuild the plugin against this host".to_owned(),
             Self::LyingManifest { .. } => "rebuild the plugin from clean sources".to_owned(),
         }
@@ -127,39 +152,73 @@ impl Refusal {
     }
 }
 
+/// A file as it was read.
+#[derive(Debug)]
+pub struct Contents {
+    /// The handle that it was read through.
+    pub file: File,
+    /// Its owner and mode.
+    pub metadata: std::fs::Metadata,
+    /// All of it.
+    pub bytes: Vec<u8>,
+    /// SHA-256 of the bytes, in hex.
+    pub sha256: String,
+}
+
+impl Manifest {
+    /// What a file that was read says.
+    pub fn new(
+        path: &Path,
+        contents: Contents,
+        plugin: PluginRecord,
+        components: Vec<ComponentRecord>,
+    ) -> Self {
+        Self {
+            path: path.to_owned(),
+            file: contents.file,
+            sha256: contents.sha256,
+            plugin,
+            components,
+            is_group_writable: contents.metadata.mode() & 0o020 != 0,
+        }
+    }
+}
+
 /// Reads and checks a file.
 ///
 /// # Errors
 /// If it may not be opened; see [`Refusal`].
 pub fn inspect(path: &Path) -> Result<Manifest, Refusal> {
+    let contents = read(path)?;
+    check_place(path, &contents.metadata)?;
+    let (plugin, components) = read_records(&contents.bytes)?;
+    check_abi(&plugin)?;
+    check_target(&plugin)?;
+    check_libtorch(&plugin)?;
+    Ok(Manifest::new(path, contents, plugin, components))
+}
+
+/// Reads a file that may be a plugin.
+///
+/// # Errors
+/// If it cannot be read, or is too large to be one.
+pub fn read(path: &Path) -> Result<Contents, Refusal> {
     let unreadable = |error: std::io::Error| Refusal::Unreadable(error.to_string());
     let mut file = File::open(path).map_err(unreadable)?;
     let metadata = file.metadata().map_err(unreadable)?;
-    check_owner(path, &metadata)?;
-    if let Some(folder) = path
-        .parent()
-        .filter(|folder| !folder.as_os_str().is_empty())
-    {
-        check_owner(folder, &std::fs::metadata(folder).map_err(unreadable)?)?;
-    }
     if metadata.len() > MAX_BYTES {
         return Err(Refusal::NotALibrary(format!(
             "{} bytes are too many",
             metadata.len()
         )));
     }
-
     let mut bytes = Vec::new();
     file.read_to_end(&mut bytes).map_err(unreadable)?;
-    let (plugin, components) = read_records(&bytes)?;
-    check_compatible(&plugin)?;
-    Ok(Manifest {
-        path: path.to_owned(),
+    Ok(Contents {
         file,
+        metadata,
         sha256: hex(&Sha256::digest(&bytes)),
-        plugin,
-        components,
-        is_group_writable: metadata.mode() & 0o020 != 0,
+        bytes,
     })
 }
 
@@ -174,6 +233,22 @@ pub fn claims(path: &Path) -> Vec<(ComponentKind, String)> {
             .collect(),
         Some(Err(_)) | None => Vec::new(),
     }
+}
+
+/// Refuses a file that others may change, or replace: in its folder or, behind a link, in the one where it really is.
+///
+/// # Errors
+/// If they may.
+pub fn check_place(path: &Path, metadata: &std::fs::Metadata) -> Result<(), Refusal> {
+    let unreadable = |error: std::io::Error| Refusal::Unreadable(error.to_string());
+    check_owner(path, metadata)?;
+    let real = path.canonicalize().map_err(unreadable)?;
+    for folder in [path.parent(), real.parent()].into_iter().flatten() {
+        if folder != Path::new("") {
+            check_owner(folder, &std::fs::metadata(folder).map_err(unreadable)?)?;
+        }
+    }
+    Ok(())
 }
 
 /// Refuses what others may change; a sticky folder such as `/tmp` is as open as any.
@@ -198,9 +273,20 @@ fn current_user() -> Option<u32> {
         .map(|metadata| metadata.uid())
 }
 
-fn read_records(bytes: &[u8]) -> Result<(PluginRecord, Vec<ComponentRecord>), Refusal> {
+/// Finds and parses the manifest of a library.
+///
+/// # Errors
+/// If it is no library for this kind of machine, or has no manifest.
+pub fn read_records(bytes: &[u8]) -> Result<(PluginRecord, Vec<ComponentRecord>), Refusal> {
     let not_a_library = |error: object::Error| Refusal::NotALibrary(error.to_string());
     let elf = object::File::parse(bytes).map_err(not_a_library)?;
+    let machine = format!("{:?}", elf.architecture());
+    if !machine.eq_ignore_ascii_case(std::env::consts::ARCH) {
+        return Err(Refusal::OtherTarget {
+            found: format!("a machine of kind {machine}"),
+            have: moeut_plugin_api::abi::manifest::TARGET,
+        });
+    }
     let section = elf.section_by_name(SECTION).ok_or(Refusal::NotAPlugin)?;
     parse_records(section.data().map_err(not_a_library)?)
 }
@@ -222,6 +308,10 @@ pub fn parse_records(section: &[u8]) -> Result<(PluginRecord, Vec<ComponentRecor
         }
     }
     components.sort_by(|a, b| (a.kind, &a.name).cmp(&(b.kind, &b.name)));
+    if let Some(twice) = components.windows(2).find(|pair| pair[0] == pair[1]) {
+        let ComponentRecord { kind, name } = &twice[0];
+        return Err(malformed(&format!("{kind} `{name}` is registered twice")));
+    }
     match <[PluginRecord; 1]>::try_from(plugins) {
         Ok([plugin]) => Ok((plugin, components)),
         Err(plugins) => Err(malformed(&format!(
@@ -231,7 +321,11 @@ pub fn parse_records(section: &[u8]) -> Result<(PluginRecord, Vec<ComponentRecor
     }
 }
 
-fn check_compatible(plugin: &PluginRecord) -> Result<(), Refusal> {
+/// Refuses another major version of the ABI and a newer minor one.
+///
+/// # Errors
+/// If it is one.
+pub fn check_abi(plugin: &PluginRecord) -> Result<(), Refusal> {
     let abi = plugin
         .abi
         .split_once('.')
@@ -242,6 +336,14 @@ fn check_compatible(plugin: &PluginRecord) -> Result<(), Refusal> {
             found: plugin.abi.clone(),
         });
     }
+    Ok(())
+}
+
+/// Refuses a plugin of another target triple.
+///
+/// # Errors
+/// If it is one.
+pub fn check_target(plugin: &PluginRecord) -> Result<(), Refusal> {
     let have = moeut_plugin_api::abi::manifest::TARGET;
     if plugin.target != have {
         return Err(Refusal::OtherTarget {
@@ -249,6 +351,14 @@ fn check_compatible(plugin: &PluginRecord) -> Result<(), Refusal> {
             have,
         });
     }
+    Ok(())
+}
+
+/// Refuses a plugin of another minor version of libtorch.
+///
+/// # Errors
+/// If it is one.
+pub fn check_libtorch(plugin: &PluginRecord) -> Result<(), Refusal> {
     let have = moeut_torch::LIBTORCH_VERSION;
     let minor = |version: &str| {
         version
@@ -298,6 +408,14 @@ mod tests {
         );
         let (plugin, components) = parse_records(section.as_bytes()).unwrap();
         assert_eq!((plugin.name.as_str(), components.len()), ("p", 1));
+    }
+
+    #[test]
+    fn a_component_is_registered_once() {
+        let task = r#"{"record":"component","kind":"task","name":"x"}"#;
+        let refusal = parse_records(format!("{PLUGIN}\n{task}\n{task}\n").as_bytes());
+        let why = refusal.unwrap_err().to_string();
+        assert!(why.ends_with("task `x` is registered twice"), "{why}");
     }
 
     #[test]

@@ -1,8 +1,10 @@
 //! Opens a checked plugin file and compares what it registers with what its manifest said.
 
 use super::inspect::{Manifest, Refusal, describe, parse_records};
+use super::needs::{Here, Needs};
 use moeut_plugin_api::ComponentInfo;
 use moeut_plugin_api::abi::client::{OpenError, PluginClient};
+use std::io::{Read, Seek};
 use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 
@@ -39,8 +41,7 @@ pub fn open(manifest: Manifest) -> Result<Library, Refusal> {
 fn open_and_compare(manifest: &Manifest) -> Result<(PluginClient, Vec<ComponentInfo>), Refusal> {
     // Through the handle that was hashed: the path may point elsewhere by now.
     let handle = PathBuf::from(format!("/proc/self/fd/{}", manifest.file.as_raw_fd()));
-    let client =
-        PluginClient::open(&handle).map_err(|error| refusal(&error, &handle, &manifest.path))?;
+    let client = PluginClient::open(&handle).map_err(|error| refusal(&error, &handle, manifest))?;
     let (plugin, _) = parse_records(client.manifest().as_bytes())?;
     let components = client
         .components()
@@ -64,7 +65,22 @@ fn open_and_compare(manifest: &Manifest) -> Result<(PluginClient, Vec<ComponentI
     Ok((client, components))
 }
 
-fn refusal(error: &OpenError, handle: &Path, path: &Path) -> Refusal {
+/// The loader names one symbol that it did not find; all of them, and where they should have been, say more.
+fn refusal(error: &OpenError, handle: &Path, manifest: &Manifest) -> Refusal {
+    let unresolved = || {
+        let mut bytes = Vec::new();
+        let mut file = &manifest.file;
+        file.rewind().ok()?;
+        file.read_to_end(&mut bytes).ok()?;
+        let resolution = Here::now().resolve(&Needs::read(&bytes).ok()?).ok()?;
+        resolution.problem(moeut_torch::LIBTORCH_VERSION)
+    };
+    if let OpenError::Loader(_) = error
+        && let Some(problem) = unresolved()
+    {
+        return Refusal::Unresolved(problem);
+    }
     let text = error.to_string();
-    Refusal::Load(text.replace(&handle.display().to_string(), &path.display().to_string()))
+    let path = manifest.path.display().to_string();
+    Refusal::Load(text.replace(&handle.display().to_string(), &path))
 }

@@ -1,13 +1,18 @@
 //! Finding, checking, opening and choosing plugins.
 //!
 //! Data flow: [`folders`] says where to look, [`inspect`] reads a file's manifest without running it, [`library`]
-//! opens what passed, [`registry`] resolves names to components. One bad file never hides the good ones.
+//! opens what passed and [`lock`] lets through, [`registry`] resolves names to components. [`verify`] is inspection in
+//! small steps, [`needs`] what a file asks of other libraries. One bad file never hides the good ones.
 
 pub mod folders;
 pub mod inspect;
 pub mod library;
+pub mod lock;
+pub mod needs;
 pub mod registry;
+pub mod verify;
 
 pub use folders::{Folder, search_path};
 pub use inspect::{Manifest, Refusal};
+pub use lock::{Gate, Lock, Policy};
 pub use registry::{Component, Problem, Registry};

@@ -3,6 +3,7 @@
 use super::folders::{Folder, libraries};
 use super::inspect::{self, Manifest};
 use super::library::{self, Library};
+use super::lock::{Gate, Pass};
 use crate::args::nearest;
 use moeut_plugin_api::abi::client::PluginClient;
 use moeut_plugin_api::{ComponentInfo, ComponentKind, DType, Device, PluginError};
@@ -14,6 +15,7 @@ pub struct Registry {
     problems: Vec<Problem>,
     notes: Vec<String>,
     folders: Vec<Folder>,
+    gate: Gate,
 }
 
 /// A file that was skipped; fatal only to whoever needs it.
@@ -53,13 +55,14 @@ impl Component<'_> {
 }
 
 impl Registry {
-    /// Opens every plugin of the search path that passes inspection.
-    pub fn open(folders: Vec<Folder>) -> Self {
+    /// Opens every plugin of the search path that passes inspection and that the gate lets through.
+    pub fn open(folders: Vec<Folder>, gate: Gate) -> Self {
         let mut registry = Self {
             libraries: Vec::new(),
             problems: Vec::new(),
             notes: Vec::new(),
             folders,
+            gate,
         };
         for folder in registry.folders.clone() {
             registry.open_folder(&folder);
@@ -117,7 +120,13 @@ impl Registry {
             .iter()
             .map(|component| (component.kind, component.name.clone()))
             .collect();
-        match library::open(manifest) {
+        let opened = self.gate.check(&manifest).and_then(|pass| {
+            if let Pass::Changed(warning) = pass {
+                self.notes.push(format!("`{}`: {warning}", path.display()));
+            }
+            library::open(manifest)
+        });
+        match opened {
             Ok(library) => self.libraries.push(library),
             Err(refusal) => self.problem(&path, refusal.into_error(&path), would_provide),
         }
@@ -149,6 +158,16 @@ impl Registry {
     /// The folders that were searched.
     pub fn folders(&self) -> &[Folder] {
         &self.folders
+    }
+
+    /// What lets files through.
+    pub fn gate(&self) -> &Gate {
+        &self.gate
+    }
+
+    /// Every opened plugin, in search order.
+    pub fn libraries(&self) -> &[Library] {
+        &self.libraries
     }
 
     /// Every component of every opened plugin, shadowed ones too, in search order.

@@ -124,6 +124,26 @@ pub fn build_as(
     flavor.target().join(file)
 }
 
+/// Tests and builds a crate outside the workspace, as its author would; returns the library.
+///
+/// It is built where the workspace is, with the same versions and settings, so that what both need is built once.
+pub fn build_new(folder: &Path) -> PathBuf {
+    fs::copy(repo().join("Cargo.lock"), folder.join("Cargo.lock")).expect("the crate is there");
+    for command in ["test", "build"] {
+        let mut cargo = Command::new(env!("CARGO"));
+        cargo
+            .args([command, "--quiet", "--release", "--offline"])
+            .env("CARGO_TARGET_DIR", target())
+            .env("CARGO_PROFILE_RELEASE_STRIP", "symbols")
+            .current_dir(folder);
+        if let Err(error) = run(&mut cargo) {
+            panic!("{error}");
+        }
+    }
+    let package = name_in(&folder.join("Cargo.toml"));
+    target().join(format!("release/lib{}.so", package.replace('-', "_")))
+}
+
 /// A workspace of the same root files and members. Folders are links, so what is in them is never out of date.
 fn mirror_workspace(workspace: &Path) {
     fs::create_dir_all(workspace.join("plugins/tasks")).expect("the mirror can be made");
@@ -214,8 +234,9 @@ fn run(command: &mut Command) -> Result<(), String> {
         return Ok(());
     }
     Err(format!(
-        "{command:?}: {}\n{}",
+        "{command:?}: {}\n{}{}",
         output.status,
+        String::from_utf8_lossy(&output.stdout),
         String::from_utf8_lossy(&output.stderr)
     ))
 }

@@ -18,7 +18,9 @@ mod sandbox;
 mod tiny;
 mod web;
 
-pub use build::{Flavor, build_as, build_crate, cached_data, shared_data, staged_plugins};
+pub use build::{
+    Flavor, build_as, build_crate, build_new, cached_data, shared_data, staged_plugins,
+};
 pub use metrics::{checkpoint_files, losses, steps_seen};
 pub use pth::{RawTensor, RawTensors, ReferenceRun, read_safetensors};
 pub use running::Running;
