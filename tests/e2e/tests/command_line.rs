@@ -58,6 +58,7 @@ fn nothing_typed_shows_how_to_use_it() {
            moeut-host checkpoint info|convert|export                      what one holds; from and to Python
            moeut-host generate -name <name> -prompt <text>                a trained model continues a text
            moeut-host model show -task <task> [-<argument> <value> …]     size, cost and layers of the model; --json
+           moeut-host sweep show|run|slurm|results|convert <file>         the runs of a sweep file: looked at, or trained
            moeut-host doctor                                              what is wrong with this machine, and the fix
            moeut-host --help [-task <task>]                               every argument
     --- stderr
@@ -234,8 +235,8 @@ fn an_unknown_command() {
     --- stdout
     --- stderr
     Error:   × unknown command `plugin list`
-      ╰─▶ commands are `plugins list`, `config show`, `model show`, `checkpoint`, `generate` and
-          `doctor`; without one it trains
+      ╰─▶ commands are `plugins list`, `config show`, `model show`, `checkpoint`, `generate`, `sweep`
+          and `doctor`; without one it trains
       help: type `moeut-host --help`
     ");
 }
