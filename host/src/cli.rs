@@ -16,6 +16,7 @@ use crate::plugins_cli;
 use crate::run_folder::{RunFolder, read_args};
 use crate::signals::{Ending, Signals};
 use crate::startup_log;
+use crate::sweep_cli;
 use crate::train;
 use crate::train::build::{Blueprint, build};
 use moeut_plugin_api::PluginError;
@@ -33,6 +34,7 @@ usage: moeut-host -task <task> -name <name> [-<argument> <value> …]   train
        moeut-host generate -name <name> -prompt <text>                a trained model continues a text
        moeut-host eval -name <name> -sets all -data.dir <folder>      how well it finds the right one of several texts
        moeut-host model show -task <task> [-<argument> <value> …]     size, cost and layers of the model; --json
+       moeut-host sweep show|run|slurm|results|convert <file>         the runs of a sweep file: looked at, or trained
        moeut-host doctor                                              what is wrong with this machine, and the fix
        moeut-host --help [-task <task>]                               every argument
 ";
@@ -79,6 +81,7 @@ fn dispatch(argv: &[String], start: Instant) -> Result<u8, HostError> {
             print(&render_resolved(&resolved.arguments, &resolved.owners));
         }
         ["checkpoint", ..] => print(&checkpoint_cli::run(&argv[1..])?),
+        ["sweep", ..] => return sweep_cli::run(&argv[1..]),
         ["generate"] => generate::command(rest)?,
         ["eval"] => return eval_cli::command(rest),
         ["model", "show"] => model_show(rest)?,
@@ -86,7 +89,7 @@ fn dispatch(argv: &[String], start: Instant) -> Result<u8, HostError> {
         _ => {
             return Err(HostError::new(
                 format!("unknown command `{}`", words.join(" ")),
-                "commands are `plugins`, `config show`, `model show`, `checkpoint`, `generate`, `eval` and `doctor`; without one it trains",
+                "commands are `plugins`, `config show`, `model show`, `checkpoint`, `generate`, `eval`, `sweep` and `doctor`; without one it trains",
                 "type `moeut-host --help`",
             ));
         }

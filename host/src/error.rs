@@ -34,6 +34,13 @@ impl HostError {
         }
     }
 
+    /// With the place of the failure in front.
+    #[must_use]
+    pub fn at(self, place: &str) -> Self {
+        let what = format!("{place}{}", self.what);
+        Self { what, ..self }
+    }
+
     /// The text for the terminal, in color only if asked for.
     pub fn render(&self, in_color: bool) -> String {
         let theme = if in_color {

@@ -62,6 +62,19 @@ pub fn take(wish: GpuChoice, n_gpus: u32, terminal: &Terminal) -> GpuChoice {
     GpuChoice::Index(index)
 }
 
+/// The indices of cards without processes; all of them if someone else has chosen already, or the driver does not say.
+pub fn free(n_gpus: u32) -> Vec<u32> {
+    let is_chosen = std::env::var("CUDA_VISIBLE_DEVICES").is_ok_and(|list| !list.is_empty());
+    match cards() {
+        Ok(cards) if !is_chosen && cards.len() == n_gpus as usize => cards
+            .iter()
+            .filter(|card| card.n_processes == 0)
+            .map(|card| card.index)
+            .collect(),
+        Ok(_) | Err(_) => (0..n_gpus).collect(),
+    }
+}
+
 /// The first card without processes, else the one with the least memory in use.
 fn choose(cards: &[Card]) -> Option<u32> {
     let free = cards.iter().find(|card| card.n_processes == 0);

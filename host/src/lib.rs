@@ -22,5 +22,7 @@ pub mod run_folder;
 pub mod services;
 pub mod signals;
 pub mod startup_log;
+pub mod sweep;
+pub mod sweep_cli;
 pub mod train;
 pub mod trained;

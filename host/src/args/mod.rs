@@ -32,3 +32,4 @@ pub use parse::parse;
 pub use peek::{asks_for_help, peek};
 pub use show::render_resolved;
 pub use suggest::nearest;
+pub(crate) use token::{Token, tokens};

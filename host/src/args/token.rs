@@ -4,7 +4,7 @@
 
 /// One piece of the command line.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Token<'a> {
+pub(crate) enum Token<'a> {
     /// `-name value`, `-name=value` or either with two dashes; no value if the next piece is a flag or missing.
     Flag {
         name: &'a str,
@@ -15,7 +15,7 @@ pub(super) enum Token<'a> {
 }
 
 /// Splits the command line, without the program's own name.
-pub(super) fn tokens(argv: &[String]) -> impl Iterator<Item = Token<'_>> {
+pub(crate) fn tokens(argv: &[String]) -> impl Iterator<Item = Token<'_>> {
     let mut rest = argv.iter().map(String::as_str).peekable();
     std::iter::from_fn(move || {
         let text = rest.next()?;

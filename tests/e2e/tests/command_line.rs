@@ -59,6 +59,7 @@ fn nothing_typed_shows_how_to_use_it() {
            moeut-host generate -name <name> -prompt <text>                a trained model continues a text
            moeut-host eval -name <name> -sets all -data.dir <folder>      how well it finds the right one of several texts
            moeut-host model show -task <task> [-<argument> <value> …]     size, cost and layers of the model; --json
+           moeut-host sweep show|run|slurm|results|convert <file>         the runs of a sweep file: looked at, or trained
            moeut-host doctor                                              what is wrong with this machine, and the fix
            moeut-host --help [-task <task>]                               every argument
     --- stderr
@@ -235,8 +236,8 @@ fn an_unknown_command() {
     --- stdout
     --- stderr
     Error:   × unknown command `plugin list`
-      ╰─▶ commands are `plugins`, `config show`, `model show`, `checkpoint`, `generate` and `doctor`;
-          without one it trains
+      ╰─▶ commands are `plugins`, `config show`, `model show`, `checkpoint`, `generate`, `eval`, `sweep`
+          and `doctor`; without one it trains
       help: type `moeut-host --help`
     ");
 }
