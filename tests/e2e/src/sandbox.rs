@@ -29,6 +29,17 @@ impl Sandbox {
         sandbox
     }
 
+    /// A host with every plugin of the workspace.
+    pub fn full() -> Self {
+        let sandbox = Self::bare();
+        let plugins = fs::read_dir(staged_plugins()).expect("plugins are staged");
+        for plugin in plugins.flatten() {
+            fs::copy(plugin.path(), sandbox.installed().join(plugin.file_name()))
+                .expect("a plugin can be copied");
+        }
+        sandbox
+    }
+
     /// A host without plugins.
     pub fn bare() -> Self {
         let root = tempfile::tempdir_in(scratch()).expect("a temporary folder can be made");

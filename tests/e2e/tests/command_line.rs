@@ -196,13 +196,13 @@ fn a_value_out_of_range() {
 #[test]
 fn an_unknown_profile() {
     assert_snapshot!(Sandbox::new().run(&["-task", "moeut_c4", "-name", "a", "-profile", "dmeo"]), @r"
-    exit: 2
-    --- stdout
-    --- stderr
-    Error:   × unknown profile `dmeo`
-      ╰─▶ known profiles: `demo`, `small`
-      help: run `moeut-host --help` with this `-task` for its profiles
-    ");
+exit: 2
+--- stdout
+--- stderr
+Error:   × unknown profile `dmeo`
+  ╰─▶ known profiles: `demo`, `small`
+  help: run `moeut-host --help` with this `-task` for its profiles
+");
 }
 
 #[test]

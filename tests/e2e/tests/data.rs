@@ -9,32 +9,14 @@
 use flate2::{Compression, write::GzEncoder};
 use insta::assert_snapshot;
 use moeut_e2e::{
-    Args, Fault, Outcome, Request, Sandbox, Web, losses, shared_data, staged_plugins, steps_seen,
-    tiny_on, wait_until,
+    Args, Fault, Outcome, Request, Sandbox, Web, losses, shared_data, steps_seen, tiny_on,
+    wait_until,
 };
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::fs;
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
-
-/// A host with the plugins of all corpora.
-fn sandbox() -> Sandbox {
-    let sandbox = Sandbox::new();
-    for name in ["pes2o", "slimpajama", "thestack", "text_files"] {
-        for file in [
-            format!("libmoeut_dataset_{name}.so"),
-            format!("libmoeut_task_moeut_{name}.so"),
-        ] {
-            fs::copy(
-                staged_plugins().join(&file),
-                sandbox.installed().join(&file),
-            )
-            .unwrap();
-        }
-    }
-    sandbox
-}
 
 /// A folder of real text, in the layout of a corpus.
 fn corpus(name: &str) -> Option<PathBuf> {
@@ -78,7 +60,7 @@ fn each_corpus_trains_on_its_published_format() {
         let Some(corpus) = corpus(folder) else {
             return;
         };
-        let sandbox = sandbox();
+        let sandbox = Sandbox::full();
         let dir = ["-data.dir", corpus.to_str().unwrap()];
         let more = [
             "-stop_after",
@@ -138,7 +120,7 @@ fn last_validation_loss(run: &Path) -> f64 {
 
 #[test]
 fn text_of_ones_own_trains_as_a_stream_and_by_documents() {
-    let sandbox = sandbox();
+    let sandbox = Sandbox::full();
     own_text(&sandbox.work().join("text"));
     let run = |name: &str, more: &[&str]| {
         let own = [
@@ -181,7 +163,7 @@ fn text_of_ones_own_trains_as_a_stream_and_by_documents() {
 /// Documents, too, are seen in the order in which a run without a stop would have seen them.
 #[test]
 fn documents_go_on_where_a_killed_run_was() {
-    let sandbox = sandbox();
+    let sandbox = Sandbox::full();
     own_text(&sandbox.work().join("text"));
     let args = |name: &str, n_steps: &str| {
         let own = [
@@ -306,7 +288,7 @@ fn error(outcome: &Outcome) -> &str {
 
 #[test]
 fn each_damage_gets_what_why_and_fix_and_caches_no_wrong_token() {
-    let sandbox = sandbox();
+    let sandbox = Sandbox::full();
     let good = sandbox.work().join("good");
     if small_c4(&good).is_none() {
         return;
@@ -382,7 +364,7 @@ const FIRST: &str = "en/c4-train.00000-of-01024.json.gz";
 /// Servers that fail for a while are waited for, and what was cut is asked for from where it broke.
 #[test]
 fn a_server_that_fails_for_a_while_changes_nothing() {
-    let sandbox = sandbox();
+    let sandbox = Sandbox::full();
     let Some(web) = hub(&sandbox) else {
         return;
     };
@@ -454,7 +436,7 @@ fn a_server_that_fails_for_a_while_changes_nothing() {
 /// What does not pass by waiting is an error with its address.
 #[test]
 fn a_server_that_keeps_failing_is_named() {
-    let sandbox = sandbox();
+    let sandbox = Sandbox::full();
     let Some(web) = hub(&sandbox) else {
         return;
     };
@@ -482,7 +464,7 @@ fn a_server_that_keeps_failing_is_named() {
 /// Four times in the middle of its work, then once to the end: the bytes of a run that nobody killed.
 #[test]
 fn a_killed_preparation_goes_on_without_a_wrong_token() {
-    let sandbox = sandbox();
+    let sandbox = Sandbox::full();
     let good = sandbox.work().join("good");
     if small_c4(&good).is_none() {
         return;
@@ -520,13 +502,13 @@ fn files_now(folder: &Path) -> usize {
 /// One of them works, the other waits, says so, and uses what the first has made.
 #[test]
 fn two_processes_prepare_the_same_text_once() {
-    let sandbox = sandbox();
+    let sandbox = Sandbox::full();
     if small_c4(&sandbox.work().join("good")).is_none() {
         return;
     }
     let source = ["-data.dir", "good"];
     sandbox.run(&c4("a", &source, "alone").as_strs()).ok();
-    let other = self::sandbox();
+    let other = Sandbox::full();
     let first = sandbox.start(&c4("b", &source, "shared").as_strs(), &[]);
     let dir = sandbox.work().join("good");
     let cache = sandbox.work().join("shared");
