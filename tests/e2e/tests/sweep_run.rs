@@ -195,13 +195,13 @@ fn a_run_that_fails_does_not_hold_up_the_others() {
         lines[2].starts_with("f-2 ") && lines[2].ends_with("done"),
         "{outcome}"
     );
-    assert_snapshot!(outcome.stderr.lines().next().unwrap(), @"");
+    assert_snapshot!(outcome.stderr.lines().next().unwrap(), @"1 of 2: f-1 starts");
     let errors: Vec<&str> = outcome
         .stderr
         .lines()
         .filter(|line| line.starts_with("error:"))
         .collect();
-    assert_snapshot!(errors.join("\n"), @"");
+    assert_snapshot!(errors.join("\n"), @"error: f-1 failed (exit code 2): cannot read `gone.safetensors`; see `save/f.sweep/f-1.log`");
 }
 
 #[test]
@@ -216,7 +216,14 @@ fn a_changed_sweep_is_not_mixed_with_the_runs_of_the_old_one() {
         "one run is called as the sweep"
     );
     write_sweep(&sandbox, "c", &[("lr", "2e-3")]);
-    assert_snapshot!(sandbox.run(&["sweep", "run", &file, "-stop_after", "2"]), @"");
+    assert_snapshot!(sandbox.run(&["sweep", "run", &file, "-stop_after", "2"]), @r"
+    exit: 2
+    --- stdout
+    --- stderr
+    Error:   × the run `c` was trained with another `-lr`
+      ╰─▶ `save/c` was started with `1e-3`, and the sweep says `2e-3`
+      help: give the sweep another `-name`, or start its runs anew with `-reset 1`
+    ");
     sandbox
         .run(&["sweep", "run", &file, "-stop_after", "2", "-reset", "1"])
         .ok();
@@ -248,7 +255,14 @@ fn a_sweep_is_trained_by_one_process_at_a_time_and_needs_an_end() {
         "{second}"
     );
     running.wait().ok();
-    assert_snapshot!(sandbox.run(&["sweep", "run", &file, "-stop_after", "none"]), @"");
+    assert_snapshot!(sandbox.run(&["sweep", "run", &file, "-stop_after", "none"]), @r"
+    exit: 2
+    --- stdout
+    --- stderr
+    Error:   × the run `one` has no end
+      ╰─▶ neither the sweep file nor the command line has `stop_after`
+      help: add `-stop_after <steps>`
+    ");
 }
 
 /// A sweep that was killed leaves a process behind, which is waited for and not disturbed.
