@@ -308,8 +308,8 @@ pub fn parse_records(section: &[u8]) -> Result<(PluginRecord, Vec<ComponentRecor
         }
     }
     components.sort_by(|a, b| (a.kind, &a.name).cmp(&(b.kind, &b.name)));
-    if let Some(twice) = components.windows(2).find(|pair| pair[0] == pair[1]) {
-        let ComponentRecord { kind, name } = &twice[0];
+    let twice = components.windows(2).find(|pair| pair[0] == pair[1]);
+    if let Some([ComponentRecord { kind, name }, ..]) = twice {
         return Err(malformed(&format!("{kind} `{name}` is registered twice")));
     }
     match <[PluginRecord; 1]>::try_from(plugins) {
@@ -439,7 +439,9 @@ mod tests {
             let (mut plugin, _) = parse_records(PLUGIN.as_bytes()).unwrap();
             moeut_plugin_api::abi::manifest::TARGET.clone_into(&mut plugin.target);
             change(&mut plugin);
-            check_compatible(&plugin)
+            check_abi(&plugin)?;
+            check_target(&plugin)?;
+            check_libtorch(&plugin)
         };
         assert_eq!(record(|_| ()), Ok(()));
         assert_eq!(record(|plugin| plugin.libtorch = "2.11.3".into()), Ok(()));

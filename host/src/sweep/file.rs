@@ -272,6 +272,10 @@ fn collect(
 }
 
 /// What a parameter may be.
+#[expect(
+    clippy::too_many_lines,
+    reason = "one table of distributions and what each needs, read from top to bottom"
+)]
 fn domain(name: &str, node: &Node, warnings: &mut Vec<String>) -> Result<Domain, Mistake> {
     let given = match node.get("distribution") {
         Some(distribution) => {
@@ -481,6 +485,9 @@ fn weighted(name: &str, node: &Node, warnings: &mut Vec<String>) -> Result<Domai
 }
 
 /// A value as the command line has it. A list is joined by commas, as list arguments are.
+///
+/// # Errors
+/// For a mapping, and for a list of anything but scalars.
 pub fn text_of(node: &Node, name: &str) -> Result<String, Mistake> {
     match &node.data {
         Data::Scalar(scalar) => Ok(argument(scalar)),

@@ -247,7 +247,7 @@ fn draw(
         // Every parameter takes a number, so that fixing one of them leaves the draws of the others.
         let point: Result<_, PluginError> = parameters
             .iter()
-            .map(|one| one.domain.at(uniform.next()))
+            .map(|one| one.domain.at(uniform.draw()))
             .collect();
         points.push(point?);
     }

@@ -10,11 +10,14 @@
 //! to even) and is 1 if absent. Each distribution is its quantile function, so that one uniform number makes one value.
 //!
 //! # Source
-//! `params.py` and `grid_search.py` of W&B's sweep engine (PyPI `sweeps` 0.3.0). Left out: `beta` and `inv_log_uniform`.
+//! `params.py` and `grid_search.py` of W&B's sweep engine (`sweeps` 0.3.0 of `PyPI`). Left out: `beta` and `inv_log_uniform`.
 
 use moeut_plugin_api::PluginError;
 use moeut_torch::OrPluginError;
 use tch::Tensor;
+
+/// Values of one parameter in a grid; more would be a mistake, and no queue would live to see their end.
+const MOST_VALUES: u32 = 1_000_000;
 
 /// The values that a parameter may have.
 #[derive(Debug, Clone, PartialEq)]
@@ -86,7 +89,7 @@ impl Domain {
             Self::Real {
                 shape: Shape::Uniform { min, max },
                 q: Some(q),
-            } => (0_u32..)
+            } => (0..MOST_VALUES)
                 .map(|index| min + f64::from(index) * q)
                 .take_while(|value| value < max)
                 .map(|value| value.to_string())
