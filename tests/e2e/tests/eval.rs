@@ -1,9 +1,18 @@
 //! `moeut-host eval` and the evaluations of a training: sets in the published formats, with questions made for these tests.
+#![expect(
+    clippy::unwrap_used,
+    reason = "helpers of tests: what they cannot do fails the test"
+)]
+#![expect(
+    clippy::float_cmp,
+    reason = "a number that is printed twice, or computed twice from the same digits, is the same number"
+)]
 
 use insta::assert_snapshot;
 use moeut_e2e::{Outcome, Sandbox, cached_data, losses, shared_data, staged_plugins, tiny};
 use serde_json::Value;
 use std::collections::BTreeMap;
+use std::fmt::Write as _;
 use std::fs;
 use std::path::Path;
 use std::process::Command;
@@ -42,10 +51,8 @@ fn cbt() -> String {
     for (answer, n_words) in [("door", 10), ("king", 10), ("rain", 9)] {
         let words: Vec<&str> = words.iter().rev().take(n_words).copied().collect();
         text += "1 It was late , and nobody was there .\n2 She went to the old house .\n";
-        text += &format!(
-            "3 She opened the XXXXX .\t{answer}\t\t{}\n\n",
-            words.join("|")
-        );
+        let words = words.join("|");
+        write!(text, "3 She opened the XXXXX .\t{answer}\t\t{words}\n\n").unwrap();
     }
     text
 }
@@ -140,7 +147,7 @@ fn a_trained_run_is_scored_and_stays_as_it_is() {
         scores["lambada/lm_perplexity"],
         scores["lambada/lm_loss"].exp()
     );
-    let mean = (scores["val/loss"] + scores["lambada/loss"]) / 2.0;
+    let mean = f64::midpoint(scores["val/loss"], scores["lambada/loss"]);
     assert!((scores["mean_loss"] - mean).abs() < 1e-12);
     assert!(fs::read(folder.join("metrics.jsonl")).unwrap() == before);
 

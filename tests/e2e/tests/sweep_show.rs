@@ -386,6 +386,7 @@ fn a_job_of_the_array_starts_its_run() {
 }
 
 #[test]
+#[expect(clippy::too_many_lines, reason = "whole outputs")]
 fn mistakes_are_found_before_a_run_starts() {
     let sandbox = Sandbox::new();
     let mut text = String::new();
