@@ -125,7 +125,34 @@ fn a_trained_run_is_scored_and_stays_as_it_is() {
             }
         })
         .collect();
-    assert_snapshot!(shape.join("\n"), @"");
+    assert_snapshot!(shape.join("\n"), @r"
+    set metric n
+    val loss 192
+    val accuracy 192
+    val perplexity 192
+    val bits_per_byte 192
+    lambada loss 57
+    lambada accuracy/total 3
+    lambada accuracy/openai_last_token 3
+    lambada perplexity 3
+    lambada lm_loss 57
+    lambada lm_perplexity 57
+    cbt loss 772
+    cbt accuracy/CN 2
+    cbt accuracy/group_average 1
+    cbt accuracy/seq_average 2
+    hellaswag loss 104
+    hellaswag accuracy/val 1
+    hellaswag accuracy/group_average 1
+    hellaswag accuracy/seq_average 1
+    piqa loss 106
+    piqa accuracy/val 2
+    piqa accuracy/group_average 1
+    piqa accuracy/seq_average 2
+    0 columns
+    9 columns
+    8 columns
+    ");
     assert!(
         outcome.stdout.lines().all(|line| !line.ends_with(' ')),
         "{outcome}"
@@ -185,7 +212,15 @@ fn all_leaves_out_what_is_missing_and_a_name_insists() {
     }
     assert!(!scores.keys().any(|name| name.starts_with("blimp/")));
     let outcome = eval(&sandbox, "-gpu none -name a -sets blimp -data.dir sets");
-    assert_snapshot!(outcome, @"");
+    assert_snapshot!(outcome, @r"
+    exit: 2
+    --- stdout
+    --- stderr
+    Error:   × the questions of `blimp` are missing
+      ╰─▶ no file in `sets` or below is named `BLiMP.zip`
+      help: get it from https://github.com/alexwarstadt/blimp/raw/master/BLiMP.zip and put it there,
+            or leave out `-data.dir` to have it downloaded
+    ");
 }
 
 #[test]
@@ -243,7 +278,7 @@ fn evaluations_come_with_validations_and_change_nothing_else() {
         );
     }
 
-    let outcome = run("end", &["-test_only", "1"]).ok();
+    let outcome = run("end", &["-lm.eval.enabled", "1", "-test_only", "1"]).ok();
     let line = outcome.stdout.lines().nth(1).unwrap();
     let scores: BTreeMap<String, f64> = serde_json::from_str(line).unwrap();
     let at_the_end = logged(&folder("end"), 8);
@@ -257,12 +292,7 @@ fn evaluations_come_with_validations_and_change_nothing_else() {
     fs::write(cache.join("Lambada/lambada_test.jsonl"), "{\"text\": 1}\n").unwrap();
     let outcome = run("damaged", &["-lm.eval.enabled", "1"]);
     assert_eq!(outcome.code, Some(2), "{outcome}");
-    assert!(
-        outcome
-            .stderr
-            .contains("train without evaluation: `-lm.eval.enabled 0`"),
-        "{outcome}"
-    );
+    assert!(outcome.stderr.contains("`-lm.eval.enabled 0`"), "{outcome}");
     assert!(losses(&folder("damaged")).is_empty());
 }
 
@@ -271,9 +301,18 @@ fn questions_and_documents_are_counted_without_a_model() {
     let sandbox = sandbox();
     write_sets(&sandbox.work().join("sets"));
     let count = |line: &str| eval(&sandbox, &format!("--count-only {line}"));
-    assert_snapshot!(count("-sets piqa,cbt,lambada -data.dir sets").ok().stdout, @"");
+    assert_snapshot!(count("-sets piqa,cbt,lambada -data.dir sets").ok().stdout, @r"
+    piqa 2 0
+    cbt 2 1
+    lambada 3 0
+    ");
     let outcome = count("-sets all -data.dir sets").ok();
-    assert_snapshot!(outcome.stdout, @"");
+    assert_snapshot!(outcome.stdout, @r"
+    cbt 2 1
+    hellaswag 1 0
+    lambada 3 0
+    piqa 2 0
+    ");
     assert!(outcome.stderr.contains("`blimp` is left out"), "{outcome}");
 }
 
@@ -289,8 +328,17 @@ fn published_files_are_counted() {
         let args = ["eval", "--count-only", "-sets", names, "-data.dir", folder];
         sandbox.run(&args).ok().stdout
     };
-    assert_snapshot!(count("all", &sets), @"");
-    assert_snapshot!(count("c4", &c4), @"");
+    assert_snapshot!(count("all", &sets), @r"
+    ai2arc 2415 11
+    blimp 67000 0
+    cbt 1355 0
+    hellaswag 50 0
+    lambada 50 0
+    piqa 1838 0
+    ");
+    assert_snapshot!(count("c4", &c4), @r"
+    c4 2184 0
+    ");
 }
 
 #[test]
@@ -299,12 +347,53 @@ fn what_cannot_be_evaluated_is_said() {
     let sets = sandbox.work().join("sets");
     write_sets(&sets);
     let count = |line: &str| eval(&sandbox, &format!("--count-only {line}"));
-    assert_snapshot!(count("-sets lambda -data.dir sets"), @"");
-    assert_snapshot!(count("-sets blimp -data.dir sets"), @"");
-    assert_snapshot!(count("-sets lambada -data.dir nowhere"), @"");
-    assert_snapshot!(count("-sets c4 -data.dir sets"), @"");
-    assert_snapshot!(count("-sets"), @"");
-    assert_snapshot!(count("-sets ,"), @"");
+    assert_snapshot!(count("-sets lambda -data.dir sets"), @r"
+    exit: 2
+    --- stdout
+    --- stderr
+    Error:   × unknown evaluation set `lambda`
+      ╰─▶ there are `ai2arc`, `blimp`, `c4`, `cbt`, `hellaswag`, `lambada`, `piqa`
+      help: did you mean `lambada`?
+    ");
+    assert_snapshot!(count("-sets blimp -data.dir sets"), @r"
+    exit: 2
+    --- stdout
+    --- stderr
+    Error:   × the questions of `blimp` are missing
+      ╰─▶ no file in `sets` or below is named `BLiMP.zip`
+      help: get it from https://github.com/alexwarstadt/blimp/raw/master/BLiMP.zip and put it there,
+            or leave out `-data.dir` to have it downloaded
+    ");
+    assert_snapshot!(count("-sets lambada -data.dir nowhere"), @r"
+    exit: 2
+    --- stdout
+    --- stderr
+    Error:   × `-data.dir nowhere` cannot be used
+      ╰─▶ No such file or directory (os error 2)
+      help: name a folder that you may read, or leave out `-data.dir` to have files downloaded
+    ");
+    let outcome = count("-sets c4 -data.dir sets");
+    assert_eq!(outcome.code, Some(2), "{outcome}");
+    assert!(
+        outcome.stderr.contains("the dataset has no text"),
+        "{outcome}"
+    );
+    assert_snapshot!(count("-sets"), @r"
+    exit: 2
+    --- stdout
+    --- stderr
+    Error:   × no value for `-sets`
+      ╰─▶ it takes names with commas between them, or `all`
+      help: write `-sets <value>`
+    ");
+    assert_snapshot!(count("-sets ,"), @r"
+    exit: 2
+    --- stdout
+    --- stderr
+    Error:   × no value for `-sets`
+      ╰─▶ it takes names with commas between them, or `all`
+      help: write `-sets <value>`
+    ");
 
     fs::create_dir_all(sets.join("more")).unwrap();
     fs::write(
@@ -312,25 +401,70 @@ fn what_cannot_be_evaluated_is_said() {
         LAMBADA.replace("lamp", "lump"),
     )
     .unwrap();
-    assert_snapshot!(count("-sets lambada -data.dir sets"), @"");
+    assert_snapshot!(count("-sets lambada -data.dir sets"), @r"
+    exit: 2
+    --- stdout
+    --- stderr
+    Error:   × the questions of `lambada` are there twice
+      ╰─▶ both `sets/lambada_test.jsonl` and `sets/more/lambada_test.jsonl` could be
+          `lambada_test.jsonl`
+      help: name a folder with one of them only, or move the other one away
+    ");
     fs::remove_dir_all(sets.join("more")).unwrap();
     fs::write(sets.join("lambada_test.jsonl"), "{\"text\": 1}\n").unwrap();
-    assert_snapshot!(count("-sets lambada -data.dir sets"), @"");
+    assert_snapshot!(count("-sets lambada -data.dir sets"), @r#"
+    exit: 2
+    --- stdout
+    --- stderr
+    Error:   × a file of questions is damaged
+      ╰─▶ `sets/lambada_test.jsonl` line 1: invalid type: integer `1`, expected a string at column 10;
+          the line starts `{"text": 1}`
+      help: correct the line, or replace `sets/lambada_test.jsonl` by what is published as https://
+            openaipublic.blob.core.windows.net/gpt-2/data/lambada_test.jsonl
+    "#);
     // Damaged is not missing, also when everything is asked for.
     assert_eq!(count("-sets all -data.dir sets").code, Some(2));
 
-    assert_snapshot!(eval(&sandbox, "-sets val"), @"");
-    assert_snapshot!(eval(&sandbox, "-name b"), @"");
+    assert_snapshot!(eval(&sandbox, "-sets val"), @r"
+    exit: 2
+    --- stdout
+    --- stderr
+    Error:   × no model is named
+      ╰─▶ trained weights are needed, and neither `-restore` nor `-name` is given
+      help: add `-name <name of a run>` or `-restore <checkpoint>`
+    ");
+    assert_snapshot!(eval(&sandbox, "-name b"), @r"
+    exit: 2
+    --- stdout
+    --- stderr
+    Error:   × no checkpoint in `save/b`
+      ╰─▶ No such file or directory (os error 2)
+      help: give `-restore` a `model-<step>` folder or that of a run: `-restore save/<name>`
+    ");
 }
 
 #[test]
 fn scores_are_not_lost_to_a_wrong_path() {
     let sandbox = trained();
     let outcome = eval(&sandbox, "-gpu none -name a -sets nothing -data.dir sets");
-    assert_snapshot!(outcome, @"");
+    assert_snapshot!(outcome, @r"
+    exit: 2
+    --- stdout
+    --- stderr
+    Error:   × unknown evaluation set `nothing`
+      ╰─▶ there are `val`, `ai2arc`, `blimp`, `cbt`, `hellaswag`, `lambada`, `piqa`
+      help: type `-sets all`, or some of these names with commas between them
+    ");
     let outcome = eval(
         &sandbox,
         "-gpu none -name a -sets val -json no/such/file.json",
     );
-    assert_snapshot!(outcome, @"");
+    assert_snapshot!(outcome, @r"
+    exit: 2
+    --- stdout
+    --- stderr
+    Error:   × the scores cannot be written to `no/such/file.json`
+      ╰─▶ `no/such` is no folder
+      help: make it with `mkdir -p no/such`, or set `-json` to another file
+    ");
 }
