@@ -118,9 +118,9 @@ fn participants(
         certain.push(registry.find(ComponentKind::Dataset, &stream.dataset)?);
     }
     let planned = plan.evaluations.iter().map(|request| &request.dataset);
-    for set in planned.chain(sets) {
-        certain.push(registry.find(ComponentKind::ChoiceDataset, set)?);
-    }
+    // One that is not there is reported, or refused, when it is opened.
+    let sets = planned.chain(sets);
+    certain.extend(sets.filter_map(|set| registry.find(ComponentKind::ChoiceDataset, set).ok()));
     let model = registry.find(ComponentKind::Model, &plan.model);
     certain.push(model.map_err(|error| name_source(error, &plan.model, task, arguments))?);
     Ok(owners(&certain, Role::Idle, registry))

@@ -25,7 +25,7 @@ impl std::fmt::Display for ComponentKind {
         f.pad(match self {
             Self::Task => "task",
             Self::Dataset => "dataset",
-            Self::ChoiceDataset => "choices",
+            Self::ChoiceDataset => "eval set",
             Self::Model => "model",
             Self::Kernel => "kernel",
         })

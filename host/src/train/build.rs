@@ -34,7 +34,8 @@ use moeut_plugin_api::abi::client::{
     ChoiceDatasetClient, HostServices, ModelClient, TokenDatasetClient,
 };
 use moeut_plugin_api::{
-    ComponentKind, DType, LogLevel, ModelSetup, PluginError, StreamInfo, StreamRequest, TaskPlan,
+    ComponentKind, DType, EvaluationRequest, LogLevel, ModelSetup, PluginError, StreamInfo,
+    StreamRequest, TaskPlan,
 };
 use moeut_torch::{IntoTensor, OrPluginError, rng};
 use std::collections::{BTreeMap, BTreeSet};
@@ -292,7 +293,8 @@ impl Site<'_> {
     }
 
     /// Opens the evaluation sets of the plan before the first step, so that a missing file is not found out by the last
-    /// one. A set that nobody typed an argument for is left out if its files are not in the folder of the user's data.
+    /// one. A set that nobody typed an argument for is left out if its plugin is not there, or its files are not in the
+    /// folder of the user's data.
     fn evaluations(
         &self,
         plan: &TaskPlan,
@@ -314,14 +316,23 @@ impl Site<'_> {
                 .and_then(|set| EvalSet::open(&set, request, setting));
             match opened {
                 Ok(set) => sets.push(set),
-                Err(error) if !is_typed && eval::is_missing(&error) => (setting.warn)(&format!(
-                    "`{}` is not evaluated: {}; {}",
-                    request.dataset, error.why, error.fix
-                )),
+                Err(error) if !is_typed && self.is_absent(request, &error) => {
+                    (setting.warn)(&format!(
+                        "`{}` is not evaluated: {}; {}",
+                        request.dataset, error.why, error.fix
+                    ))
+                }
                 Err(error) => return Err(or_without_evaluation(error)),
             }
         }
         Ok(sets)
+    }
+
+    fn is_absent(&self, request: &EvaluationRequest, error: &PluginError) -> bool {
+        let plugin = self
+            .registry
+            .find(ComponentKind::ChoiceDataset, &request.dataset);
+        plugin.is_err() || eval::is_missing(error)
     }
 
     /// Opens a choice dataset.

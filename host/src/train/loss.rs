@@ -55,7 +55,8 @@ pub(super) fn mean_loss(
 ) -> Result<Tensor, PluginError> {
     let mean = || -> Result<Tensor, TchError> {
         let (logits_nv, targets_n) = rows(logits_tbv, targets_tb)?;
-        let sum = apply(CrossEntropy, &[&logits_nv, &targets_n])?;
+        let is_padded = targets_n.numel() > n_targets;
+        let sum = apply(CrossEntropy { is_padded }, &[&logits_nv, &targets_n])?;
         sum[0].f_div_scalar(n_targets as f64)
     };
     mean().or_plugin_error("the loss cannot be computed")
@@ -71,7 +72,10 @@ pub(crate) fn inputs_and_targets(tokens_tb: &Tensor) -> (Tensor, Tensor) {
 }
 
 /// The sum of the losses of `logits [N, V]` and `targets [N]`.
-struct CrossEntropy;
+struct CrossEntropy {
+    /// Whether some targets are behind the end of a document.
+    is_padded: bool,
+}
 
 impl Function for CrossEntropy {
     fn forward(&self, ctx: &mut Context, inputs: &[Tensor]) -> Result<Vec<Tensor>, FunctionError> {
@@ -91,12 +95,14 @@ impl Function for CrossEntropy {
             let loss = log_p.f_nll_loss(&targets, None::<&Tensor>, Reduction::Sum, BEHIND_END)?;
             let _ = sum.f_add_(&loss)?;
             if let Some(grad_nv) = &grad_nv {
-                let has_target = targets.f_ne(BEHIND_END)?.f_unsqueeze(1)?;
                 let target = targets.f_clamp_min(0)?.f_unsqueeze(1)?;
                 let minus_one = target.f_full_like(-1.0)?.f_to_kind(log_p.kind())?;
                 let mut grad = log_p.f_exp_()?;
                 let mut grad = grad.f_scatter_add_(1, &target, &minus_one)?;
-                let grad = grad.f_mul_(&has_target)?;
+                if self.is_padded {
+                    let has_target = targets.f_ne(BEHIND_END)?.f_unsqueeze(1)?;
+                    grad = grad.f_mul_(&has_target)?;
+                }
                 let rows = logits.size()[0];
                 grad_nv.f_narrow(0, first, rows)?.f_copy_(&grad)?;
             }
@@ -220,6 +226,15 @@ mod tests {
             (Kind::BFloat16, 2e-6, 4e-7),
         ] {
             let (mut logits, targets, n_targets) = example(kind);
+            // The first rows have no end of a document among them.
+            let whole = (logits.narrow(0, 0, 600), targets.narrow(0, 0, 600));
+            let ours = mean_loss(&whole.0, &whole.1, 4200).unwrap();
+            let theirs = plain(&whole.0, &whole.1, 4200);
+            assert!(distance(&ours, &theirs) <= loss_error, "{kind:?}");
+            let (our_grad, their_grad) =
+                (gradient(&ours, &mut logits), gradient(&theirs, &mut logits));
+            assert!(distance(&our_grad, &their_grad) <= grad_error, "{kind:?}");
+
             let ours = mean_loss(&logits, &targets, n_targets).unwrap();
             let theirs = plain(&logits, &targets, n_targets);
             assert!(distance(&ours, &theirs) <= loss_error, "{kind:?}");
