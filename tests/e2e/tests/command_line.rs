@@ -236,8 +236,8 @@ fn an_unknown_command() {
     --- stdout
     --- stderr
     Error:   × unknown command `plugin list`
-      ╰─▶ commands are `plugins`, `config show`, `model show`, `checkpoint`, `generate`, `eval`, `sweep`
-          and `doctor`; without one it trains
+      ╰─▶ commands are `plugins`, `config show`, `model show`, `checkpoint`, `generate`, `eval`,
+          `sweep` and `doctor`; without one it trains
       help: type `moeut-host --help`
     ");
 }
