@@ -385,62 +385,65 @@ fn a_job_of_the_array_starts_its_run() {
     assert_eq!(bash("4").status.code(), Some(2), "there is no fifth run");
 }
 
+/// Files with a mistake each, and arguments with one.
+const MISTAKES: &[(&str, &[&str])] = &[
+    (
+        "method: grid\nparameters:\n  task: {value: moeut_c4}\n  lr_warmpu: {value: 4000}\n",
+        &[],
+    ),
+    (
+        "method: grid\nparameters:\n  task: {value: moeut_c4}\n  lr_warm: {value: 4000}\n",
+        &[],
+    ),
+    (
+        "method: grid\nparameters:\n  lr: {values: [0.1, fast]}\n  task: {value: moeut_c4}\n",
+        &[],
+    ),
+    (
+        "method: grid\nparameters:\n  task: {value: moeut_c4}\n  lm.unroll: {value: 0}\n",
+        &[],
+    ),
+    (
+        "method: grid\nparameters:\n  task: {value: moeut_c5}\n",
+        &[],
+    ),
+    (
+        "method: grid\nparameters:\n  task: {value: moeut_c4}\n  transformer.variant: {value: prelm_moe}\n",
+        &[],
+    ),
+    ("method: grid\nparameters:\n  lr: {value: 1}\n", &[]),
+    (
+        "method: bayes\nparameters:\n  task: {value: moeut_c4}\n",
+        &[],
+    ),
+    (
+        "method: random\nparameters:\n  task: {value: moeut_c4}\n",
+        &[],
+    ),
+    ("method: grid\nparameters:\n  task: {value: moeut_c4\n", &[]),
+    (
+        "method: grid\nparameters:\n  task: {value: moeut_c4}\n",
+        &["-batch_siz", "3"],
+    ),
+    (
+        "method: grid\nparameters:\n  task: {value: moeut_c4}\n",
+        &["-batch_size", "many"],
+    ),
+    (
+        "method: grid\nparameters:\n  task: {value: moeut_c4}\n",
+        &["-name", "a/b"],
+    ),
+];
+
 #[test]
 #[expect(clippy::too_many_lines, reason = "whole outputs")]
 fn mistakes_are_found_before_a_run_starts() {
     let sandbox = Sandbox::new();
     let mut text = String::new();
-    for (file, more) in [
-        (
-            "method: grid\nparameters:\n  task: {value: moeut_c4}\n  lr_warmpu: {value: 4000}\n",
-            &[][..],
-        ),
-        (
-            "method: grid\nparameters:\n  task: {value: moeut_c4}\n  lr_warm: {value: 4000}\n",
-            &[],
-        ),
-        (
-            "method: grid\nparameters:\n  lr: {values: [0.1, fast]}\n  task: {value: moeut_c4}\n",
-            &[],
-        ),
-        (
-            "method: grid\nparameters:\n  task: {value: moeut_c4}\n  lm.unroll: {value: 0}\n",
-            &[],
-        ),
-        (
-            "method: grid\nparameters:\n  task: {value: moeut_c5}\n",
-            &[],
-        ),
-        (
-            "method: grid\nparameters:\n  task: {value: moeut_c4}\n  transformer.variant: {value: prelm_moe}\n",
-            &[],
-        ),
-        ("method: grid\nparameters:\n  lr: {value: 1}\n", &[]),
-        (
-            "method: bayes\nparameters:\n  task: {value: moeut_c4}\n",
-            &[],
-        ),
-        (
-            "method: random\nparameters:\n  task: {value: moeut_c4}\n",
-            &[],
-        ),
-        ("method: grid\nparameters:\n  task: {value: moeut_c4\n", &[]),
-        (
-            "method: grid\nparameters:\n  task: {value: moeut_c4}\n",
-            &["-batch_siz", "3"],
-        ),
-        (
-            "method: grid\nparameters:\n  task: {value: moeut_c4}\n",
-            &["-batch_size", "many"],
-        ),
-        (
-            "method: grid\nparameters:\n  task: {value: moeut_c4}\n",
-            &["-name", "a/b"],
-        ),
-    ] {
+    for (file, more) in MISTAKES {
         write(&sandbox, file);
         let outcome =
-            sandbox.run(&[&["sweep", "run", "a.yaml", "-stop_after", "1"], more].concat());
+            sandbox.run(&[&["sweep", "run", "a.yaml", "-stop_after", "1"], *more].concat());
         assert_eq!(outcome.code, Some(2), "{outcome}");
         assert_eq!(outcome.stdout, "");
         let _ = writeln!(text, "{}", outcome.stderr);
