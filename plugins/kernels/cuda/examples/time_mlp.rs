@@ -95,11 +95,13 @@ impl HostServices for Services {
     }
 }
 
+type Call<'a> = dyn Fn(&KernelClient, &[Tensor]) -> Result<Tensor, PluginError> + 'a;
+
 /// A call to time: its name, its differentiable inputs and the call itself.
 struct Subject<'a> {
     name: String,
     inputs: Vec<Tensor>,
-    call: Box<dyn Fn(&KernelClient, &[Tensor]) -> Result<Tensor, PluginError> + 'a>,
+    call: Box<Call<'a>>,
 }
 
 fn main() -> Result<(), Box<dyn Error>> {
