@@ -95,14 +95,13 @@ impl HostServices for Services {
     }
 }
 
-/// What is timed: a kernel and its inputs in, one result out.
-type Timed<'a> = dyn Fn(&KernelClient, &[Tensor]) -> Result<Tensor, PluginError> + 'a;
+type Call<'a> = dyn Fn(&KernelClient, &[Tensor]) -> Result<Tensor, PluginError> + 'a;
 
 /// A call to time: its name, its differentiable inputs and the call itself.
 struct Subject<'a> {
     name: String,
     inputs: Vec<Tensor>,
-    call: Box<Timed<'a>>,
+    call: Box<Call<'a>>,
 }
 
 fn main() -> Result<(), Box<dyn Error>> {
