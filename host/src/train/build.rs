@@ -320,7 +320,7 @@ impl Site<'_> {
                     (setting.warn)(&format!(
                         "`{}` is not evaluated: {}; {}",
                         request.dataset, error.why, error.fix
-                    ))
+                    ));
                 }
                 Err(error) => return Err(or_without_evaluation(error)),
             }

@@ -436,7 +436,6 @@ const MISTAKES: &[(&str, &[&str])] = &[
 ];
 
 #[test]
-#[expect(clippy::too_many_lines, reason = "whole outputs")]
 fn mistakes_are_found_before_a_run_starts() {
     let sandbox = Sandbox::new();
     let mut text = String::new();
