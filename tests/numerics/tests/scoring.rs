@@ -120,6 +120,8 @@ fn subject(fixture: &str) -> Result<Option<Subject>> {
     let Some(json) = shared(&format!("fixtures/{fixture}.json"))? else {
         return Ok(None);
     };
+    // Many small calls, in which threads would wait for each other.
+    tch::set_num_threads(1);
     let kernel = plugins::kernels()?
         .into_iter()
         .next()
