@@ -9,8 +9,7 @@
 //!
 //! ```no_run
 //! use std::{num::NonZeroUsize, path::Path};
-//! use moeut_text::{Amount, Corpus, ShardSource, Split, StreamOptions, TokenCache, TokenStream, Watch};
-//! use moeut_text::{token_cache::SEPARATOR, tokenizer};
+//! use moeut_text::{Amount, Corpus, ShardSource, Split, StreamOptions, TokenCache, TokenStream, Watch, tokenizer};
 //!
 //! # fn main() -> Result<(), moeut_text::TextError> {
 //! let (corpus, vocab_size, seq_len) = (Corpus::c4("en"), 8000, 1024);
@@ -18,7 +17,7 @@
 //! let cache = TokenCache::new(Path::new("cache"), &corpus, vocab_size);
 //! let watch = Watch::nobody();
 //! let n_shards = corpus.n_tokenizer_shards;
-//! let tokenizer = tokenizer::open(None, cache.folder(), &shards, n_shards, vocab_size, SEPARATOR, watch)?;
+//! let tokenizer = tokenizer::open(None, cache.folder(), &shards, n_shards, vocab_size, watch)?;
 //! let amount = Amount { limit: Some(6_560_153_600), min_chunks: 1 };
 //! let n_threads = NonZeroUsize::MIN;
 //! let chunks = cache.prepare(Split::Train, &shards, &tokenizer, amount, n_threads, watch)?;

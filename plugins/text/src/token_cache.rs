@@ -656,9 +656,10 @@ mod tests {
         assert_eq!(
             fs::read_to_string(chunk.path.with_extension("json")).unwrap(),
             format!(
-                "{{\"n_tokens\":{},\"n_documents\":3,\"utf8_bytes\":{n_bytes},\"shard\":\"{}\"}}",
+                "{{\"n_tokens\":{},\"n_documents\":3,\"utf8_bytes\":{n_bytes},\"shard\":\"{}\",\"tokenizer\":\"{}\"}}",
                 chunk.n_tokens,
-                fixture.shards.fingerprint(0).unwrap()
+                fixture.shards.fingerprint(0).unwrap(),
+                fixture.tokenizer.short_fingerprint().unwrap()
             )
         );
     }
