@@ -336,9 +336,7 @@ fn published_files_are_counted() {
     lambada 50 0
     piqa 1838 0
     ");
-    assert_snapshot!(count("c4", &c4), @r"
-    c4 2184 0
-    ");
+    assert_snapshot!(count("c4", &c4), @"c4 2184 0");
 }
 
 #[test]
