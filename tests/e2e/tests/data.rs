@@ -280,10 +280,23 @@ fn c4(name: &str, source: &[&str], cache: &str) -> Args {
     tiny_on("moeut_c4", name, &[&own[..], source].concat())
 }
 
-/// What, why and fix.
-fn error(outcome: &Outcome) -> &str {
+/// What, why and fix, a line each: where they are broken depends on the length of the sandbox's path.
+fn error(outcome: &Outcome) -> String {
     let start = outcome.stderr.find("Error: ").unwrap_or(0);
-    &outcome.stderr[start..]
+    let mut text = String::new();
+    for line in outcome.stderr[start..].lines() {
+        let line = line.trim();
+        let begins = ["Error:", "╰─▶", "help:"]
+            .iter()
+            .any(|mark| line.starts_with(mark));
+        if begins {
+            text.push('\n');
+        } else if !text.ends_with(['-', '/']) {
+            text.push(' ');
+        }
+        text.push_str(line);
+    }
+    text.trim().to_owned() + "\n"
 }
 
 #[test]
