@@ -257,7 +257,8 @@ fn the_start_is_on_record() {
         .ok();
     let log = fs::read_to_string(sandbox.run_folder("it's a").join("startup_log.txt")).unwrap();
     for part in [
-        r"command      moeut-host -task moeut_c4 ",
+        "command      moeut-host -seed 1 ",
+        " -task moeut_c4 ",
         r" -name 'it'\''s a' ",
         "\nmoeut-host   0.1.0, commit ",
         "\nlibtorch     2.11.0",
