@@ -66,10 +66,13 @@ fn a_killed_run_goes_on_when_the_sweep_is_started_again_and_the_table_is_the_sam
         .ok();
 
     let mut running = sandbox.start(&["sweep", "run", &rough_file], &[]);
-    let victim = sandbox.run_folder("rough-2");
-    wait_until("the second run", || {
-        steps_seen(&victim) >= 25 || running.has_ended()
-    });
+    let [first, victim] = ["rough-1", "rough-2"].map(|name| sandbox.run_folder(name));
+    for (what, folder, step) in [
+        ("the first run", first, N_STEPS),
+        ("the second run", victim, 25),
+    ] {
+        wait_until(what, || steps_seen(&folder) >= step || running.has_ended());
+    }
     kill(&sandbox, "rough-2");
     let outcome = running.wait();
     assert_eq!(outcome.code, Some(1), "{outcome}");
