@@ -10,7 +10,7 @@
 //! to even) and is 1 if absent. Each distribution is its quantile function, so that one uniform number makes one value.
 //!
 //! # Source
-//! `params.py` and `grid_search.py` of W&B's sweep engine (PyPI `sweeps` 0.3.0). Left out: `beta` and `inv_log_uniform`.
+//! `params.py` and `grid_search.py` of W&B's sweep engine (`sweeps` 0.3.0 of `PyPI`). Left out: `beta` and `inv_log_uniform`.
 
 use moeut_plugin_api::PluginError;
 use moeut_torch::OrPluginError;
@@ -86,7 +86,7 @@ impl Domain {
             Self::Real {
                 shape: Shape::Uniform { min, max },
                 q: Some(q),
-            } => (0_u32..)
+            } => (0_u32..=u32::MAX)
                 .map(|index| min + f64::from(index) * q)
                 .take_while(|value| value < max)
                 .map(|value| value.to_string())

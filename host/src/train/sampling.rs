@@ -41,7 +41,7 @@ impl Choice {
                 .fix("restore an earlier checkpoint: the weights of this one are broken"));
         }
         let id = if self.temperature > 0.0 {
-            draw_by(&self.weights(logits_v), uniform.next())
+            draw_by(&self.weights(logits_v), uniform.draw())
         } else {
             ranked(logits_v).first().copied().unwrap_or(0)
         };
@@ -127,11 +127,11 @@ impl Uniform {
         reason = "a number below `n`"
     )]
     pub fn below(&mut self, n: usize) -> usize {
-        ((self.next() * n as f64) as usize).min(n.saturating_sub(1))
+        ((self.draw() * n as f64) as usize).min(n.saturating_sub(1))
     }
 
     /// The next number in `[0, 1)`.
-    pub fn next(&mut self) -> f64 {
+    pub fn draw(&mut self) -> f64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mut z = self.0;
         z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
@@ -265,7 +265,7 @@ mod tests {
     fn one_token_to_choose_from_is_the_likeliest() {
         let mut uniform = Uniform::new(3);
         for case in 0..100 {
-            let logits: Vec<f64> = (0..7).map(|_| (uniform.next() * 4.0).floor()).collect();
+            let logits: Vec<f64> = (0..7).map(|_| (uniform.draw() * 4.0).floor()).collect();
             let greedy = GREEDY.draw(&logits, &mut uniform).unwrap();
             for only_one in [
                 Choice {

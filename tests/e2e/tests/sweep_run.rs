@@ -41,7 +41,7 @@ fn write_sweep(sandbox: &Sandbox, name: &str, varied: &[(&str, &str)]) -> String
 
 const FOUR: &[(&str, &str)] = &[("lr", "1e-3, 3e-3"), ("pkm.n_heads", "1, 2")];
 
-/// The table, in which nothing but the sweep's own name is told apart.
+/// The table without the name of the sweep; names of one length make columns of one width.
 fn table(outcome: &Outcome, name: &str) -> String {
     outcome.stdout.replace(name, "[sweep]")
 }
@@ -59,7 +59,7 @@ fn kill(sandbox: &Sandbox, run: &str) {
 #[test]
 fn a_killed_run_goes_on_when_the_sweep_is_started_again_and_the_table_is_the_same() {
     let sandbox = Sandbox::new();
-    let calm_file = write_sweep(&sandbox, "calm", FOUR);
+    let calm_file = write_sweep(&sandbox, "quiet", FOUR);
     let rough_file = write_sweep(&sandbox, "rough", FOUR);
     let calm = sandbox
         .run(&["sweep", "run", &calm_file, "-jobs", "2"])
@@ -95,11 +95,11 @@ fn a_killed_run_goes_on_when_the_sweep_is_started_again_and_the_table_is_the_sam
     assert_eq!(states, ["done", "failed:", "done", "done"], "{outcome}");
 
     let again = sandbox.run(&["sweep", "run", &rough_file]).ok();
-    assert_eq!(table(&again, "rough"), table(&calm, "calm"));
+    assert_eq!(table(&again, "rough"), table(&calm, "quiet"));
     assert!(again.stderr.contains("2 of 4: rough-2 starts"), "{again}");
     for index in 1..=4 {
         let [rough, calm] =
-            ["rough", "calm"].map(|name| sandbox.run_folder(&format!("{name}-{index}")));
+            ["rough", "quiet"].map(|name| sandbox.run_folder(&format!("{name}-{index}")));
         assert_eq!(losses(&rough), losses(&calm), "{index}");
         assert!(
             checkpoint_files(&rough, N_STEPS) == checkpoint_files(&calm, N_STEPS),
