@@ -271,12 +271,8 @@ fn collect(
     Ok(())
 }
 
-/// What a parameter may be.
-#[expect(
-    clippy::too_many_lines,
-    reason = "one table of distributions and what each needs, read from top to bottom"
-)]
-fn domain(name: &str, node: &Node, warnings: &mut Vec<String>) -> Result<Domain, Mistake> {
+/// The distribution that a parameter names, or that its settings mean.
+fn distribution<'a>(name: &str, node: &'a Node) -> Result<&'a str, Mistake> {
     let given = match node.get("distribution") {
         Some(distribution) => {
             let text = &scalar(distribution, "distribution")?.text;
@@ -286,7 +282,7 @@ fn domain(name: &str, node: &Node, warnings: &mut Vec<String>) -> Result<Domain,
         None => None,
     };
     let has = |key: &str| node.get(key).is_some();
-    let kind = match given {
+    Ok(match given {
         Some(given) => given,
         None if has("value") => "constant",
         None if has("values") && has("probabilities") => "categorical_w_probabilities",
@@ -307,7 +303,12 @@ fn domain(name: &str, node: &Node, warnings: &mut Vec<String>) -> Result<Domain,
                 "write `value: …` below it",
             ));
         }
-    };
+    })
+}
+
+/// What a parameter may be.
+fn domain(name: &str, node: &Node, warnings: &mut Vec<String>) -> Result<Domain, Mistake> {
+    let kind = distribution(name, node)?;
     let (needs, may): (&[&str], &[&str]) = match kind {
         "constant" => (&["value"], &[]),
         "categorical" => (&["values"], &[]),
@@ -487,7 +488,7 @@ fn weighted(name: &str, node: &Node, warnings: &mut Vec<String>) -> Result<Domai
 /// A value as the command line has it. A list is joined by commas, as list arguments are.
 ///
 /// # Errors
-/// For a mapping, and for a list of anything but scalars.
+/// For a map, and a list of anything but scalars.
 pub fn text_of(node: &Node, name: &str) -> Result<String, Mistake> {
     match &node.data {
         Data::Scalar(scalar) => Ok(argument(scalar)),

@@ -191,6 +191,17 @@ fn merge(of_file: &[Parameter], given: &[(String, String)]) -> Vec<Parameter> {
 /// All combinations, the last parameter changing fastest.
 fn grid(file: &SweepFile, parameters: &[Parameter]) -> Result<Vec<Vec<String>>, HostError> {
     let cap = file.run_cap.unwrap_or(usize::MAX);
+    // Before any values are made: one of the others may be a range without end.
+    if let Some(parameter) = parameters.iter().find(|one| one.domain.grid_size() == 0.0) {
+        let line = parameter.line.unwrap_or(file.method_line);
+        return Err(Mistake::new(
+            line,
+            format!("`{}` cannot be part of a grid", parameter.name),
+            "a grid takes `value`, `values`, whole numbers from `min` to `max`, and `q_uniform`",
+            "write `values`, or `method: random`",
+        )
+        .in_file(&file.path));
+    }
     let n_points: f64 = parameters
         .iter()
         .map(|one| one.domain.grid_size())
@@ -200,16 +211,7 @@ fn grid(file: &SweepFile, parameters: &[Parameter]) -> Result<Vec<Vec<String>>, 
     }
     let mut points = vec![Vec::new()];
     for parameter in parameters {
-        let Some(values) = parameter.domain.grid() else {
-            let line = parameter.line.unwrap_or(file.method_line);
-            return Err(Mistake::new(
-                line,
-                format!("`{}` cannot be part of a grid", parameter.name),
-                "a grid takes `value`, `values`, whole numbers from `min` to `max`, and `q_uniform`",
-                "write `values`, or `method: random`",
-            )
-            .in_file(&file.path));
-        };
+        let values = parameter.domain.grid().unwrap_or_default();
         let longer = |point: &Vec<String>| {
             let point = point.clone();
             let add =

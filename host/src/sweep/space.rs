@@ -16,9 +16,6 @@ use moeut_plugin_api::PluginError;
 use moeut_torch::OrPluginError;
 use tch::Tensor;
 
-/// Values of one parameter in a grid; more would be a mistake, and no queue would live to see their end.
-const MOST_VALUES: u32 = 1_000_000;
-
 /// The values that a parameter may have.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Domain {
@@ -89,7 +86,7 @@ impl Domain {
             Self::Real {
                 shape: Shape::Uniform { min, max },
                 q: Some(q),
-            } => (0..MOST_VALUES)
+            } => (0_u32..=u32::MAX)
                 .map(|index| min + f64::from(index) * q)
                 .take_while(|value| value < max)
                 .map(|value| value.to_string())

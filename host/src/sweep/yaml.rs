@@ -110,36 +110,8 @@ pub fn parse(text: &str) -> Result<Node, Mistake> {
                 }
             }
             Event::SequenceStart(..) | Event::MappingStart(..) => {
-                let is_map = matches!(event, Event::MappingStart(..));
-                if matches!(
-                    open.last(),
-                    Some(Open {
-                        key: None,
-                        data: Data::Map(_),
-                        ..
-                    })
-                ) {
-                    return Err(left_out(line, "a name that is no text"));
-                }
-                if open.len() == MAX_DEPTH {
-                    let why = format!("there are more than {MAX_DEPTH} levels");
-                    return Err(Mistake::new(
-                        line,
-                        "the file is nested too deeply",
-                        why,
-                        "write names with dots instead",
-                    ));
-                }
-                let data = if is_map {
-                    Data::Map(Vec::new())
-                } else {
-                    Data::List(Vec::new())
-                };
-                open.push(Open {
-                    line,
-                    key: None,
-                    data,
-                });
+                let container = begin(&open, line, matches!(event, Event::MappingStart(..)))?;
+                open.push(container);
                 continue;
             }
             Event::SequenceEnd | Event::MappingEnd => match open.pop() {
@@ -169,6 +141,34 @@ pub fn parse(text: &str) -> Result<Node, Mistake> {
             "",
             "see `sweeps/small` for examples",
         )
+    })
+}
+
+/// A map or list that begins here.
+fn begin(open: &[Open], line: usize, is_map: bool) -> Result<Open, Mistake> {
+    let parent = open.last();
+    if parent.is_some_and(|parent| parent.key.is_none() && matches!(parent.data, Data::Map(_))) {
+        return Err(left_out(line, "a name that is no text"));
+    }
+    if open.len() == MAX_DEPTH {
+        let why = format!("there are more than {MAX_DEPTH} levels");
+        let fix = "write names with dots instead";
+        return Err(Mistake::new(
+            line,
+            "the file is nested too deeply",
+            why,
+            fix,
+        ));
+    }
+    let data = if is_map {
+        Data::Map(Vec::new())
+    } else {
+        Data::List(Vec::new())
+    };
+    Ok(Open {
+        line,
+        key: None,
+        data,
     })
 }
 

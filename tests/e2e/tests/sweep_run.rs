@@ -41,7 +41,7 @@ fn write_sweep(sandbox: &Sandbox, name: &str, varied: &[(&str, &str)]) -> String
 
 const FOUR: &[(&str, &str)] = &[("lr", "1e-3, 3e-3"), ("pkm.n_heads", "1, 2")];
 
-/// The table, in which nothing but the sweep's own name is told apart.
+/// The table without the name of the sweep; names of one length make columns of one width.
 fn table(outcome: &Outcome, name: &str) -> String {
     outcome.stdout.replace(name, "[sweep]")
 }
@@ -59,28 +59,31 @@ fn kill(sandbox: &Sandbox, run: &str) {
 #[test]
 fn a_killed_run_goes_on_when_the_sweep_is_started_again_and_the_table_is_the_same() {
     let sandbox = Sandbox::new();
-    let calm_file = write_sweep(&sandbox, "calm", FOUR);
-    let torn_file = write_sweep(&sandbox, "torn", FOUR);
+    let calm_file = write_sweep(&sandbox, "quiet", FOUR);
+    let rough_file = write_sweep(&sandbox, "rough", FOUR);
     let calm = sandbox
         .run(&["sweep", "run", &calm_file, "-jobs", "2"])
         .ok();
 
-    let mut running = sandbox.start(&["sweep", "run", &torn_file], &[]);
-    let victim = sandbox.run_folder("torn-2");
-    wait_until("the second run", || {
-        steps_seen(&victim) >= 25 || running.has_ended()
-    });
-    kill(&sandbox, "torn-2");
+    let mut running = sandbox.start(&["sweep", "run", &rough_file], &[]);
+    let [first, victim] = ["rough-1", "rough-2"].map(|name| sandbox.run_folder(name));
+    for (what, folder, step) in [
+        ("the first run", first, N_STEPS),
+        ("the second run", victim, 25),
+    ] {
+        wait_until(what, || steps_seen(&folder) >= step || running.has_ended());
+    }
+    kill(&sandbox, "rough-2");
     let outcome = running.wait();
     assert_eq!(outcome.code, Some(1), "{outcome}");
     assert!(
         outcome
             .stderr
-            .contains("torn-2 failed (killed by signal 9)"),
+            .contains("rough-2 failed (killed by signal 9)"),
         "{outcome}"
     );
     assert!(
-        outcome.stderr.contains("save/torn.sweep/torn-2.log"),
+        outcome.stderr.contains("save/rough.sweep/rough-2.log"),
         "{outcome}"
     );
     let states: Vec<&str> = outcome
@@ -91,26 +94,26 @@ fn a_killed_run_goes_on_when_the_sweep_is_started_again_and_the_table_is_the_sam
         .collect();
     assert_eq!(states, ["done", "failed:", "done", "done"], "{outcome}");
 
-    let again = sandbox.run(&["sweep", "run", &torn_file]).ok();
-    assert_eq!(table(&again, "torn"), table(&calm, "calm"));
-    assert!(again.stderr.contains("2 of 4: torn-2 starts"), "{again}");
+    let again = sandbox.run(&["sweep", "run", &rough_file]).ok();
+    assert_eq!(table(&again, "rough"), table(&calm, "quiet"));
+    assert!(again.stderr.contains("2 of 4: rough-2 starts"), "{again}");
     for index in 1..=4 {
-        let [torn, calm] =
-            ["torn", "calm"].map(|name| sandbox.run_folder(&format!("{name}-{index}")));
-        assert_eq!(losses(&torn), losses(&calm), "{index}");
+        let [rough, calm] =
+            ["rough", "quiet"].map(|name| sandbox.run_folder(&format!("{name}-{index}")));
+        assert_eq!(losses(&rough), losses(&calm), "{index}");
         assert!(
-            checkpoint_files(&torn, N_STEPS) == checkpoint_files(&calm, N_STEPS),
+            checkpoint_files(&rough, N_STEPS) == checkpoint_files(&calm, N_STEPS),
             "{index}"
         );
     }
-    let log = fs::read_to_string(sandbox.work().join("save/torn.sweep/torn-2.log")).unwrap();
+    let log = fs::read_to_string(sandbox.work().join("save/rough.sweep/rough-2.log")).unwrap();
     assert!(log.contains("going on from step "), "{log}");
 
     // Nothing is left to do, and nothing is done; a broken result is written anew from the runs' own folders.
-    let results = sandbox.work().join("save/torn.sweep/results.json");
+    let results = sandbox.work().join("save/rough.sweep/results.json");
     let (whole, starts) = (read(&results), starts(&sandbox));
     fs::write(&results, "{\"runs\": [").unwrap();
-    let third = sandbox.run(&["sweep", "run", &torn_file]).ok();
+    let third = sandbox.run(&["sweep", "run", &rough_file]).ok();
     assert_eq!(
         third.to_string().replace(&third.stdout, ""),
         "exit: 0\n--- stdout\n--- stderr\n"
@@ -118,7 +121,7 @@ fn a_killed_run_goes_on_when_the_sweep_is_started_again_and_the_table_is_the_sam
     assert_eq!(third.stdout, again.stdout);
     assert_eq!(read(&results), whole);
     assert_eq!(self::starts(&sandbox), starts, "no run was started");
-    let csv = fs::read_to_string(sandbox.work().join("save/torn.sweep/results.csv")).unwrap();
+    let csv = fs::read_to_string(sandbox.work().join("save/rough.sweep/results.csv")).unwrap();
     assert_eq!(
         csv.lines().next(),
         Some("run,lr,pkm.n_heads,step,val_loss,perplexity,accuracy,state")
@@ -132,7 +135,7 @@ fn starts(sandbox: &Sandbox) -> Vec<Vec<u8>> {
         .map(|index| {
             read(
                 &sandbox
-                    .run_folder(&format!("torn-{index}"))
+                    .run_folder(&format!("rough-{index}"))
                     .join("startup_log.txt"),
             )
         })

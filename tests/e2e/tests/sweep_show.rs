@@ -5,7 +5,7 @@
 )]
 
 use insta::assert_snapshot;
-use moeut_e2e::{Sandbox, read, shared_data, staged_plugins};
+use moeut_e2e::{Sandbox, read, shared_data};
 use serde_json::Value;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
@@ -15,23 +15,6 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 type Arguments = BTreeMap<String, String>;
-
-/// A dataset more is a task more. Until they are all there, their sweeps are shown with the first one's task.
-const TASKS_TO_COME: [&str; 3] = [
-    "pes2o_transformer",
-    "slimpajama_transformer",
-    "thestack_transformer",
-];
-
-/// A host with every plugin of the workspace: the sweeps are of several tasks and models.
-fn sandbox() -> Sandbox {
-    let sandbox = Sandbox::new();
-    for entry in fs::read_dir(staged_plugins()).unwrap() {
-        let entry = entry.unwrap();
-        fs::copy(entry.path(), sandbox.installed().join(entry.file_name())).unwrap();
-    }
-    sandbox
-}
 
 fn sweeps() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../../sweeps")
@@ -52,24 +35,16 @@ fn files(folder: &Path) -> BTreeMap<String, PathBuf> {
 
 /// Name and parameters of each run.
 fn show(sandbox: &Sandbox, path: &Path) -> Vec<(String, Arguments)> {
-    let text = fs::read_to_string(path).unwrap();
-    let to_come = TASKS_TO_COME
-        .iter()
-        .find(|task| text.contains(&format!("  task:\n    value: {task}\n")));
-    let mut argv = vec!["sweep", "show", path.to_str().unwrap(), "--json"];
-    argv.extend(to_come.iter().flat_map(|_| ["-task", "c4_transformer"]));
+    let argv = ["sweep", "show", path.to_str().unwrap(), "--json"];
     let outcome = sandbox.run(&argv).ok();
     let runs: Vec<Value> = serde_json::from_str(&outcome.stdout).unwrap();
     runs.iter()
         .map(|run| {
             let parameters = run["parameters"].as_object().unwrap();
-            let mut parameters: Arguments = parameters
+            let parameters = parameters
                 .iter()
                 .map(|(name, value)| (name.clone(), value.as_str().unwrap().to_owned()))
                 .collect();
-            if let Some(task) = to_come {
-                parameters.insert("task".into(), (*task).into());
-            }
             (run["name"].as_str().unwrap().to_owned(), parameters)
         })
         .collect()
@@ -78,7 +53,7 @@ fn show(sandbox: &Sandbox, path: &Path) -> Vec<(String, Arguments)> {
 /// Values equal those of the reference's files, and every argument is one of this program's.
 #[test]
 fn the_papers_sweeps_are_the_references() {
-    let sandbox = sandbox();
+    let sandbox = Sandbox::full();
     let files = files(&sweeps());
     assert_eq!(files.len(), 43);
     let resolved: BTreeMap<String, Arguments> = files
@@ -136,7 +111,7 @@ fn compact(sweeps: &BTreeMap<String, Arguments>) -> String {
 
 #[test]
 fn small_sweeps_and_their_runs() {
-    let sandbox = sandbox();
+    let sandbox = Sandbox::full();
     let mut text = String::new();
     for (name, path) in files(&sweeps().join("small")) {
         let runs = show(&sandbox, &path);
