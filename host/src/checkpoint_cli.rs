@@ -6,6 +6,7 @@ use std::path::Path;
 
 use crate::checkpoint::{Layout, convert, export, info};
 use crate::error::HostError;
+use crate::words::{Grammar, Words};
 
 const USAGE: &str = "\
 usage: moeut-host checkpoint info <checkpoint> [--tensors]      step, arguments, parameters, sizes, checksums
@@ -17,12 +18,19 @@ usage: moeut-host checkpoint info <checkpoint> [--tensors]      step, arguments,
 A checkpoint is a folder `model-<step>`, a folder of those, a `.safetensors` file, or a `.pth` or `.ckpt` of the reference.
 ";
 
+const GRAMMAR: Grammar = Grammar {
+    everywhere: &[],
+    with_value: &["layout", "tokenizer"],
+    switches: &["tensors"],
+    misuse,
+};
+
 /// Runs a command line without its first word, and returns what to print.
 ///
 /// # Errors
 /// For words that are no such command, and whatever the command says.
 pub fn run(argv: &[String]) -> Result<String, HostError> {
-    let words = Words::of(argv)?;
+    let words = Words::of(argv, GRAMMAR)?;
     if words.has("help") || words.places.is_empty() {
         return Ok(USAGE.to_owned());
     }
@@ -89,72 +97,12 @@ fn run_export(checkpoint: &Path, folder: &Path, words: &Words<'_>) -> Result<Str
     Ok(text)
 }
 
-fn misuse(why: impl Into<String>) -> HostError {
+fn misuse(why: String) -> HostError {
     HostError::new(
         "the checkpoint command cannot be read",
         why,
         "type `moeut-host checkpoint --help`",
     )
-}
-
-/// Words and flags in any order.
-struct Words<'a> {
-    places: Vec<&'a str>,
-    flags: Vec<(&'a str, &'a str)>,
-}
-
-impl<'a> Words<'a> {
-    fn of(argv: &'a [String]) -> Result<Self, HostError> {
-        let mut words = Self {
-            places: Vec::new(),
-            flags: Vec::new(),
-        };
-        let mut argv = argv.iter().map(String::as_str);
-        while let Some(word) = argv.next() {
-            let Some(flag) = word.strip_prefix('-').filter(|flag| !flag.is_empty()) else {
-                words.places.push(word);
-                continue;
-            };
-            let flag = flag.trim_start_matches('-');
-            let (name, value) = match flag.split_once('=') {
-                Some((name, value)) => (name, Some(value)),
-                None => (flag, None),
-            };
-            match (name, value) {
-                ("tensors" | "help" | "h", None) => {
-                    words
-                        .flags
-                        .push((if name == "h" { "help" } else { name }, ""));
-                }
-                ("layout" | "tokenizer", value) => {
-                    let value = value.or_else(|| argv.next());
-                    let value = value.ok_or_else(|| misuse(format!("`--{name}` has no value")))?;
-                    words.flags.push((name, value));
-                }
-                _ => return Err(misuse(format!("`{word}` is unknown"))),
-            }
-        }
-        Ok(words)
-    }
-
-    fn has(&self, name: &str) -> bool {
-        self.value(name).is_some()
-    }
-
-    /// The last one wins.
-    fn value(&self, name: &str) -> Option<&'a str> {
-        let found = self.flags.iter().rfind(|(flag, _)| *flag == name);
-        found.map(|&(_, value)| value)
-    }
-
-    fn allow(&self, names: &[&str]) -> Result<(), HostError> {
-        match self.flags.iter().find(|(flag, _)| !names.contains(flag)) {
-            None => Ok(()),
-            Some((flag, _)) => Err(misuse(format!(
-                "`--{flag}` does not belong to this command"
-            ))),
-        }
-    }
 }
 
 #[cfg(test)]

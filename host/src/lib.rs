@@ -26,3 +26,4 @@ pub mod sweep;
 pub mod sweep_cli;
 pub mod train;
 pub mod trained;
+mod words;

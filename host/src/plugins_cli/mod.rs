@@ -2,7 +2,6 @@
 
 mod new;
 mod show;
-mod words;
 
 use crate::cli::{open_registry, plugin_folders, print};
 use crate::doctor::plugin_table;
@@ -13,10 +12,10 @@ use crate::plugins::lock;
 use crate::plugins::needs::{Here, counted};
 use crate::plugins::verify::{Check, verify};
 use crate::plugins::{Gate, Lock, Manifest};
+use crate::words::{Grammar, Words};
 use moeut_plugin_api::PluginError;
 use std::fmt::Write;
 use std::path::{Path, PathBuf};
-use words::Words;
 
 const USAGE: &str = "\
 usage: moeut-host plugins list                                 every component, and where it is from
@@ -29,6 +28,14 @@ usage: moeut-host plugins list                                 every component, 
 Each takes `-plugin_dir` and `-plugin_verify strict|warn|off`, as training does.
 ";
 
+/// What is allowed everywhere is for [`crate::cli`], which reads it for itself.
+const GRAMMAR: Grammar = Grammar {
+    everywhere: &["plugin_dir", "plugin_verify"],
+    with_value: &["api"],
+    switches: &["symbols", "update"],
+    misuse,
+};
+
 /// Exit code of `verify` if a file is refused.
 const EXIT_REFUSED: u8 = 1;
 
@@ -37,7 +44,7 @@ const EXIT_REFUSED: u8 = 1;
 /// # Errors
 /// For words that are no such command, and whatever the command says.
 pub fn command(argv: &[String]) -> Result<u8, HostError> {
-    let words = Words::of(argv)?;
+    let words = Words::of(argv, GRAMMAR)?;
     let mut code = 0;
     let text = match words.places[..] {
         _ if words.has("help") => USAGE.to_owned(),
@@ -75,7 +82,7 @@ pub fn command(argv: &[String]) -> Result<u8, HostError> {
     Ok(code)
 }
 
-fn misuse(why: impl Into<String>) -> HostError {
+fn misuse(why: String) -> HostError {
     HostError::new(
         "the plugins command cannot be read",
         why,

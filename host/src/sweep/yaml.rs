@@ -61,7 +61,6 @@ impl Node {
 ///
 /// # Errors
 /// For text that is no YAML, for names that come twice, and for what the module leaves out.
-#[expect(clippy::too_many_lines, reason = "one arm for each kind of event")]
 pub fn parse(text: &str) -> Result<Node, Mistake> {
     let mut open: Vec<Open> = Vec::new();
     let mut root = None;

@@ -1,8 +1,104 @@
-//! The shapes of a grouped matrix product, checked once for every kernel; see [`moeut_plugin_api::Kernel`] for what
-//! the letters mean. Computes nothing.
+//! Calls of a kernel, opened and checked once for every kernel that is a node of the graph: tensors out of handles, the
+//! shapes of a grouped matrix product and of a σ-MoE layer, and the order of a node's inputs. See
+//! [`moeut_plugin_api::Kernel`] for what the letters mean. Computes nothing.
 
-use moeut_plugin_api::PluginError;
+use moeut_plugin_api::kernel::{Activation, MoeMlp};
+use moeut_plugin_api::{GroupedMatmul, PluginError, TensorHandle};
 use tch::Tensor;
+
+use crate::error::OrPluginError;
+use crate::function::{Function, apply};
+use crate::handle::{IntoHandle, IntoTensor};
+
+/// Positions among the inputs of a [`product`]'s node.
+pub mod product_inputs {
+    /// `x [R, K]`.
+    pub const X: usize = 0;
+    /// `weight [E, K, N]`; `order`, `inverse` and `ends` follow.
+    pub const WEIGHT: usize = 1;
+    /// `gate [M / n, n]`, which may be absent.
+    pub const GATE: usize = 5;
+}
+
+/// Positions among the inputs of an [`mlp`]'s node.
+pub mod mlp_inputs {
+    /// `x [T, D]`.
+    pub const X: usize = 0;
+    /// `w1 [E, D, S]`.
+    pub const W1: usize = 1;
+    /// `w2 [E, S, D]`.
+    pub const W2: usize = 2;
+    /// `gate [T, K]`; `order`, `inverse` and `ends` follow.
+    pub const GATE: usize = 3;
+    /// `b1 [E, S]`, which may be absent.
+    pub const B1: usize = 7;
+    /// With `b1`.
+    pub const N_INPUTS: usize = 8;
+}
+
+/// Applies the node that kernel `name` has for a grouped matrix product. `open` looks at `x` first and refuses what the
+/// kernel does not take.
+///
+/// # Errors
+/// Whatever `open` says, shapes that do not fit, and whatever the node says.
+pub fn product<O, F: Function>(
+    name: &str,
+    call: GroupedMatmul,
+    open: impl FnOnce(&Tensor) -> Result<O, PluginError>,
+    node: impl FnOnce(O, Fanout) -> F,
+) -> Result<TensorHandle, PluginError> {
+    let (x, weight) = (call.x.into_tensor(), call.weight.into_tensor());
+    let opened = open(&x)?;
+    let order = call.selection.order.into_tensor();
+    let inverse = call.selection.inverse.into_tensor();
+    let ends = call.selection.ends.into_tensor();
+    let gate = call.gate.map(IntoTensor::into_tensor);
+    let fanout = Fanout::of(&x, &weight, &order, gate.as_ref())?;
+    let mut inputs = vec![&x, &weight, &order, &inverse, &ends];
+    inputs.extend(&gate);
+    apply(node(opened, fanout), &inputs)
+        .map(|mut outputs| outputs.swap_remove(0).into_handle())
+        .or_plugin_error(&format!(
+            "kernel `{name}` cannot compute the grouped matrix product"
+        ))
+}
+
+/// Applies the node that kernel `name` has for a σ-MoE layer with one of `activations`: `node` gets what `open` made,
+/// the selections per token, and the activation.
+///
+/// # Errors
+/// As [`product`], and for another activation.
+pub fn mlp<O, F: Function>(
+    name: &str,
+    activations: &[Activation],
+    call: MoeMlp,
+    open: impl FnOnce(&Tensor) -> Result<O, PluginError>,
+    node: impl FnOnce(O, i64, Activation) -> F,
+) -> Result<TensorHandle, PluginError> {
+    let tensor = IntoTensor::into_tensor;
+    let (x, w1, w2) = (tensor(call.x), tensor(call.w1), tensor(call.w2));
+    let opened = open(&x)?;
+    let activation = call.options.activation;
+    if !activations.contains(&activation) {
+        return Err(
+            PluginError::new(format!("kernel `{name}` does not know this activation"))
+                .why(format!(
+                    "its `moe_mlp` has {activations:?}, not {activation:?}"
+                ))
+                .fix("set `-moe.kernel reference`"),
+        );
+    }
+    let (gate, b1) = (tensor(call.gate), call.b1.map(tensor));
+    let order = tensor(call.selection.order);
+    let inverse = tensor(call.selection.inverse);
+    let ends = tensor(call.selection.ends);
+    let top_k = mlp_top_k(&x, &w1, b1.as_ref(), &w2, &gate, &order)?;
+    let mut inputs = vec![&x, &w1, &w2, &gate, &order, &inverse, &ends];
+    inputs.extend(&b1);
+    apply(node(opened, top_k, activation), &inputs)
+        .map(|mut outputs| outputs.swap_remove(0).into_handle())
+        .or_plugin_error(&format!("kernel `{name}` cannot compute the σ-MoE layer"))
+}
 
 /// How selections relate to rows of input and of output.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -56,7 +152,7 @@ impl Fanout {
 ///
 /// # Errors
 /// If they do not fit each other.
-pub fn mlp_top_k(
+fn mlp_top_k(
     x: &Tensor,
     w1: &Tensor,
     b1: Option<&Tensor>,

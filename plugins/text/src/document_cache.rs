@@ -33,11 +33,7 @@ impl Work<'_> {
     ) -> Result<(), TextError> {
         let path = self.cache.chunk_path(self.split, shard);
         let mut file = AtomicFile::create(&path)?;
-        let mut info = ChunkInfo {
-            n_tokens: 0,
-            n_documents: 0,
-            utf8_bytes: 0,
-        };
+        let mut info = ChunkInfo::default();
         let (mut bytes, mut ids, mut lengths) = (Vec::new(), Vec::new(), Vec::new());
         for document in self.shards.documents(shard)? {
             let text = document?;

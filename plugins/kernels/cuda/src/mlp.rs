@@ -4,6 +4,7 @@
 //! of the tokens is ever made.
 
 use moeut_plugin_api::kernel::Activation;
+use moeut_torch::grouped::mlp_inputs::{B1, GATE, N_INPUTS, W1, W2, X};
 use moeut_torch::padding::{like, padded_weight};
 use moeut_torch::{Autocast, Context, Function, FunctionError};
 use tch::{Kind, Tensor};
@@ -21,14 +22,6 @@ pub(crate) struct Mlp {
     /// One of [`ACTIVATIONS`].
     pub(crate) activation: Activation,
 }
-
-/// Positions among the inputs of [`Mlp`].
-const X: usize = 0;
-const W1: usize = 1;
-const W2: usize = 2;
-const GATE: usize = 3;
-const B1: usize = 7;
-const N_INPUTS: usize = 8;
 
 impl Function for Mlp {
     /// Rows are sorted by expert; `t` is the token of a row.

@@ -1,6 +1,9 @@
 //! The grouped matrix product as one node of the graph. The kernel's checks are in the crate's root.
 
-use moeut_torch::grouped::Fanout;
+use moeut_torch::grouped::{
+    Fanout,
+    product_inputs::{GATE, WEIGHT, X},
+};
 use moeut_torch::padding::{like, padded_weight};
 use moeut_torch::{Autocast, Context, Function, FunctionError};
 use tch::Tensor;
@@ -13,11 +16,6 @@ pub(crate) struct Product {
     pub(crate) ops: Ops,
     pub(crate) fanout: Fanout,
 }
-
-/// Positions among the inputs of [`Product`].
-const X: usize = 0;
-const WEIGHT: usize = 1;
-const GATE: usize = 5;
 
 impl Function for Product {
     /// ```text

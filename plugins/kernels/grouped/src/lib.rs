@@ -13,8 +13,8 @@ use moeut_plugin_api::kernel::{Fused, FusedCall, MoeMlp};
 use moeut_plugin_api::{
     Capabilities, DType, GroupedMatmul, Host, Kernel, PluginError, TensorHandle,
 };
-use moeut_torch::grouped::{Fanout, mlp_top_k};
-use moeut_torch::{IntoHandle, IntoTensor, OrPluginError, apply, dtype};
+use moeut_torch::dtype;
+use moeut_torch::grouped;
 use tch::Tensor;
 
 use mlp::Mlp;
@@ -58,46 +58,18 @@ impl Kernel for Grouped {
 
     /// Computes in the element type of `x`, whatever autocast says; gradients have the types of their inputs.
     fn grouped_matmul(&self, call: GroupedMatmul) -> Result<TensorHandle, PluginError> {
-        let (x, weight) = (call.x.into_tensor(), call.weight.into_tensor());
-        check_dtype(&x)?;
-        let order = call.selection.order.into_tensor();
-        let inverse = call.selection.inverse.into_tensor();
-        let ends = call.selection.ends.into_tensor();
-        let gate = call.gate.map(IntoTensor::into_tensor);
-        let product = Product(Fanout::of(&x, &weight, &order, gate.as_ref())?);
-        let mut inputs = vec![&x, &weight, &order, &inverse, &ends];
-        inputs.extend(&gate);
-        apply(product, &inputs)
-            .map(|mut outputs| outputs.swap_remove(0).into_handle())
-            .or_plugin_error("kernel `grouped` cannot compute the grouped matrix product")
+        grouped::product(Self::NAME, call, check_dtype, |(), fanout| Product(fanout))
     }
 
     /// Computes and answers as [`Kernel::grouped_matmul`].
     fn moe_mlp(&self, call: MoeMlp) -> Result<TensorHandle, PluginError> {
-        let tensor = IntoTensor::into_tensor;
-        let (x, w1, w2) = (tensor(call.x), tensor(call.w1), tensor(call.w2));
-        check_dtype(&x)?;
-        let activation = call.options.activation;
-        if !mlp::ACTIVATIONS.contains(&activation) {
-            return Err(
-                PluginError::new("kernel `grouped` does not know this activation")
-                    .why(format!(
-                        "its `moe_mlp` has {:?}, not {activation:?}",
-                        mlp::ACTIVATIONS
-                    ))
-                    .fix("set `-moe.kernel reference`"),
-            );
-        }
-        let (gate, b1) = (tensor(call.gate), call.b1.map(tensor));
-        let order = tensor(call.selection.order);
-        let inverse = tensor(call.selection.inverse);
-        let ends = tensor(call.selection.ends);
-        let top_k = mlp_top_k(&x, &w1, b1.as_ref(), &w2, &gate, &order)?;
-        let mut inputs = vec![&x, &w1, &w2, &gate, &order, &inverse, &ends];
-        inputs.extend(&b1);
-        apply(Mlp { top_k, activation }, &inputs)
-            .map(|mut outputs| outputs.swap_remove(0).into_handle())
-            .or_plugin_error("kernel `grouped` cannot compute the σ-MoE layer")
+        grouped::mlp(
+            Self::NAME,
+            &mlp::ACTIVATIONS,
+            call,
+            check_dtype,
+            |(), top_k, activation| Mlp { top_k, activation },
+        )
     }
 }
 
@@ -118,7 +90,7 @@ fn check_dtype(x: &Tensor) -> Result<(), PluginError> {
 #[cfg(test)]
 mod tests {
     use moeut_plugin_api::abi::client::KernelClient;
-    use moeut_torch::testing;
+    use moeut_torch::{IntoHandle, IntoTensor, testing};
     use tch::{Device, Kind};
 
     use super::*;

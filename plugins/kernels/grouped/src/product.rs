@@ -1,6 +1,9 @@
 //! The grouped matrix product as one node of the graph. The kernel's checks are in the crate's root.
 
-use moeut_torch::grouped::Fanout;
+use moeut_torch::grouped::{
+    Fanout,
+    product_inputs::{GATE, WEIGHT, X},
+};
 use moeut_torch::padding::{padded_rows, padded_weight};
 use moeut_torch::{Autocast, Context, Function, FunctionError};
 use tch::Tensor;
@@ -9,11 +12,6 @@ use crate::ops::{divided, first_columns, grouped_mm, grouped_outer, sum_rows};
 
 /// One call as a differentiable function of `x, weight, order, inverse, ends` and perhaps `gate`.
 pub(crate) struct Product(pub(crate) Fanout);
-
-/// Positions among the inputs of [`Product`].
-const X: usize = 0;
-const WEIGHT: usize = 1;
-const GATE: usize = 5;
 
 impl Function for Product {
     /// ```text
