@@ -132,7 +132,7 @@ mod tests {
         Record {
             step,
             scalars: vec![("train/loss".to_owned(), 7.25)],
-            texts: Vec::new(),
+            ..Record::default()
         }
     }
 
@@ -153,6 +153,7 @@ mod tests {
                 ("step".to_owned(), 1.0),
             ],
             texts: vec![("sample".to_owned(), "a \"b\"\nc".to_owned())],
+            ..Record::default()
         };
         let line = format(
             &record,

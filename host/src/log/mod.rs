@@ -10,6 +10,8 @@ mod terminal;
 
 use std::path::PathBuf;
 
+use moeut_plot::Plot;
+
 pub use jsonl::Jsonl;
 pub use sinks::Sinks;
 pub use tensorboard::TensorBoard;
@@ -24,6 +26,8 @@ pub struct Record {
     pub scalars: Vec<(String, f64)>,
     /// Texts by name.
     pub texts: Vec<(String, String)>,
+    /// Charts by name.
+    pub plots: Vec<(String, Plot)>,
 }
 
 /// A place that records go to.

@@ -1,7 +1,7 @@
 //! The thread between the train loop and the sinks.
 //!
-//! Scalars are never dropped by the queue: when it is full the caller waits. Texts are, because a slow dashboard must
-//! not slow down training for the sake of a sample. A sink that fails keeps its records for the next attempts.
+//! Scalars are never dropped by the queue: when it is full the caller waits. Texts and charts are, because a slow
+//! dashboard must not slow down training for their sake. A sink that fails keeps its records for the next attempts.
 
 use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -23,7 +23,7 @@ pub struct Sinks {
     queue: Option<SyncSender<Record>>,
     thread: Option<JoinHandle<()>>,
     warnings: Arc<Mutex<Vec<String>>>,
-    n_dropped_texts: AtomicU64,
+    n_dropped: AtomicU64,
 }
 
 impl Sinks {
@@ -38,7 +38,7 @@ impl Sinks {
             queue: None,
             thread: None,
             warnings: Arc::clone(&warnings),
-            n_dropped_texts: AtomicU64::new(0),
+            n_dropped: AtomicU64::new(0),
         };
         if sinks.is_empty() {
             return started;
@@ -58,14 +58,15 @@ impl Sinks {
         started
     }
 
-    /// Hands over a record. Waits only if the sinks are a whole queue behind; the record's texts are dropped then.
+    /// Hands over a record. Waits only if the sinks are a whole queue behind; the record's texts and charts are dropped then.
     pub fn record(&self, record: Record) {
         let Some(queue) = &self.queue else {
             return;
         };
         if let Err(TrySendError::Full(mut record)) = queue.try_send(record) {
-            let n_dropped = record.texts.drain(..).count() as u64;
-            self.n_dropped_texts.fetch_add(n_dropped, Ordering::Relaxed);
+            let n_dropped = record.texts.drain(..).count() + record.plots.drain(..).count();
+            self.n_dropped
+                .fetch_add(n_dropped as u64, Ordering::Relaxed);
             if !record.scalars.is_empty() {
                 // An error means that the thread is gone, which `feed` has warned about.
                 let _ = queue.send(record);
@@ -82,10 +83,10 @@ impl Sinks {
     pub fn finish(mut self) -> Vec<String> {
         self.close();
         let mut warnings = self.take_warnings();
-        let n_dropped = self.n_dropped_texts.load(Ordering::Relaxed);
+        let n_dropped = self.n_dropped.load(Ordering::Relaxed);
         if n_dropped > 0 {
             warnings.push(format!(
-                "{n_dropped} logged texts were dropped, because the sinks were too slow"
+                "{n_dropped} texts and charts were not logged, because the sinks were too slow"
             ));
         }
         warnings
@@ -122,6 +123,9 @@ fn feed(sinks: Vec<Box<dyn Sink>>, records: &Receiver<Record>, warnings: &Mutex<
             *name = normalize_name(name);
         }
         for (name, _) in &mut record.texts {
+            *name = normalize_name(name);
+        }
+        for (name, _) in &mut record.plots {
             *name = normalize_name(name);
         }
         let record = Arc::new(record);
@@ -284,6 +288,7 @@ mod tests {
             step,
             scalars: vec![("/train//loss".to_owned(), 1.0)],
             texts: vec![("sample/".to_owned(), "text".to_owned())],
+            ..Record::default()
         }
     }
 
@@ -378,7 +383,7 @@ mod tests {
         let warnings = sinks.finish();
         let n_seen = seen.iter().count();
         assert!(n_seen <= 2);
-        let expected = format!("{} logged texts were dropped", 5 - n_seen);
+        let expected = format!("{} texts and charts were not logged", 5 - n_seen);
         assert!(warnings[0].starts_with(&expected), "{warnings:?}");
     }
 

@@ -302,6 +302,7 @@ mod tests {
             step: 300,
             scalars: vec![("train/loss".to_owned(), 7.25), ("lr".to_owned(), 0.5)],
             texts: vec![("sample".to_owned(), "Once upon".repeat(50))],
+            ..Record::default()
         })
         .unwrap();
         sink.flush().unwrap();

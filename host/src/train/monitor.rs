@@ -258,7 +258,7 @@ impl Monitor {
         self.sinks.record(Record {
             step,
             scalars,
-            texts: Vec::new(),
+            ..Record::default()
         });
         self.clock = Clock::new(state.n_tokens);
     }
@@ -268,8 +268,8 @@ impl Monitor {
         self.message(&format!("sample {index}: {text}"));
         self.sinks.record(Record {
             step,
-            scalars: Vec::new(),
             texts: vec![(format!("examples/{index}"), text.to_owned())],
+            ..Record::default()
         });
     }
 
@@ -278,7 +278,7 @@ impl Monitor {
         self.sinks.record(Record {
             step,
             scalars,
-            texts: Vec::new(),
+            ..Record::default()
         });
     }
 
