@@ -32,10 +32,13 @@ pub(crate) fn libtorch_root(repo: &Path) -> PathBuf {
     repo.join(".libtorch")
 }
 
-/// A libtorch of the user's own, if `LIBTORCH` names one. (Cargo itself sets it to ours otherwise.)
+/// A libtorch of the user's own, if `LIBTORCH` names one. (Cargo itself sets it to ours otherwise.) Several checkouts
+/// may share ours through a link.
 pub(crate) fn foreign_libtorch(repo: &Path) -> Option<PathBuf> {
     let path = PathBuf::from(env::var_os("LIBTORCH")?);
-    (path != libtorch_root(repo).join("torch")).then_some(path)
+    let ours = libtorch_root(repo).join("torch");
+    let resolved = |path: &Path| path.canonicalize().unwrap_or_else(|_| path.to_owned());
+    (resolved(&path) != resolved(&ours)).then_some(path)
 }
 
 /// Installs what `set` lacks below `repo`; a second call finds nothing to do.
