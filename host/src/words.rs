@@ -76,6 +76,12 @@ impl<'a> Words<'a> {
         found.map(|&(_, value)| value)
     }
 
+    /// Every value of a flag that may be given several times.
+    pub(crate) fn values(&self, name: &'a str) -> impl Iterator<Item = &'a str> {
+        let given = self.flags.iter().filter(move |(flag, _)| *flag == name);
+        given.map(|&(_, value)| value)
+    }
+
     /// Refuses flags of other forms of the command.
     ///
     /// # Errors

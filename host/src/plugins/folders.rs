@@ -28,19 +28,20 @@ pub fn search_path(plugin_dirs: &[String]) -> Vec<Folder> {
     {
         all.push(folder(parent.join("plugins"), "beside the executable"));
     }
-    if let Some(data) = data_folder() {
-        all.push(folder(data.join("moeut/plugins"), "your data folder"));
+    if let Some(own) = users_folder() {
+        all.push(folder(own, "your data folder"));
     }
     all.push(folder("plugins".into(), "the current folder"));
     without_repeats(all)
 }
 
-/// `$XDG_DATA_HOME`, by default `~/.local/share`.
-fn data_folder() -> Option<PathBuf> {
-    std::env::var_os("XDG_DATA_HOME")
+/// Where a user's own plugins are installed: `$XDG_DATA_HOME/moeut/plugins`, by default below `~/.local/share`.
+pub fn users_folder() -> Option<PathBuf> {
+    let data = std::env::var_os("XDG_DATA_HOME")
         .map(PathBuf::from)
         .filter(|path| path.is_absolute())
-        .or_else(|| Some(PathBuf::from(std::env::var_os("HOME")?).join(".local/share")))
+        .or_else(|| Some(PathBuf::from(std::env::var_os("HOME")?).join(".local/share")));
+    Some(data?.join("moeut/plugins"))
 }
 
 fn without_repeats(all: Vec<Folder>) -> Vec<Folder> {

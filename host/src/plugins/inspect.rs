@@ -12,7 +12,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 /// Larger files are no plugins of ours: the largest so far has 5 MB unstripped.
-const MAX_BYTES: u64 = 1 << 30;
+pub const MAX_BYTES: u64 = 1 << 30;
 
 /// A plugin file that may be opened.
 #[derive(Debug)]
@@ -224,15 +224,19 @@ pub fn read(path: &Path) -> Result<Contents, Refusal> {
 
 /// The components that a refused file says it has, for whoever asks for one of them; none if it does not say.
 pub fn claims(path: &Path) -> Vec<(ComponentKind, String)> {
+    let components = records(path).map_or_else(Vec::new, |(_, components)| components);
+    components
+        .into_iter()
+        .map(|component| (component.kind, component.name))
+        .collect()
+}
+
+/// What a file says of itself, whether or not it would be refused; none if it does not say.
+pub fn records(path: &Path) -> Option<(PluginRecord, Vec<ComponentRecord>)> {
     let mut bytes = Vec::new();
-    let read = File::open(path).and_then(|file| file.take(MAX_BYTES).read_to_end(&mut bytes));
-    match read.ok().map(|_| read_records(&bytes)) {
-        Some(Ok((_, components))) => components
-            .into_iter()
-            .map(|component| (component.kind, component.name))
-            .collect(),
-        Some(Err(_)) | None => Vec::new(),
-    }
+    let file = File::open(path).ok()?;
+    file.take(MAX_BYTES).read_to_end(&mut bytes).ok()?;
+    read_records(&bytes).ok()
 }
 
 /// Refuses a file that others may change, or replace: in its folder or, behind a link, in the one where it really is.
@@ -278,8 +282,7 @@ fn current_user() -> Option<u32> {
 /// # Errors
 /// If it is no library for this kind of machine, or has no manifest.
 pub fn read_records(bytes: &[u8]) -> Result<(PluginRecord, Vec<ComponentRecord>), Refusal> {
-    let not_a_library = |error: object::Error| Refusal::NotALibrary(error.to_string());
-    let elf = object::File::parse(bytes).map_err(not_a_library)?;
+    let elf = parse(bytes)?;
     let machine = format!("{:?}", elf.architecture());
     if !machine.eq_ignore_ascii_case(std::env::consts::ARCH) {
         return Err(Refusal::OtherTarget {
@@ -287,8 +290,27 @@ pub fn read_records(bytes: &[u8]) -> Result<(PluginRecord, Vec<ComponentRecord>)
             have: moeut_plugin_api::abi::manifest::TARGET,
         });
     }
+    records_of(&elf)
+}
+
+/// As [`read_records`], also for libraries of other machines, which are packed and not opened.
+///
+/// # Errors
+/// If it is no library, or has no manifest.
+pub fn read_records_of_any_machine(
+    bytes: &[u8],
+) -> Result<(PluginRecord, Vec<ComponentRecord>), Refusal> {
+    records_of(&parse(bytes)?)
+}
+
+fn parse(bytes: &[u8]) -> Result<object::File<'_>, Refusal> {
+    object::File::parse(bytes).map_err(|error| Refusal::NotALibrary(error.to_string()))
+}
+
+fn records_of(elf: &object::File<'_>) -> Result<(PluginRecord, Vec<ComponentRecord>), Refusal> {
     let section = elf.section_by_name(SECTION).ok_or(Refusal::NotAPlugin)?;
-    parse_records(section.data().map_err(not_a_library)?)
+    let data = section.data();
+    parse_records(data.map_err(|error| Refusal::NotALibrary(error.to_string()))?)
 }
 
 /// Parses the manifest's lines.
@@ -360,13 +382,6 @@ pub fn check_target(plugin: &PluginRecord) -> Result<(), Refusal> {
 /// If it is one.
 pub fn check_libtorch(plugin: &PluginRecord) -> Result<(), Refusal> {
     let have = moeut_torch::LIBTORCH_VERSION;
-    let minor = |version: &str| {
-        version
-            .splitn(3, '.')
-            .take(2)
-            .map(str::to_owned)
-            .collect::<Vec<_>>()
-    };
     if !plugin.libtorch.is_empty() && minor(&plugin.libtorch) != minor(have) {
         return Err(Refusal::OtherLibtorch {
             found: plugin.libtorch.clone(),
@@ -376,7 +391,12 @@ pub fn check_libtorch(plugin: &PluginRecord) -> Result<(), Refusal> {
     Ok(())
 }
 
-fn hex(bytes: &[u8]) -> String {
+/// `2.11` of `2.11.0`.
+pub(super) fn minor(version: &str) -> String {
+    version.splitn(3, '.').take(2).collect::<Vec<_>>().join(".")
+}
+
+pub(super) fn hex(bytes: &[u8]) -> String {
     bytes.iter().fold(String::new(), |mut text, byte| {
         let _ = write!(text, "{byte:02x}");
         text

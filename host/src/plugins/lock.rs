@@ -145,6 +145,20 @@ pub enum Policy {
 }
 
 impl Policy {
+    /// What `-plugin_verify` on a command line says. Abbreviations count, too: nobody who types `-plugin_v strict` means
+    /// to be without it.
+    ///
+    /// # Errors
+    /// If it is none of the three words.
+    pub fn from_args(argv: &[String]) -> Result<Self, PluginError> {
+        const FLAG: &str = "plugin_verify";
+        const SHORTEST: usize = "plugin_v".len();
+        let given = (SHORTEST..=FLAG.len()).flat_map(|length| peek(argv, &FLAG[..length]));
+        given
+            .last()
+            .map_or(Ok(Self::default()), |word| Self::parse(&word))
+    }
+
     /// What `-plugin_verify` says.
     ///
     /// # Errors
@@ -180,20 +194,12 @@ pub enum Pass {
 }
 
 impl Gate {
-    /// What `-plugin_verify` on a command line asks for, with the lock in the working folder. Abbreviations count, too:
-    /// nobody who types `-plugin_v strict` means to be without it.
+    /// What `-plugin_verify` on a command line asks for, with the lock in the working folder.
     ///
     /// # Errors
     /// If the policy is unknown, or see [`Self::open`].
     pub fn from_args(argv: &[String]) -> Result<Self, PluginError> {
-        const FLAG: &str = "plugin_verify";
-        const SHORTEST: usize = "plugin_v".len();
-        let given = (SHORTEST..=FLAG.len()).flat_map(|length| peek(argv, &FLAG[..length]));
-        let policy = match given.last() {
-            Some(word) => Policy::parse(&word)?,
-            None => Policy::default(),
-        };
-        Self::open(policy, Path::new(FILE))
+        Self::open(Policy::from_args(argv)?, Path::new(FILE))
     }
 
     /// Reads the lock at `path` if the policy is to look at it.

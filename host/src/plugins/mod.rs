@@ -2,13 +2,14 @@
 //!
 //! Data flow: [`folders`] says where to look, [`inspect`] reads a file's manifest without running it, [`library`]
 //! opens what passed and [`lock`] lets through, [`registry`] resolves names to components. [`verify`] is inspection in
-//! small steps, [`needs`] what a file asks of other libraries. One bad file never hides the good ones.
+//! small steps, [`needs`] what a file asks of other libraries, [`package`] how plugins travel. One bad file never hides the good ones.
 
 pub mod folders;
 pub mod inspect;
 pub mod library;
 pub mod lock;
 pub mod needs;
+pub mod package;
 pub mod registry;
 pub mod verify;
 

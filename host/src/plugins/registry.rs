@@ -6,6 +6,7 @@ use super::library::{self, Library};
 use super::lock::{Gate, Pass};
 use crate::args::nearest;
 use moeut_plugin_api::abi::client::PluginClient;
+use moeut_plugin_api::abi::manifest::PluginRecord;
 use moeut_plugin_api::{ComponentInfo, ComponentKind, DType, Device, PluginError};
 use std::path::{Path, PathBuf};
 
@@ -51,6 +52,15 @@ impl Component<'_> {
             "{} `{}` ({} {})",
             self.info.kind, self.info.name, plugin.name, plugin.version
         )
+    }
+}
+
+/// How to say `plugin` so that `other` is not meant.
+fn distinct(plugin: &PluginRecord, other: &PluginRecord) -> String {
+    if plugin.name == other.name {
+        format!("{}:{}", plugin.name, plugin.version)
+    } else {
+        plugin.name.clone()
     }
 }
 
@@ -180,7 +190,7 @@ impl Registry {
         })
     }
 
-    /// The component that `wanted` means: a name, an alias, or `name@plugin`.
+    /// The component that `wanted` means: a name, an alias, `name@plugin` or `name@plugin:version`.
     ///
     /// # Errors
     /// If there is none, or two different files of one folder have it and neither was chosen.
@@ -189,6 +199,11 @@ impl Registry {
             Some((name, plugin)) => (name, Some(plugin)),
             None => (wanted, None),
         };
+        let is_chosen = |of: &PluginRecord| match plugin.map(|plugin| plugin.split_once(':')) {
+            None => true,
+            Some(None) => plugin == Some(&of.name),
+            Some(Some((plugin, version))) => plugin == of.name && version == of.version,
+        };
         let matches: Vec<Component<'_>> = self
             .components()
             .filter(|component| component.info.kind == kind)
@@ -196,9 +211,7 @@ impl Registry {
                 component.info.name == name
                     || component.info.aliases.iter().any(|alias| alias == name)
             })
-            .filter(|component| {
-                plugin.is_none_or(|plugin| component.library.manifest.plugin.name == plugin)
-            })
+            .filter(|component| is_chosen(&component.library.manifest.plugin))
             .collect();
         let Some(&first) = matches.first() else {
             return Err(self.missing(kind, name, plugin));
@@ -219,7 +232,10 @@ impl Registry {
             ))
             .fix(format!(
                 "remove one of the files, or say which: `{name}@{}`",
-                first.library.manifest.plugin.name
+                distinct(
+                    &first.library.manifest.plugin,
+                    &rival.library.manifest.plugin
+                )
             ))),
         }
     }

@@ -1,6 +1,7 @@
 //! `moeut-host plugins …`: reads the words of its commands and writes what they found. The work is in [`crate::plugins`].
 
 mod new;
+mod share;
 mod show;
 
 use crate::cli::{open_registry, plugin_folders, print};
@@ -24,6 +25,12 @@ usage: moeut-host plugins list                                 every component, 
        moeut-host plugins lock [--update]                      write `plugins.lock`, which `-plugin_verify` goes by
        moeut-host plugins new task|dataset|model|kernel <name> [--api <checkout>]
                                                                a crate that builds, passes its tests and trains
+       moeut-host plugins pack <file> … [--out <package>] [--license <text>] [--key <file>]
+                                                               one file to give to others: builds, checksums, signature
+       moeut-host plugins install <package, file, folder or URL> [--into <folder>] [--keep] [--sha256 <hex>]
+                                                               check and put into your folder of plugins
+       moeut-host plugins remove <plugin>[@<version>] [--from <folder>]
+       moeut-host plugins key <file>                           a pair of keys, to sign packages
 
 Each takes `-plugin_dir` and `-plugin_verify strict|warn|off`, as training does.
 ";
@@ -31,8 +38,8 @@ Each takes `-plugin_dir` and `-plugin_verify strict|warn|off`, as training does.
 /// What is allowed everywhere is for [`crate::cli`], which reads it for itself.
 const GRAMMAR: Grammar = Grammar {
     everywhere: &["plugin_dir", "plugin_verify"],
-    with_value: &["api"],
-    switches: &["symbols", "update"],
+    with_value: &["api", "from", "into", "key", "license", "out", "sha256"],
+    switches: &["keep", "symbols", "update"],
     misuse,
 };
 
@@ -72,6 +79,22 @@ pub fn command(argv: &[String]) -> Result<u8, HostError> {
         ["new", kind, name] => {
             words.allow(&["api"])?;
             new::new(kind, name, words.value("api").map(Path::new))?
+        }
+        ["pack", ref files @ ..] => {
+            words.allow(&["key", "license", "out"])?;
+            share::pack_files(files, &words)?
+        }
+        ["install", source] => {
+            words.allow(&["into", "keep", "sha256"])?;
+            share::install_from(source, &words, argv)?
+        }
+        ["remove", wanted] => {
+            words.allow(&["from"])?;
+            share::remove_from(wanted, &words)?
+        }
+        ["key", path] => {
+            words.allow(&[])?;
+            share::make_key(Path::new(path))?
         }
         _ => {
             let why = format!("`plugins {}` is no such command", words.places.join(" "));
