@@ -21,7 +21,9 @@ use crate::{
     StreamInfo, StreamRequest, TaskPlan, TensorHandle,
 };
 use abi_stable::StableAbi;
-use abi_stable::abi_stability::abi_checking::check_layout_compatibility;
+use abi_stable::abi_stability::abi_checking::{
+    CheckingGlobals, check_layout_compatibility_with_globals,
+};
 use abi_stable::library::{LibraryError, lib_header_from_path};
 use abi_stable::sabi_trait::TD_Opaque;
 use abi_stable::std_types::{RResult, RStr, RString};
@@ -130,8 +132,11 @@ impl PluginClient {
         let header = lib_header_from_path(path).map_err(open_error)?;
         let layout = header.layout().ok_or(OpenError::NotAPlugin)?;
         // `abi_stable` lets an implementation have more calls than its interface, but a plugin of an older minor version
-        // has fewer than this host. So the plugin counts as the interface, all of which the host must know.
-        check_layout_compatibility(layout, PluginModuleRef::LAYOUT)
+        // has fewer than this host. So the plugin counts as the interface, all of which the host must know. Each plugin is
+        // compared with this host alone: the library's own memory of earlier comparisons takes the first plugin that it
+        // meets for the standard, and would refuse every newer one after an old one.
+        let nothing_before = CheckingGlobals::new();
+        check_layout_compatibility_with_globals(layout, PluginModuleRef::LAYOUT, &nothing_before)
             .map_err(|errors| other_layout(errors.to_string()))?;
         // SAFETY: every field of the plugin's layout was just found at its place in the host's; calls that the plugin
         // lacks are looked up in its own tables at run time, and have bodies of their own on this side.

@@ -331,3 +331,69 @@ fn a_misspelled_task_suggests_the_real_one() {
       help: did you mean `moeut_c4`?
     ");
 }
+
+/// What was built against API 1.0 is opened before the plugins of today or after them, and trains, saves and goes on.
+#[test]
+fn a_plugin_of_api_1_0_is_loaded_beside_those_of_today() {
+    let packed = include_bytes!("../fixtures/frozen/libmoeut_frozen.so.zst");
+    let bytes = zstd::decode_all(&packed[..]).unwrap();
+    for folder in ["first", "plugins"] {
+        let sandbox = Sandbox::full();
+        sandbox.drop_in(folder, "frozen.so", &bytes);
+        let list = sandbox
+            .run(&["plugins", "list", "-plugin_dir", folder])
+            .ok();
+        assert!(!list.stdout.contains("problem"), "{folder}: {list}");
+        assert!(!list.stdout.contains("note"), "{folder}: {list}");
+        for (kind, name) in [
+            ("task", "frozen (frozen_alias)"),
+            ("dataset", "frozen_bytes"),
+            ("model", "frozen_model"),
+            ("kernel", "frozen_kernel"),
+        ] {
+            let is_it = |line: &str| {
+                line.starts_with(kind) && line.contains(name) && line.contains(" 1.0  ")
+            };
+            assert!(list.stdout.lines().any(is_it), "{kind} {name}: {list}");
+        }
+
+        let train = |stop_after: &str| {
+            sandbox
+                .run(&[
+                    "-plugin_dir",
+                    folder,
+                    "-task",
+                    "frozen_alias",
+                    "-name",
+                    "old",
+                    "-frozen.d_model",
+                    "12",
+                    "-batch_size",
+                    "8",
+                    "-lr",
+                    "0.05",
+                    "-log_interval",
+                    "10",
+                    "-test_interval",
+                    "20",
+                    "-stop_after",
+                    stop_after,
+                ])
+                .ok()
+        };
+        let said = train("20");
+        assert!(
+            said.to_string().contains("the frozen task speaks"),
+            "{said}"
+        );
+        let said = train("40");
+        assert!(said.to_string().contains("going on from step 20"), "{said}");
+        let metrics = fs::read_to_string(sandbox.run_folder("old").join("metrics.jsonl")).unwrap();
+        let last: serde_json::Value =
+            serde_json::from_str(metrics.lines().last().unwrap()).unwrap();
+        let loss = last["validation/val/loss"].as_f64().unwrap();
+        // A text that repeats, seen byte by byte: from ln 256 = 5.5 down to what the byte before tells.
+        assert!(loss < 1.5, "{last}");
+        assert!(metrics.contains("\"frozen/norm\":"), "{metrics}");
+    }
+}
