@@ -269,22 +269,28 @@ fn git_hash(repo: &Path) -> String {
 }
 
 fn workspace(repo: &Path) -> Result<Workspace, Failure> {
+    let metadata = metadata(repo, &["--no-deps"])?;
+    Ok(Workspace {
+        target_directory: PathBuf::from(text(&metadata, "target_directory")),
+        plugins: plugins(repo, &metadata),
+    })
+}
+
+/// What `cargo metadata` says.
+pub(crate) fn metadata(repo: &Path, args: &[&str]) -> Result<Value, Failure> {
     let output = plain_cargo(repo)
-        .args(["metadata", "--no-deps", "--format-version=1"])
+        .args(["metadata", "--format-version=1"])
+        .args(args)
         .stderr(Stdio::inherit())
         .output()
         .map_err(|error| Failure::start("cargo", &error))?;
     passed(output.status)?;
-    let metadata: Value = serde_json::from_slice(&output.stdout).map_err(|error| {
+    serde_json::from_slice(&output.stdout).map_err(|error| {
         Failure::new(
             "`cargo metadata` wrote something unexpected",
             error,
             "`cargo metadata --no-deps` shows it",
         )
-    })?;
-    Ok(Workspace {
-        target_directory: PathBuf::from(text(&metadata, "target_directory")),
-        plugins: plugins(repo, &metadata),
     })
 }
 

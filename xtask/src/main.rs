@@ -9,6 +9,7 @@
 )]
 
 mod cargo;
+mod dist;
 mod failure;
 mod faults;
 mod setup;
@@ -40,9 +41,11 @@ Usage: cargo xtask <command>
                                          tokenizer below it (folders with `tokenizer.model.model`); one line each
   faults [--short] [--seed <number>]     build, then kill, starve and damage runs, and count what is lost; about
                                          5 minutes, a short one 1 minute
+  dist [--libtorch]                      build, then pack `target/dist/moeut-host-….tar.gz`, which runs without Rust;
+                                         --libtorch puts libtorch into it, else it is looked for where it runs
   lint [args]                            check formatting, then clippy on everything; warnings are errors
 
-`build`, `run`, `test`, `fixtures`, `faults` and `lint` do `setup` first if something is missing.
+`build`, `run`, `test`, `fixtures`, `faults`, `dist` and `lint` do `setup` first if something is missing.
 ";
 
 fn main() -> ExitCode {
@@ -88,6 +91,7 @@ fn dispatch(repo: &Path, args: &[String]) -> Result<(), Failure> {
         }
         "test" => cargo::test(repo, args),
         "faults" => faults::faults(repo, args),
+        "dist" => dist::dist(repo, args),
         "fixtures" => cargo::fixtures(repo, args),
         "lint" => cargo::lint(repo, args),
         "help" | "-h" | "--help" => {
@@ -96,7 +100,7 @@ fn dispatch(repo: &Path, args: &[String]) -> Result<(), Failure> {
         }
         other => Err(Failure::new(
             format!("unknown command `{other}`"),
-            "the commands are `setup`, `build`, `run`, `test`, `fixtures`, `faults` and `lint`",
+            "the commands are `setup`, `build`, `run`, `test`, `fixtures`, `faults`, `dist` and `lint`",
             "`cargo xtask help`",
         )),
     }

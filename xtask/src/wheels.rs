@@ -25,6 +25,9 @@ const fn whole(name: &'static str, file: &'static str, sha256: &'static str) -> 
     }
 }
 
+/// The version of libtorch.
+pub(crate) const LIBTORCH: &str = "2.11.0";
+
 /// libtorch itself.
 pub(crate) const TORCH: Wheel = Wheel {
     name: "torch",

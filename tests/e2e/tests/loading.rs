@@ -340,11 +340,11 @@ fn a_plugin_of_api_1_0_is_loaded_beside_those_of_today() {
     for folder in ["first", "plugins"] {
         let sandbox = Sandbox::full();
         sandbox.drop_in(folder, "frozen.so", &bytes);
-        let list = sandbox
+        let shown = sandbox
             .run(&["plugins", "list", "-plugin_dir", folder])
             .ok();
-        assert!(!list.stdout.contains("problem"), "{folder}: {list}");
-        assert!(!list.stdout.contains("note"), "{folder}: {list}");
+        assert!(!shown.stdout.contains("problem"), "{folder}: {shown}");
+        assert!(!shown.stdout.contains("note"), "{folder}: {shown}");
         for (kind, name) in [
             ("task", "frozen (frozen_alias)"),
             ("dataset", "frozen_bytes"),
@@ -354,7 +354,7 @@ fn a_plugin_of_api_1_0_is_loaded_beside_those_of_today() {
             let is_it = |line: &str| {
                 line.starts_with(kind) && line.contains(name) && line.contains(" 1.0  ")
             };
-            assert!(list.stdout.lines().any(is_it), "{kind} {name}: {list}");
+            assert!(shown.stdout.lines().any(is_it), "{kind} {name}: {shown}");
         }
 
         let train = |stop_after: &str| {
