@@ -188,7 +188,7 @@ fn error_bar(drawing: &mut Drawing, x: f32, low: f32, high: f32, color: color::C
 pub(crate) fn bars(bars: &Bars, title: &str) -> Drawing {
     let n_places = bars.series.iter().map(|s| s.y.len()).max().unwrap_or(0);
     let values = bars.series.iter().flat_map(Series::heights);
-    let y_span = Span::of(&bars.y, values, 0.05).with_zero();
+    let y_span = Span::from_zero(&bars.y, values, 0.05);
     // Numbered places may have numbers of their own: the series' x.
     let mut names = bars.x.names.clone();
     if let (true, Some(first)) = (names.is_empty(), bars.series.first()) {
@@ -256,7 +256,7 @@ pub(crate) fn histogram(histogram: &Histogram, title: &str) -> Drawing {
     };
     let x_span = Span::of(&x_axis, edges.iter().copied(), 0.0);
     let counts = histogram.counts.iter().map(|&count| count as f64);
-    let y_span = Span::of(&Axis::default(), counts, 0.05).with_zero();
+    let y_span = Span::from_zero(&Axis::default(), counts, 0.05);
     let x = Side::of_span("", &x_span, N_TICKS);
     let y = Side::of_span("values", &y_span, N_TICKS);
     let (mut drawing, area) = axes::chart(title, (WIDTH, HEIGHT), &x, &y, 0.0);

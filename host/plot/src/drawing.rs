@@ -95,10 +95,11 @@ impl Area {
         self.top + self.height
     }
 
-    /// The point at a share of width and height, from the lower left corner.
+    /// The point at a share of width and height, from the lower left corner. What is a million widths away is put
+    /// there, where it still is a number.
     pub(crate) fn at(&self, x: f64, y: f64) -> (f32, f32) {
         #[expect(clippy::cast_possible_truncation, reason = "a place on paper")]
-        let (x, y) = (x as f32, y as f32);
+        let [x, y] = [x, y].map(|share| share.clamp(-1e6, 1e6) as f32);
         (self.left + x * self.width, self.bottom() - y * self.height)
     }
 

@@ -12,7 +12,7 @@ use crate::ticks::{Span, Tick};
 const MAX_WIDTH: f32 = 560.0;
 const MAX_HEIGHT: f32 = 420.0;
 /// Sides of a cell, where there is room for it.
-const MAX_CELL: f32 = 26.0;
+const MAX_CELL: f32 = 28.0;
 const MIN_CELL: f32 = 1.0;
 /// Matrices with no more cells are drawn cell by cell, which prints well at any size; others as one picture.
 const MAX_BOXES: usize = 1600;
@@ -202,7 +202,7 @@ fn cells_size(n_rows: usize, n_cols: usize, shows_values: bool) -> (f32, f32) {
         height = width;
     }
     if shows_values {
-        (width, height) = (width.max(34.0), height.max(18.0));
+        (width, height) = (width.max(40.0), height.max(24.0));
     }
     let (width, height) = (
         width.max(MIN_CELL.min(2048.0 / cols)),

@@ -90,16 +90,20 @@ impl Span {
         }
     }
 
-    /// The same with zero, from which bars grow.
-    pub(crate) fn with_zero(self) -> Self {
-        match self.scale {
-            Scale::Linear => Self {
-                low: self.low.min(0.0),
-                high: self.high.max(0.0),
-                ..self
-            },
-            Scale::Log => self,
+    /// As [`Self::of`], and with zero, from which bars grow: no margin on that side of it.
+    pub(crate) fn from_zero(axis: &Axis, values: impl Iterator<Item = f64>, margin: f64) -> Self {
+        if axis.scale == Scale::Log || axis.limits.is_some() {
+            return Self::of(axis, values, margin);
         }
+        let mut span = Self::of(axis, values.chain([0.0]), 0.0);
+        let room = (span.high - span.low) * margin;
+        if span.low < 0.0 {
+            span.low -= room;
+        }
+        if span.high > 0.0 {
+            span.high += room;
+        }
+        span
     }
 
     /// How far along the axis a value is: 0 at its beginning, 1 at its end. None for what the axis has no place for.
@@ -311,6 +315,15 @@ mod tests {
                 assert!(span.ticks(6).len() < 100);
             }
         }
+    }
+
+    #[test]
+    fn bars_begin_at_zero_exactly() {
+        let span = |values: [f64; 2]| Span::from_zero(&Axis::default(), values.into_iter(), 0.1);
+        let ends = |span: Span| (span.low, span.high);
+        assert_eq!(ends(span([5.0, 10.0])), (0.0, 11.0));
+        assert_eq!(ends(span([-10.0, -5.0])), (-11.0, 0.0));
+        assert_eq!(ends(span([-5.0, 5.0])), (-6.0, 6.0));
     }
 
     #[test]
