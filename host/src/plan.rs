@@ -5,6 +5,7 @@ use crate::error::HostError;
 use crate::log::Terminal;
 use crate::plugins::{Component, Registry};
 use crate::services::Services;
+use crate::train::border::check_plan;
 use moeut_plugin_api::abi::client::HostServices;
 use moeut_plugin_api::{ComponentKind, PluginError, RunFacts, TaskPlan};
 use std::collections::{BTreeMap, BTreeSet};
@@ -69,7 +70,7 @@ pub fn resolve_with(
 /// Asks a task what to build.
 ///
 /// # Errors
-/// If the task refuses its arguments.
+/// If the task refuses its arguments, or its plan cannot be carried out.
 pub fn ask(
     task: Component<'_>,
     arguments: &Arguments,
@@ -82,9 +83,11 @@ pub fn ask(
         n_steps: config.n_steps.filter(|&n_steps| n_steps > 0),
     };
     let client = task.client();
-    client
+    let plan = client
         .new_task(&task.info.name, &own, services)?
-        .plan(&facts)
+        .plan(&facts)?;
+    check_plan(&task.info.name, &plan)?;
+    Ok(plan)
 }
 
 /// Who accepts arguments as far as `argv` alone says: the host, the task that it names, and every component that is no

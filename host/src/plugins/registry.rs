@@ -7,7 +7,7 @@ use super::lock::{Gate, Pass};
 use crate::args::nearest;
 use moeut_plugin_api::abi::client::PluginClient;
 use moeut_plugin_api::abi::manifest::PluginRecord;
-use moeut_plugin_api::{ComponentInfo, ComponentKind, DType, Device, PluginError};
+use moeut_plugin_api::{Capabilities, ComponentInfo, ComponentKind, DType, Device, PluginError};
 use std::path::{Path, PathBuf};
 
 /// The plugins of a search path, opened.
@@ -52,6 +52,28 @@ impl Component<'_> {
             "{} `{}` ({} {})",
             self.info.kind, self.info.name, plugin.name, plugin.version
         )
+    }
+}
+
+/// `it computes f32, f64 on the CPU and nothing on a GPU`.
+fn abilities(capabilities: Option<&Capabilities>) -> String {
+    let list = |types: &[DType]| match types {
+        [] => "nothing".to_owned(),
+        types => types
+            .iter()
+            .map(ToString::to_string)
+            .collect::<Vec<_>>()
+            .join(", "),
+    };
+    match capabilities {
+        Some(Capabilities { cpu, cuda, .. }) => {
+            format!(
+                "it computes {} on the CPU and {} on a GPU",
+                list(cpu),
+                list(cuda)
+            )
+        }
+        None => "it does not say what it can".to_owned(),
     }
 }
 
@@ -262,7 +284,7 @@ impl Registry {
                 Err(PluginError::new(format!(
                     "kernel `{wanted}` does not support {dtype} on {device}"
                 ))
-                .why(format!("it says: {:?}", component.info.capabilities))
+                .why(abilities(component.info.capabilities.as_ref()))
                 .fix("set `-moe.kernel auto`"))
             };
         }

@@ -3,6 +3,7 @@
 
 use super::TrainError;
 use super::batches::{BatchShape, Batches};
+use super::border::check_parameters;
 use super::device::{Placement, place};
 use super::evaluate::EvalStream;
 use super::generate::Sampling;
@@ -267,7 +268,12 @@ impl Site<'_> {
         self.registry.find(ComponentKind::Model, &plan.model)?;
         let tokenizer = self.stream(&plan.train)?;
         let info = tokenizer.info()?;
-        let train = Stream::new(Arc::clone(&tokenizer), size(plan.train.seq_len)?, &info)?;
+        let train = Stream::new(
+            &plan.train.dataset,
+            Arc::clone(&tokenizer),
+            size(plan.train.seq_len)?,
+            &info,
+        )?;
         let validation = plan
             .validation
             .iter()
@@ -542,7 +548,7 @@ pub(crate) fn eval_stream(
     let info = dataset.info()?;
     Ok(EvalStream {
         name: request.name.clone(),
-        stream: Stream::new(dataset, size(request.seq_len)?, &info)?,
+        stream: Stream::new(&request.dataset, dataset, size(request.seq_len)?, &info)?,
         utf8_bytes_per_token: info.utf8_bytes_per_token,
     })
 }
@@ -588,13 +594,19 @@ pub(crate) fn size(number: u64) -> Result<usize, PluginError> {
 /// All tensors of a model, and those that are trained.
 pub(crate) fn parameters(model: &ModelClient) -> Result<(Named, Named), PluginError> {
     let (mut all, mut trainable) = (Vec::new(), Vec::new());
+    let mut trained = Vec::new();
     for parameter in model.parameters()? {
         let tensor = parameter.tensor.into_tensor();
         if parameter.is_trainable {
             trainable.push((parameter.name.clone(), tensor.shallow_clone()));
         }
+        trained.push(parameter.is_trainable);
         all.push((parameter.name, tensor));
     }
+    let described = all.iter().zip(&trained);
+    check_parameters(
+        described.map(|((name, tensor), is_trained)| (name.as_str(), tensor, *is_trained)),
+    )?;
     Ok((all, trainable))
 }
 

@@ -87,6 +87,7 @@ fn score(
         let (inputs, targets) = inputs_and_targets(&tokens_tb);
         let output = forward(
             model,
+            &inputs,
             ForwardInput {
                 tokens_tb: inputs.share(),
                 is_training: false,

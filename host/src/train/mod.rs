@@ -1,6 +1,7 @@
 //! The training loop: read [`train`] and [`train_step`] first, they are the table of contents.
 
 pub mod batches;
+pub(crate) mod border;
 pub mod build;
 pub mod device;
 pub mod dry_run;
@@ -120,7 +121,7 @@ fn forward_backward(run: &mut Run, batch: &[Microbatch]) -> Result<StepStats, Tr
                 wants_stats: run.monitor.wants_stats(&run.state),
                 past: run.segments.training(index, forgets || microbatch.is_start),
             };
-            forward(&mut run.model, input)?
+            forward(&mut run.model, &inputs, input)?
         };
         let loss = mean_loss(&output.logits, &targets, microbatch.n_targets)?;
         run.inspector.output(index, &output, &loss);
@@ -150,19 +151,26 @@ pub struct Output {
 /// Calls the model.
 ///
 /// # Errors
-/// Whatever the model says.
-pub fn forward(model: &mut ModelClient, input: ForwardInput) -> Result<Output, TrainError> {
+/// Whatever the model says, and if it returns what it should not.
+pub fn forward(
+    model: &mut ModelClient,
+    tokens_tb: &Tensor,
+    input: ForwardInput,
+) -> Result<Output, TrainError> {
+    let is_training = input.is_training;
     let named = |all: Vec<NamedTensor>| {
         all.into_iter()
             .map(|item| (item.name, item.tensor.into_tensor()))
             .collect()
     };
     let output = model.forward(input)?;
-    Ok(Output {
+    let output = Output {
         logits: output.logits_tbv.into_tensor(),
         regularizers: named(output.regularizers),
         stats: named(output.stats),
-    })
+    };
+    border::check_output(&output, tokens_tb, is_training)?;
+    Ok(output)
 }
 
 /// A size as libtorch wants it.

@@ -8,6 +8,7 @@
 //! A causal model sees nothing of what is behind a document's end, and no loss is taken there. Routers see it: the
 //! balancing of experts counts a padded place as one more token 0.
 
+use super::border::{check_info, check_tokens};
 use super::int;
 use moeut_plugin_api::abi::client::TokenDatasetClient;
 use moeut_plugin_api::{PluginError, StreamInfo};
@@ -26,6 +27,7 @@ pub struct Stream {
     dataset: Arc<TokenDatasetClient>,
     seq_len: usize,
     n_windows: u64,
+    vocab_size: u64,
     /// Tokens of each document; none if windows are cut from one stream.
     lengths: Option<Arc<[u32]>>,
 }
@@ -39,15 +41,17 @@ pub struct Windows {
 }
 
 impl Stream {
-    /// Asks for the lengths of documents, if there are any.
+    /// The opened dataset called `name`; asks for the lengths of documents, if there are any.
     ///
     /// # Errors
     /// If the dataset fails to say, or says what cannot be.
     pub fn new(
+        name: &str,
         dataset: Arc<TokenDatasetClient>,
         seq_len: usize,
         info: &StreamInfo,
     ) -> Result<Self, PluginError> {
+        check_info(name, info, seq_len)?;
         let lengths = if info.has_documents {
             Some(lengths(&dataset, info.n_windows, seq_len)?.into())
         } else {
@@ -57,6 +61,7 @@ impl Stream {
             dataset,
             seq_len,
             n_windows: info.n_windows,
+            vocab_size: info.vocab_size,
             lengths,
         })
     }
@@ -88,6 +93,9 @@ impl Stream {
     pub fn read(&self, windows: &[u64]) -> Result<Windows, PluginError> {
         let mut ids = vec![0_i32; windows.len() * (self.seq_len + 1)];
         self.dataset.read(windows, &mut ids)?;
+        for (&window, row) in windows.iter().zip(ids.chunks(self.seq_len + 1)) {
+            check_tokens(&row[..self.len(window).min(row.len())], self.vocab_size)?;
+        }
         let by_window = Tensor::from_slice(&ids).view([-1, int(self.seq_len) + 1]);
         let by_window = match &self.lengths {
             None => by_window.to_kind(Kind::Int64),

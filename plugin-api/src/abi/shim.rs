@@ -53,6 +53,9 @@ fn quiet_guarded_panics() {
     });
 }
 
+/// Where libtorch starts to append its C++ stack, as `unwrap` writes it.
+const CPP_STACK: &str = r"\nException raised from";
+
 /// Runs a plugin's code so that neither error nor panic leaves it unnamed.
 pub(super) fn guard<T>(
     origin: Origin,
@@ -73,6 +76,8 @@ pub(super) fn guard<T>(
                 .map(String::as_str)
                 .or_else(|| payload.downcast_ref::<&str>().copied())
                 .unwrap_or("no message");
+            // What libtorch throws and nobody caught ends with its C++ stack, of use to nobody who reads this.
+            let reason = reason.split(CPP_STACK).next().unwrap_or(reason);
             let error = PluginError::new(format!(
                 "`{component}` of plugin `{plugin}` panicked in `{call}`"
             ))

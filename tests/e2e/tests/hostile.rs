@@ -1,0 +1,140 @@
+//! Components that misbehave: what the user sees, and with which exit code. The host neither crashes nor hangs.
+#![expect(
+    clippy::expect_used,
+    reason = "a helper of a test panics where the test would"
+)]
+
+use insta::assert_snapshot;
+use moeut_e2e::{Outcome, Sandbox, build_new, read};
+use std::fs;
+use std::path::PathBuf;
+use std::sync::LazyLock;
+
+/// The plugin, built once.
+static LIBRARY: LazyLock<PathBuf> = LazyLock::new(|| {
+    let sandbox = Sandbox::bare();
+    sandbox.run(&["plugins", "new", "model", "hostile"]).ok();
+    let folder = sandbox.work().join("moeut-model-hostile");
+    let source = include_str!("../fixtures/hostile/lib.rs");
+    fs::write(folder.join("src/lib.rs"), source).expect("the sandbox can be written");
+    build_new(&folder)
+});
+
+/// A sandbox with the plugin.
+fn sandbox() -> Sandbox {
+    let sandbox = Sandbox::bare();
+    sandbox.drop_in("plugins", "hostile.so", &read(&LIBRARY));
+    sandbox
+}
+
+/// Trains six steps with misbehaviour in one place.
+fn run(sandbox: &Sandbox, place: &str, how: &str) -> Outcome {
+    let place = format!("-hostile.{place}");
+    let args = "-task hostile -name a -gpu none -threads 1 -seed 1 -batch_size 4 -stop_after 6 -log_interval 2 \
+                -test_interval 4 -n_samples 0 -log none -lr 0.1 -reset 1";
+    let args: Vec<&str> = args
+        .split_whitespace()
+        .chain([place.as_str(), how])
+        .collect();
+    sandbox.run(&args)
+}
+
+/// Without what differs between machines: where crates are, and the last digits of numbers.
+fn stable(text: &str) -> String {
+    let mut stable = match (text.find("(at /"), text.find("tch-0.")) {
+        (Some(start), Some(end)) if start < end => {
+            format!("{}(at …/{}", &text[..start], &text[end..])
+        }
+        _ => text.to_owned(),
+    };
+    let long: Vec<String> = stable
+        .split(|c: char| !c.is_ascii_digit() && c != '.')
+        .filter(|word| word.len() > 10 && word.contains('.'))
+        .map(str::to_owned)
+        .collect();
+    for number in long {
+        stable = stable.replace(&number, &number[..5]);
+    }
+    stable
+}
+
+/// What the user sees that matters: the error or the end, on one line.
+fn row(how: &str, outcome: &Outcome) -> String {
+    let text = outcome.stderr.replace('│', " ");
+    let start = text.find("Error:").or_else(|| text.find("warning:"));
+    let shown = match start {
+        Some(start) => text[start..]
+            .split_whitespace()
+            .collect::<Vec<_>>()
+            .join(" "),
+        None if outcome.code == Some(0) => "trains".to_owned(),
+        None => format!("{outcome}"),
+    };
+    let code = outcome
+        .code
+        .map_or("killed".to_owned(), |code| code.to_string());
+    format!("{how} | {} | {code}", stable(&shown))
+}
+
+fn table(place: &str, ways: &[&str]) -> String {
+    let sandbox = sandbox();
+    let rows = ways.iter().map(|how| row(how, &run(&sandbox, place, how)));
+    rows.collect::<Vec<_>>().join("\n")
+}
+
+#[test]
+fn tasks() {
+    let ways = [
+        "well",
+        "no_dataset",
+        "no_model",
+        "no_tokens",
+        "twice",
+        "odd_name",
+    ];
+    assert_snapshot!(table("task", &ways));
+}
+
+#[test]
+fn datasets() {
+    let ways = [
+        "no_windows",
+        "no_words",
+        "endless",
+        "nan_bytes",
+        "error",
+        "panic",
+        "too_large",
+        "negative",
+    ];
+    assert_snapshot!(table("data", &ways));
+}
+
+#[test]
+fn models() {
+    let ways = [
+        "no_parameters",
+        "twice",
+        "integers",
+        "no_name",
+        "panic_parameters",
+        "wrong_shape",
+        "wrong_rank",
+        "too_few_words",
+        "wrong_dtype",
+        "detached",
+        "nan",
+        "panic",
+        "error",
+        "exception",
+        "changes_input",
+        "frees_weight",
+        "regularizer_vector",
+        "regularizer_nan",
+        "regularizer_integer",
+        "stats_vector",
+        "stats_empty",
+        "stats_name",
+    ];
+    assert_snapshot!(table("model", &ways));
+}
