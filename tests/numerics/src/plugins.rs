@@ -6,7 +6,7 @@ use moeut_plugin_api::{
     Capabilities, ComponentInfo, ComponentKind, DType, Device, HostInfo, LogLevel, PluginError,
 };
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -55,8 +55,9 @@ pub fn open(package: &str) -> Result<PluginClient> {
 fn build(package: &str) -> Result<PathBuf> {
     let program = std::env::current_exe()?;
     let folders = program.ancestors().skip(1);
-    // Tests are one folder deeper than programs.
-    let folder = folders.into_iter().find(|folder| !folder.ends_with("deps"));
+    // Tests and examples are one folder deeper than programs.
+    let is_deeper = |folder: &Path| folder.ends_with("deps") || folder.ends_with("examples");
+    let folder = folders.into_iter().find(|folder| !is_deeper(folder));
     let folder = folder.ok_or("the program is in no target folder")?;
     let mut cargo = Command::new(env!("CARGO"));
     cargo
