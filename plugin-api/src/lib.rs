@@ -1,11 +1,14 @@
 //! The stable plugin ABI of moeut-host, and the safe traits that plugin authors implement.
 //!
 //! An author writes a `cdylib` crate that implements [`Task`], [`TokenDataset`], [`ChoiceDataset`], [`Model`] or
-//! [`Kernel`], registers it with `register_task!` and its sisters, and writes `export_plugin!()` once. The host finds the library at run time.
+//! [`Kernel`], registers it with `register_task!` and its sisters, and writes `export_plugin!()` once. The host finds the
+//! library at run time. The [`book`] begins with concepts and ends with recipes.
+//!
 //! This crate knows nothing about libtorch: tensors are opaque [`TensorHandle`]s that `moeut-torch` opens.
 
 pub mod abi;
 pub mod args;
+pub mod book;
 pub mod choice;
 pub mod component;
 pub mod dataset;
