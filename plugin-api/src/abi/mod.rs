@@ -5,7 +5,7 @@
 //!   reordered or removed within a major version.
 //! - What crosses is coarse: JSON in [`RString`], slices, tensor handles, boxed objects. Never generics, `dyn Trait` of
 //!   std, `TypeId`, panics, or memory to be freed by the other side.
-//! - Every call runs under [`shim::guard`]: a panic in a plugin becomes an error that names plugin, component and call.
+//! - Every call runs under `shim::guard`: a panic in a plugin becomes an error that names plugin, component and call.
 //! - `abi_stable` is named here and nowhere else.
 #![expect(unsafe_code, reason = "the ABI shim: handles and generated vtables")]
 #![expect(
