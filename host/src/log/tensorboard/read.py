@@ -2,14 +2,21 @@
 import base64
 import json
 import sys
+from dataclasses import fields
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+
+def number(value):
+    """JSON has no NaN."""
+    return value if value == value else "NaN"
+
 
 events = EventAccumulator(sys.argv[1], size_guidance={"images": 0, "histograms": 0, "scalars": 0, "tensors": 0})
 events.Reload()
 tags = events.Tags()
 found = {
-    "scalars": {tag: [[event.step, event.value] for event in events.Scalars(tag)] for tag in tags["scalars"]},
+    "scalars": {tag: [[event.step, number(event.value)] for event in events.Scalars(tag)] for tag in tags["scalars"]},
     "texts": {
         tag: [[event.step, event.tensor_proto.string_val[0].decode()] for event in events.Tensors(tag)]
         for tag in tags["tensors"]
@@ -23,7 +30,7 @@ found = {
     },
     "histograms": {
         tag: [
-            [event.step] + [list(field) if isinstance(field, (list, tuple)) else field for field in event.histogram_value]
+            [event.step, *(getattr(event.histogram_value, field.name) for field in fields(event.histogram_value))]
             for event in events.Histograms(tag)
         ]
         for tag in tags["histograms"]
