@@ -8,7 +8,7 @@ use crate::error::{EXIT_USER_ERROR, HostError};
 use crate::eval_cli;
 use crate::generate;
 use crate::job::Job;
-use crate::log::{Level, Terminal, TerminalMode};
+use crate::log::{Level, Server, Terminal, TerminalMode, WITH_PARENT, become_child};
 use crate::model_show;
 use crate::plan::{Resolved, candidates, resolve};
 use crate::plugins::{Folder, Gate, Registry, search_path};
@@ -56,6 +56,9 @@ pub fn main() -> ExitCode {
 
 /// Does what is asked for; returns the exit code.
 fn dispatch(argv: &[String], start: Instant) -> Result<u8, HostError> {
+    if let [WITH_PARENT, ..] = argv.iter().map(String::as_str).collect::<Vec<_>>()[..] {
+        return become_child(&argv[1..]).map(|()| 0);
+    }
     // Without it training is slower, and that is all: another C library need not know the options.
     let _ = moeut_torch::memory::keep_freed_blocks();
     // Before any other call of libtorch: a question about CUDA caches the answer "none" for good.
@@ -163,6 +166,7 @@ fn train_command(
     );
     let (is_dry, is_test) = (blueprint.config.dry_run, blueprint.config.test_only);
     let keeps_alive = blueprint.config.keep_alive;
+    let server_settings = blueprint.tensorboard_server();
     let is_training = blueprint.is_training();
     let raw_arguments = blueprint.arguments.raw_map();
     let mut run = match build(blueprint, &registry, &terminal) {
@@ -175,6 +179,8 @@ fn train_command(
     if let Some(folder) = folder.as_ref().filter(|_| is_training) {
         folder.write_args(&raw_arguments)?;
     }
+    // Ends where this function does.
+    let _server = server_settings.and_then(|settings| Server::start(settings, &terminal));
     let outcome = match (is_dry, is_test) {
         (true, _) => train::dry_run::dry_run(&mut run).map(Some),
         (false, true) => train::validation::test_only(&mut run),

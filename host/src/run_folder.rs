@@ -7,6 +7,7 @@
 //!     startup_log.txt   each start: command, program, machine, plugins
 //!     checkpoint/       see `checkpoint`
 //!     metrics.jsonl, tensorboard/   see `log`
+//!     tensorboard.log   what the TensorBoard server said last
 //! ```
 
 use crate::error::HostError;

@@ -65,6 +65,10 @@ pub struct HostConfig {
     pub bfloat16: bool,
     /// Where metrics go.
     pub log: LogSink,
+    /// Whether to start a TensorBoard server.
+    pub tb_server: ServerChoice,
+    /// Whether other machines may look at it.
+    pub tb_bind_all: bool,
     /// Steps over which metrics are averaged.
     pub log_interval: u64,
     /// Steps between checkpoints; only at the end if absent.
@@ -256,6 +260,20 @@ pub enum LogSink {
     All,
     /// Nowhere.
     None,
+}
+
+/// Whether to start a TensorBoard server.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+pub enum ServerChoice {
+    /// If somebody sits in front of a terminal.
+    #[serde(rename = "auto")]
+    Auto,
+    /// Yes.
+    #[serde(rename = "1")]
+    On,
+    /// No.
+    #[serde(rename = "0")]
+    Off,
 }
 
 /// Which device the user asks for.

@@ -11,6 +11,8 @@ pub(super) const NOT_SAVED: &[&str] = &[
     "prompt",
     "reset",
     "restore",
+    "tb_bind_all",
+    "tb_server",
     "test_only",
 ];
 
@@ -108,6 +110,10 @@ const HOST_ARGS: &[ArgSpec] = &[
     ArgSpec::text("log", "tb")
         .choices("tb|wandb|all|none")
         .help("Where metrics go besides `metrics.jsonl`; `wandb` and `all` are TensorBoard only, for now"),
+    ArgSpec::text("tb_server", "auto")
+        .choices("auto|1|0")
+        .help("With `-log tb` and `all`: a TensorBoard server while the run lasts; `auto` starts it in a terminal"),
+    ArgSpec::flag("tb_bind_all", "0").help("Let other machines look at the TensorBoard server"),
     ArgSpec::int("log_interval", "20")
         .unit("steps")
         .help("Metrics are averaged over so many steps"),

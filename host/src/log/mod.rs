@@ -14,7 +14,7 @@ use moeut_plot::Plot;
 
 pub use jsonl::Jsonl;
 pub use sinks::Sinks;
-pub use tensorboard::TensorBoard;
+pub use tensorboard::{Server, ServerSettings, TensorBoard, WITH_PARENT, become_child};
 pub use terminal::{Level, StepLine, Terminal, TerminalMode};
 
 /// What is known about one step. Names are paths such as `train/loss`.

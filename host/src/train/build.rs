@@ -21,12 +21,12 @@ use super::segments::Segments;
 use super::state::{Rows, TrainState};
 use super::stream::Stream;
 use super::throughput::{self, Throughput};
-use crate::args::{Arguments, HostConfig, LogSink, SampleConfig, Source, Speedtest};
+use crate::args::{Arguments, HostConfig, LogSink, SampleConfig, ServerChoice, Source, Speedtest};
 use crate::checkpoint::{Checkpoints, Loaded};
 use crate::eval::{self, EvalSet, Setting};
 use crate::gpu;
 use crate::job::Job;
-use crate::log::{Jsonl, Sink, Sinks, TensorBoard, Terminal};
+use crate::log::{Jsonl, ServerSettings, Sink, Sinks, TensorBoard, Terminal};
 use crate::plan;
 use crate::plugins::{Component, Registry};
 use crate::services::Services;
@@ -40,6 +40,7 @@ use moeut_plugin_api::{
 };
 use moeut_torch::{IntoTensor, OrPluginError, rng};
 use std::collections::{BTreeMap, BTreeSet};
+use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -47,6 +48,9 @@ use tch::{Device, Tensor};
 
 /// One checkpoint of this period stays for good, as in the reference.
 const KEEP_EVERY: Duration = Duration::from_hours(4);
+
+/// Folder of TensorBoard's event files in that of the run.
+const EVENTS: &str = "tensorboard";
 
 /// What [`build`] needs from the command line.
 pub struct Blueprint {
@@ -68,6 +72,22 @@ impl Blueprint {
     /// Whether the run trains, and so saves and logs.
     pub fn is_training(&self) -> bool {
         !self.config.dry_run && !self.config.test_only
+    }
+
+    /// The TensorBoard server to start, if one is wanted: by default for somebody who sits in front of a terminal.
+    pub fn tensorboard_server(&self) -> Option<ServerSettings> {
+        let is_logged = matches!(self.config.log, LogSink::Tb | LogSink::All);
+        let is_watched = self.job.is_none() && std::io::stderr().is_terminal();
+        let is_wanted = match self.config.tb_server {
+            ServerChoice::On => true,
+            ServerChoice::Off => false,
+            ServerChoice::Auto => is_watched && self.is_training(),
+        };
+        (is_logged && is_wanted && !self.config.dry_run).then(|| ServerSettings {
+            events: self.folder.join(EVENTS),
+            output: self.folder.join("tensorboard.log"),
+            binds_all: self.config.tb_bind_all,
+        })
     }
 }
 
@@ -711,7 +731,7 @@ fn sinks(blueprint: &Blueprint, terminal: &Terminal) -> Vec<Box<dyn Sink>> {
         terminal.message(crate::log::Level::Warning, text);
     }
     if blueprint.config.log != LogSink::None {
-        let folder = folder.join("tensorboard");
+        let folder = folder.join(EVENTS);
         add(TensorBoard::open(&folder, resume_at).map(|sink| Box::new(sink) as _));
     }
     sinks

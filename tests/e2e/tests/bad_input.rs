@@ -64,6 +64,8 @@ const ROWS: &[&str] = &[
     "-bfloat16 half",
     // Reports and checkpoints.
     "-log csv",
+    "-tb_server yes",
+    "-tb_bind_all all",
     "-log_interval 0",
     "-log_interval often",
     "-save_interval 0",

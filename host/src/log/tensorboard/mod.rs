@@ -1,4 +1,4 @@
-//! TensorBoard event files: scalars and texts.
+//! TensorBoard event files.
 //!
 //! A file is a sequence of frames, each around one protobuf message `Event`:
 //!
@@ -6,8 +6,11 @@
 //! u64 length | u32 masked CRC-32C of the length | message | u32 masked CRC-32C of the message   (little endian)
 //! ```
 //!
-//! The five message types are encoded by hand: a protobuf library would bring a build step for thirty lines. Field
-//! numbers are those of TensorFlow's `event.proto`, `summary.proto` and `tensor.proto`. No server is started here.
+//! The seven message types are encoded by hand: a protobuf library would bring a build step for fifty lines. Field
+//! numbers are those of TensorFlow's `event.proto`, `summary.proto` and `tensor.proto`.
+
+mod charts;
+mod server;
 
 use std::fs::{self, File};
 use std::io::Write;
@@ -15,6 +18,8 @@ use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use super::{Record, Sink, SinkError};
+
+pub use server::{Server, ServerSettings, WITH_PARENT, become_child};
 
 /// Writes one event file per process; TensorBoard joins the files of a folder.
 #[derive(Debug)]
@@ -207,6 +212,9 @@ fn summary(now: SystemTime, record: &Record) -> Message {
     for (name, text) in &record.texts {
         summary = summary.bytes(1, &text_value(name, text).0);
     }
+    for (name, plot) in &record.plots {
+        summary = summary.bytes(1, &charts::value(name, plot).0);
+    }
     event(now, record.step).bytes(5, &summary.0)
 }
 
@@ -230,6 +238,12 @@ fn text_value(name: &str, text: &str) -> Message {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use moeut_plot::{
+        Bars, Clustermap, Confusion, Frames, Heatmap, Histogram, Image, Matrix, Plot, Series,
+        Table, XyChart,
+    };
+    use serde_json::{Value, json};
+    use std::process::Command;
 
     /// Checks length and checksums of every frame and returns the messages.
     fn messages(file: &[u8]) -> Vec<&[u8]> {
@@ -340,5 +354,152 @@ mod tests {
         let first = TensorBoard::open(dir.path(), None).unwrap();
         let second = TensorBoard::open(dir.path(), None).unwrap();
         assert_ne!(first.path, second.path);
+    }
+
+    /// What TensorBoard's own reader finds in a folder; none without `cargo xtask tools`, which CI has.
+    fn read_back(dir: &Path) -> Option<Value> {
+        let python = Path::new(env!("CARGO_MANIFEST_DIR")).join("../.tools/venv/bin/python");
+        if !python.exists() {
+            let is_ci = std::env::var("CI").is_ok_and(|value| value == "true");
+            assert!(!is_ci, "`{}` is missing", python.display());
+            return None;
+        }
+        let output = Command::new(python)
+            .args(["-c", include_str!("read.py")])
+            .arg(dir)
+            .output()
+            .unwrap();
+        let errors = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "{errors}");
+        Some(serde_json::from_slice(&output.stdout).unwrap())
+    }
+
+    /// One chart of each kind, by name.
+    fn every_kind() -> Vec<(String, Plot)> {
+        let matrix = || Matrix::new(2, vec![0.0, 1.0, f32::NAN, 3.0]);
+        let series = || vec![Series::new("a", vec![1.0, f64::NAN, 2.0])];
+        let image = || Image {
+            width: 3,
+            height: 2,
+            rgb: vec![7; 18],
+            caption: String::new(),
+        };
+        let table = Table {
+            header: vec!["prompt".to_owned(), "text".to_owned()],
+            rows: vec![vec!["a|b".to_owned(), "Once\nupon".to_owned()]],
+        };
+        let frames = Frames {
+            frames: vec![("0".to_owned(), matrix()), ("1".to_owned(), matrix())],
+            ..Frames::default()
+        };
+        let plots: Vec<(&str, Plot)> = vec![
+            ("table", table.into()),
+            ("histogram", Histogram::linear([0.0, 1.0, 1.0, 4.0]).into()),
+            ("picture", vec![image()].into()),
+            ("grid", vec![image(), image()].into()),
+            (
+                "bars",
+                Bars {
+                    series: series(),
+                    ..Bars::default()
+                }
+                .into(),
+            ),
+            (
+                "lines",
+                XyChart {
+                    series: series(),
+                    ..XyChart::default()
+                }
+                .into(),
+            ),
+            (
+                "heatmap",
+                Heatmap {
+                    matrix: matrix(),
+                    ..Heatmap::default()
+                }
+                .into(),
+            ),
+            (
+                "confusion",
+                Confusion {
+                    counts: matrix(),
+                    names: Vec::new(),
+                }
+                .into(),
+            ),
+            (
+                "clustermap",
+                Clustermap {
+                    matrix: matrix(),
+                    names: Vec::new(),
+                }
+                .into(),
+            ),
+            ("video", frames.into()),
+        ];
+        plots
+            .into_iter()
+            .map(|(name, plot)| (name.to_owned(), plot))
+            .collect()
+    }
+
+    #[test]
+    fn tensorboard_reads_every_kind_of_value() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut sink = TensorBoard::open(dir.path(), None).unwrap();
+        sink.write(&Record {
+            step: 7,
+            scalars: vec![("train/loss".to_owned(), 1.5), ("bad".to_owned(), f64::NAN)],
+            texts: vec![("sample".to_owned(), "a|b\n<c>".to_owned())],
+            plots: every_kind(),
+        })
+        .unwrap();
+        sink.flush().unwrap();
+
+        let Some(found) = read_back(dir.path()) else {
+            return;
+        };
+        assert_eq!(found["scalars"]["train/loss"], json!([[7, 1.5]]));
+        assert_eq!(
+            found["texts"]["sample/text_summary"],
+            json!([[7, "a|b\n<c>"]])
+        );
+        assert_eq!(
+            found["texts"]["table/text_summary"],
+            json!([[
+                7,
+                "| prompt | text |\n| --- | --- |\n| a\\|b | Once upon |\n"
+            ]])
+        );
+        let histogram = &found["histograms"]["histogram"][0];
+        let numbers = histogram.as_array().unwrap();
+        assert_eq!(
+            numbers[..6],
+            [7.0, 0.0, 4.0, 4.0, 6.0, 18.0].map(Value::from)
+        );
+        assert_eq!(numbers[6].as_array().unwrap().len(), 64);
+        let counts = numbers[7].as_array().unwrap();
+        assert_eq!(
+            (&counts[0], &counts[16], &counts[63]),
+            (&json!(1.0), &json!(2.0), &json!(1.0))
+        );
+        let images = found["images"].as_object().unwrap();
+        assert_eq!(images.len(), 8);
+        for (name, image) in images {
+            let gif_or_png = if name == "video" {
+                "R0lGODlh"
+            } else {
+                "iVBORw0K"
+            };
+            assert_eq!(
+                (&image[0][0], &image[0][3]),
+                (&json!(7), &json!(gif_or_png)),
+                "{name}"
+            );
+        }
+        assert_eq!(images["picture"][0], json!([7, 3, 2, "iVBORw0K"]));
+        assert!(images["heatmap"][0][1].as_u64() > Some(100));
     }
 }
