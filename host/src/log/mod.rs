@@ -4,6 +4,7 @@
 //! empty list. Where a number comes from and how often it is logged is the caller's business.
 
 mod jsonl;
+mod protobuf;
 mod sinks;
 mod tensorboard;
 mod terminal;
