@@ -69,6 +69,10 @@ pub struct HostConfig {
     pub tb_server: ServerChoice,
     /// Whether other machines may look at it.
     pub tb_bind_all: bool,
+    /// Project in Weights & Biases; that of the environment if absent.
+    pub wandb_project: Option<String>,
+    /// Whether tables are not sent there.
+    pub wandb_drops_tables: bool,
     /// Steps over which metrics are averaged.
     pub log_interval: u64,
     /// Steps between checkpoints; only at the end if absent.
@@ -254,7 +258,7 @@ pub struct AdamConfig {
 pub enum LogSink {
     /// TensorBoard event files.
     Tb,
-    /// Weights & Biases, which is not there yet: TensorBoard stands in.
+    /// Weights & Biases.
     Wandb,
     /// Both.
     All,

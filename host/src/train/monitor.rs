@@ -5,7 +5,7 @@ use super::state::TrainState;
 use super::throughput::Throughput;
 use super::timing::{Phase, Timing};
 use super::{StepStats, TrainError, memory};
-use crate::log::{Record, Sinks, StepLine, Terminal};
+use crate::log::{End, Record, Sinks, StepLine, Terminal};
 use moeut_torch::OrPluginError;
 use moeut_torch::readback::Readback;
 use std::sync::Arc;
@@ -260,6 +260,7 @@ impl Monitor {
             scalars,
             ..Record::default()
         });
+        self.pass_on_notices();
         self.clock = Clock::new(state.n_tokens);
     }
 
@@ -285,8 +286,13 @@ impl Monitor {
     /// A line for the user.
     pub fn message(&self, text: &str) {
         self.terminal.message(crate::log::Level::Info, text);
-        for warning in self.sinks.take_warnings() {
-            self.warn(&warning);
+        self.pass_on_notices();
+    }
+
+    /// What the logs have to say.
+    fn pass_on_notices(&self) {
+        for (level, text) in self.sinks.take_notices() {
+            self.terminal.message(level, &text);
         }
     }
 
@@ -295,11 +301,11 @@ impl Monitor {
         self.terminal.message(crate::log::Level::Warning, text);
     }
 
-    /// Writes everything out.
-    pub fn finish(self) {
+    /// Writes everything out; the logs are told how the run ended.
+    pub fn finish(self, end: End) {
         self.terminal.finish();
-        for warning in self.sinks.finish() {
-            self.terminal.message(crate::log::Level::Warning, &warning);
+        for (level, text) in self.sinks.finish(end) {
+            self.terminal.message(level, &text);
         }
     }
 }

@@ -12,9 +12,9 @@ use super::{Message, text_value};
 use moeut_plot::{Histogram, Plot, Table};
 
 /// Field numbers of `tensorflow.Summary.Value`.
-const TAG: u8 = 1;
-const IMAGE: u8 = 4;
-const HISTOGRAM: u8 = 5;
+const TAG: u32 = 1;
+const IMAGE: u32 = 4;
+const HISTOGRAM: u32 = 5;
 
 /// The value of a chart. Several pictures are one in a grid, as in the reference.
 pub(super) fn value(name: &str, plot: &Plot) -> Message {
