@@ -8,7 +8,7 @@ use crate::error::{EXIT_USER_ERROR, HostError};
 use crate::eval_cli;
 use crate::generate;
 use crate::job::Job;
-use crate::log::{Level, Terminal, TerminalMode};
+use crate::log::{self, Level, Terminal, Verbosity};
 use crate::model_show;
 use crate::plan::{Resolved, candidates, resolve};
 use crate::plugins::{Folder, Gate, Registry, search_path};
@@ -20,7 +20,7 @@ use crate::sweep_cli;
 use crate::train;
 use crate::train::build::{Blueprint, build};
 use moeut_plugin_api::PluginError;
-use std::io::{IsTerminal, Write};
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -35,27 +35,29 @@ usage: moeut-host -task <task> -name <name> [-<argument> <value> …]   train
        moeut-host eval -name <name> -sets all -data.dir <folder>      how well it finds the right one of several texts
        moeut-host model show -task <task> [-<argument> <value> …]     size, cost and layers of the model; --json
        moeut-host sweep show|run|slurm|results|convert <file>         the runs of a sweep file: looked at, or trained
+       moeut-host report <run folder> … [-out <file>]                 one HTML page of runs: curves, charts, differences
        moeut-host doctor                                              what is wrong with this machine, and the fix
        moeut-host --help [-task <task>]                               every argument
+
+Everywhere: -q (--quiet) warnings, errors and results only; -v (--verbose) what plugins say to find a fault, too.
 ";
 
 /// Runs the program.
 pub fn main() -> ExitCode {
     let start = Instant::now();
-    let argv: Vec<String> = std::env::args().skip(1).collect();
-    match dispatch(&argv, start) {
-        Ok(code) => ExitCode::from(code),
-        Err(error) => {
-            let in_color =
-                std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none();
-            write_err(&error.render(in_color));
-            ExitCode::from(EXIT_USER_ERROR)
-        }
-    }
+    let mut argv: Vec<String> = std::env::args().skip(1).collect();
+    let terminal = Arc::new(Terminal::new(Verbosity::take(&mut argv)));
+    let code = dispatch(&argv, &terminal, start).unwrap_or_else(|error| {
+        terminal.finish(); // Bars would stand between the messages and the error.
+        terminal.report(&error.render(log::is_colored()));
+        EXIT_USER_ERROR
+    });
+    terminal.finish();
+    ExitCode::from(code)
 }
 
 /// Does what is asked for; returns the exit code.
-fn dispatch(argv: &[String], start: Instant) -> Result<u8, HostError> {
+fn dispatch(argv: &[String], terminal: &Arc<Terminal>, start: Instant) -> Result<u8, HostError> {
     // Without it training is slower, and that is all: another C library need not know the options.
     let _ = moeut_torch::memory::keep_freed_blocks();
     // Before any other call of libtorch: a question about CUDA caches the answer "none" for good.
@@ -69,22 +71,21 @@ fn dispatch(argv: &[String], start: Instant) -> Result<u8, HostError> {
     let rest = &argv[words.len()..];
     match words[..] {
         [] if argv.is_empty() => print(USAGE),
-        [] if asks_for_help(argv) => help(argv)?,
-        [] => return train_command(argv, &cuda, start),
+        [] if asks_for_help(argv) => help(argv, terminal)?,
+        [] => return train_command(argv, &cuda, terminal, start),
         ["plugins", ..] => return plugins_cli::command(&argv[1..]),
         ["config", "show"] => {
-            let terminal = terminal();
-            let resolved = resolve(rest, None, &Arc::new(open_registry(rest)?), &terminal)?;
+            let resolved = resolve(rest, None, &Arc::new(open_registry(rest)?), terminal)?;
             for warning in &resolved.arguments.warnings {
                 terminal.message(Level::Warning, warning);
             }
             print(&render_resolved(&resolved.arguments, &resolved.owners));
         }
         ["checkpoint", ..] => print(&checkpoint_cli::run(&argv[1..])?),
-        ["sweep", ..] => return sweep_cli::run(&argv[1..]),
-        ["generate"] => generate::command(rest)?,
-        ["eval"] => return eval_cli::command(rest),
-        ["model", "show"] => model_show(rest)?,
+        ["sweep", ..] => return sweep_cli::run(&argv[1..], terminal),
+        ["generate"] => generate::command(rest, terminal)?,
+        ["eval"] => return eval_cli::command(rest, terminal),
+        ["model", "show"] => model_show(rest, terminal)?,
         ["doctor"] => print(&doctor::report(&open_registry(rest)?, &cuda)),
         _ => {
             return Err(HostError::new(
@@ -97,7 +98,7 @@ fn dispatch(argv: &[String], start: Instant) -> Result<u8, HostError> {
     Ok(0)
 }
 
-fn help(argv: &[String]) -> Result<(), HostError> {
+fn help(argv: &[String], terminal: &Arc<Terminal>) -> Result<(), HostError> {
     const WIDTH: usize = 110;
     let registry = Arc::new(open_registry(argv)?);
     let is_question = |word: &&String| matches!(word.trim_start_matches('-'), "h" | "help");
@@ -107,7 +108,7 @@ fn help(argv: &[String]) -> Result<(), HostError> {
         .cloned()
         .collect();
     // Help is wanted most when something is wrong: then it is about everything that may be meant.
-    let owners = match resolve(&rest, None, &registry, &terminal()) {
+    let owners = match resolve(&rest, None, &registry, terminal) {
         Ok(resolved) => resolved.owners,
         Err(_) => candidates(&rest, &registry)?,
     };
@@ -118,13 +119,13 @@ fn help(argv: &[String]) -> Result<(), HostError> {
 }
 
 /// Shows the model that would be trained.
-fn model_show(argv: &[String]) -> Result<(), HostError> {
+fn model_show(argv: &[String], terminal: &Arc<Terminal>) -> Result<(), HostError> {
     let (json, rest): (Vec<String>, Vec<String>) = argv
         .iter()
         .cloned()
         .partition(|word| word.trim_start_matches('-') == "json");
     let registry = Arc::new(open_registry(&rest)?);
-    let overview = model_show::overview(&rest, &registry, &terminal())?;
+    let overview = model_show::overview(&rest, &registry, terminal)?;
     let text = if json.is_empty() {
         overview.to_string()
     } else {
@@ -138,15 +139,15 @@ fn model_show(argv: &[String]) -> Result<(), HostError> {
 fn train_command(
     argv: &[String],
     cuda: &Result<bool, PluginError>,
+    terminal: &Arc<Terminal>,
     start: Instant,
 ) -> Result<u8, HostError> {
     let job = Job::find(|name| std::env::var(name).ok());
     let signals = Arc::new(Signals::listen(job.is_some())?);
     let registry = Arc::new(open_registry(argv)?);
     let plugins_time = start.elapsed();
-    let terminal = terminal();
-    warn_about_plugins(&registry, &terminal);
-    let (blueprint, folder) = blueprint(argv, &registry, &terminal, job, &signals)?;
+    warn_about_plugins(&registry, terminal);
+    let (blueprint, folder) = blueprint(argv, &registry, terminal, job, &signals)?;
     for warning in &blueprint.arguments.warnings {
         terminal.message(Level::Warning, warning);
     }
@@ -165,10 +166,10 @@ fn train_command(
     let keeps_alive = blueprint.config.keep_alive;
     let is_training = blueprint.is_training();
     let raw_arguments = blueprint.arguments.raw_map();
-    let mut run = match build(blueprint, &registry, &terminal) {
+    let mut run = match build(blueprint, &registry, terminal) {
         Ok(run) => run,
         // Whoever prepared data has stopped because of the signal, and says so in words of its own.
-        Err(_) if signals.is_ending() => return Ok(stopped_early(&terminal, &signals)),
+        Err(_) if signals.is_ending() => return Ok(stopped_early(terminal, &signals)),
         Err(error) => return Err(error.into()),
     };
     // Stored once everything is built: arguments that cannot be built are none to come back to.
@@ -215,10 +216,6 @@ pub(crate) fn warn_about_plugins(registry: &Registry, terminal: &Terminal) {
             &format!("{}: {}", problem.error.what, problem.error.why),
         );
     }
-}
-
-pub(crate) fn terminal() -> Arc<Terminal> {
-    Arc::new(Terminal::new(TerminalMode::Auto))
 }
 
 /// The plugins of the search path that `argv` gives.
@@ -360,8 +357,4 @@ fn check_reset(restored: Option<&Loaded>, folder: &Path) -> Result<(), HostError
 /// A closed pipe on the other side is no error: `moeut-host --help | head`.
 pub(crate) fn print(text: &str) {
     let _ = std::io::stdout().write_all(text.as_bytes());
-}
-
-fn write_err(text: &str) {
-    let _ = std::io::stderr().write_all(text.as_bytes());
 }

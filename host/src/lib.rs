@@ -18,6 +18,7 @@ pub mod model_show;
 pub mod plan;
 pub mod plugins;
 pub mod plugins_cli;
+pub mod profile;
 pub mod run_folder;
 pub mod services;
 pub mod signals;

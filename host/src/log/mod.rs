@@ -4,9 +4,12 @@
 //! empty list. Where a number comes from and how often it is logged is the caller's business.
 
 mod jsonl;
+mod screen;
 mod sinks;
 mod tensorboard;
 mod terminal;
+#[cfg(test)]
+mod testing;
 
 use std::path::PathBuf;
 
@@ -15,7 +18,7 @@ use moeut_plot::Plot;
 pub use jsonl::Jsonl;
 pub use sinks::Sinks;
 pub use tensorboard::TensorBoard;
-pub use terminal::{Level, StepLine, Terminal, TerminalMode};
+pub use terminal::{Level, StepLine, Terminal, Verbosity, is_colored};
 
 /// What is known about one step. Names are paths such as `train/loss`.
 #[derive(Debug, Clone, Default, PartialEq)]

@@ -199,7 +199,13 @@ mod tests {
     fn steps_are_a_first_and_a_last_one() {
         let steps = |raw: &str| Steps::try_from(raw.to_owned());
         assert_eq!(steps("1:1"), Ok(Steps { first: 1, last: 1 }));
-        assert_eq!(steps("10: 12"), Ok(Steps { first: 10, last: 12 }));
+        assert_eq!(
+            steps("10: 12"),
+            Ok(Steps {
+                first: 10,
+                last: 12
+            })
+        );
         for raw in ["", "10", ":", "0:3", "3:2", "-1:2", "1:2:3", "a:b", "1-2"] {
             assert!(steps(raw).is_err(), "{raw}");
         }

@@ -187,9 +187,16 @@ mod tests {
                       3.000 ms  75.0 %        1  aten::mm
                       1.000 ms  25.0 %        1  aten::add
         ");
-        assert!(trace.summary(2, true).contains("no kernels of the GPU are in it"));
+        assert!(
+            trace
+                .summary(2, true)
+                .contains("no kernels of the GPU are in it")
+        );
         trace.events[1].cat = "kernel".into();
         let text = trace.summary(2, true);
-        assert!(text.ends_with("3.000 ms 100.0 %        1  aten::mm"), "{text}");
+        assert!(
+            text.ends_with("3.000 ms 100.0 %        1  aten::mm"),
+            "{text}"
+        );
     }
 }

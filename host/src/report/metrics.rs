@@ -1,0 +1,188 @@
+//! Reads `metrics.jsonl` row by row, whatever its size.
+
+use super::curve::Curve;
+use serde::de::{Deserializer, IgnoredAny, MapAccess, SeqAccess, Visitor};
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+use std::fmt;
+use std::io::BufRead;
+
+/// Places at which time and tokens of a run are kept; the page interpolates between them.
+const N_KNOTS: usize = 1024;
+
+/// Everything that a run logged.
+#[derive(Debug, Default)]
+pub(super) struct Metrics {
+    /// By name.
+    pub(super) curves: BTreeMap<String, Curve>,
+    /// The newest text of each name, and its step.
+    pub(super) texts: BTreeMap<String, (u64, String)>,
+    /// Rows that could be read.
+    pub(super) n_rows: u64,
+    /// Rows that could not, the last line not among them.
+    pub(super) n_unreadable: u64,
+    /// The last line has no end: the run is writing it, or was killed.
+    pub(super) is_torn: bool,
+    /// Seconds since 1970 of the newest row.
+    pub(super) last_time: Option<f64>,
+    /// Largest step.
+    pub(super) last_step: Option<u64>,
+    clock: Clock,
+}
+
+impl Metrics {
+    /// Reads all rows; `progress` hears the bytes read.
+    ///
+    /// # Errors
+    /// If the file cannot be read to its end.
+    pub(super) fn read(
+        mut source: impl BufRead,
+        mut progress: impl FnMut(u64),
+    ) -> std::io::Result<Self> {
+        let mut metrics = Self::default();
+        let mut line = Vec::new();
+        let mut n_bytes = 0;
+        loop {
+            line.clear();
+            let n_read = source.read_until(b'\n', &mut line)?;
+            if n_read == 0 {
+                return Ok(metrics);
+            }
+            n_bytes += n_read as u64;
+            progress(n_bytes);
+            let is_whole = line.ends_with(b"\n");
+            if line.trim_ascii().is_empty() {
+                continue;
+            }
+            match serde_json::from_slice(&line) {
+                Ok(Row(cells)) if metrics.take(&cells) => {}
+                _ if is_whole => metrics.n_unreadable += 1,
+                _ => metrics.is_torn = true,
+            }
+        }
+    }
+
+    /// Whether the row has a step.
+    fn take(&mut self, cells: &[(String, Cell)]) -> bool {
+        let number = |wanted: &str| {
+            let cell = cells.iter().find(|(name, _)| name == wanted);
+            match cell {
+                Some((_, Cell::Number(value))) => Some(*value),
+                _ => None,
+            }
+        };
+        let Some(step) = number("step").filter(|step| *step >= 0.0) else {
+            return false;
+        };
+        #[expect(
+            clippy::cast_possible_truncation,
+            clippy::cast_sign_loss,
+            reason = "steps are whole and were checked"
+        )]
+        let step = step as u64;
+        self.n_rows += 1;
+        self.last_step = self.last_step.max(Some(step));
+        let time = number("time");
+        self.last_time = time.or(self.last_time);
+        let tokens_per_step = number("timing/tokens_per_s")
+            .zip(number("timing/ms_per_iter"))
+            .map(|(per_s, ms)| per_s * ms / 1e3);
+        self.clock.tick(step, time, tokens_per_step);
+        for (name, cell) in cells {
+            if matches!(name.as_str(), "step" | "time") {
+                continue;
+            }
+            match cell {
+                Cell::Number(value) => self.push(name, step, *value),
+                Cell::Null => self.push(name, step, f64::NAN),
+                Cell::Text(text) => {
+                    self.texts.insert(name.clone(), (step, text.clone()));
+                }
+                Cell::Other => {}
+            }
+        }
+        true
+    }
+
+    fn push(&mut self, name: &str, step: u64, value: f64) {
+        if let Some(curve) = self.curves.get_mut(name) {
+            curve.push(step, value);
+        } else {
+            let curve = self.curves.entry(name.to_owned()).or_default();
+            curve.push(step, value);
+        }
+    }
+
+    /// Time and tokens by step.
+    pub(super) fn knots(&self) -> Knots {
+        self.clock.knots()
+    }
+}
+
+/// When a run was at which step, and how many tokens it had seen.
+#[derive(Debug, Default)]
+struct Clock {
+    knots: Vec<Knot>,
+    /// Rows since the last knot, and how many make one.
+    n_rows: usize,
+    stride: usize,
+    last: Option<Knot>,
+    first_time: Option<f64>,
+    has_tokens: bool,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Knot {
+    step: u64,
+    seconds: f64,
+    tokens: f64,
+}
+
+/// As the page has it.
+#[derive(Debug, PartialEq, Serialize)]
+pub(super) struct Knots {
+    #[serde(rename = "s")]
+    steps: Vec<u64>,
+    /// Seconds since the first row.
+    #[serde(rename = "t")]
+    seconds: Vec<f64>,
+    /// Absent if the run has not logged what it takes to know them.
+    #[serde(rename = "k", skip_serializing_if = "Option::is_none")]
+    tokens: Option<Vec<f64>>,
+}
+
+impl Clock {
+    /// Notes a row. Tokens of steps between rows are those of a step of the row.
+    fn tick(&mut self, step: u64, time: Option<f64>, tokens_per_step: Option<f64>) {
+        let first = *self.first_time.get_or_insert(time.unwrap_or_default());
+        let before = self.last.unwrap_or(Knot {
+            step: 0,
+            seconds: 0.0,
+            tokens: 0.0,
+        });
+        let mut knot = Knot {
+            step: step.max(before.step),
+            seconds: time.map_or(before.seconds, |time| (time - first).max(before.seconds)),
+            ..before
+        };
+        if let Some(tokens) = tokens_per_step.filter(|tokens| tokens.is_finite()) {
+            self.has_tokens = true;
+            knot.tokens += tokens * (knot.step - self.token_step()) as f64;
+            self.counted = knot.step;
+        }
+        self.last = Some(knot);
+        if self.n_rows == 0 {
+            if self.knots.len() >= N_KNOTS {
+                let mut is_kept = false;
+                self.knots.retain(|_| {
+                    is_kept = !is_kept;
+                    is_kept
+                });
+                self.stride *= 2;
+            }
+            self.knots.push(knot);
+        }
+        self.stride = self.stride.max(1);
+        self.n_rows = (self.n_rows + 1) % self.stride;
+    }
+}
