@@ -17,6 +17,7 @@ use crate::{
     failure::{Failure, passed},
     setup::{Set, foreign_libtorch, libtorch_root, setup},
     stage::stage,
+    tools::tools,
 };
 
 /// The package with the executable, and the executable.
@@ -103,6 +104,7 @@ pub(crate) fn build(repo: &Path, profile: Profile, args: &[String]) -> Result<Pa
 /// Builds everything, then runs all tests of the workspace with `args`.
 pub(crate) fn test(repo: &Path, args: &[String]) -> Result<(), Failure> {
     build(repo, Profile::Release, &[])?;
+    tools(repo)?;
     let workspace = workspace(repo)?;
     run(cargo(repo, &workspace)?
         .args(["test", "--release", "--workspace"])

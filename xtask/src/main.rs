@@ -13,6 +13,7 @@ mod failure;
 mod faults;
 mod setup;
 mod stage;
+mod tools;
 mod wheels;
 
 use std::{
@@ -34,7 +35,9 @@ Usage: cargo xtask <command>
   build [--profile release|dev] [args]   build the host and all plugins, stage the plugins in `target/release/plugins`;
                                          args go to `cargo build`
   run [--] [args]                        build, then run `moeut-host` with args
-  test [args]                            build, then `cargo test --release --workspace` with args
+  tools                                  install TensorBoard and Weights & Biases below `.tools`, with which tests read
+                                         what we write
+  test [args]                            build, install tools, then `cargo test --release --workspace` with args
   fixtures <folder> [--kernel <name>]    run every recorded run of the reference in a folder (`<name>.json` and
                                          `<name>.safetensors`) with every kernel, in fp64 and fp32, and every recorded
                                          tokenizer below it (folders with `tokenizer.model.model`); one line each
@@ -86,6 +89,7 @@ fn dispatch(repo: &Path, args: &[String]) -> Result<(), Failure> {
             let error = Command::new(&host).args(args).exec();
             Err(Failure::start(&host.to_string_lossy(), &error))
         }
+        "tools" => tools::tools(repo),
         "test" => cargo::test(repo, args),
         "faults" => faults::faults(repo, args),
         "fixtures" => cargo::fixtures(repo, args),
@@ -96,7 +100,7 @@ fn dispatch(repo: &Path, args: &[String]) -> Result<(), Failure> {
         }
         other => Err(Failure::new(
             format!("unknown command `{other}`"),
-            "the commands are `setup`, `build`, `run`, `test`, `fixtures`, `faults` and `lint`",
+            "the commands are `setup`, `build`, `run`, `tools`, `test`, `fixtures`, `faults` and `lint`",
             "`cargo xtask help`",
         )),
     }

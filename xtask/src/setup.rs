@@ -99,7 +99,8 @@ fn check_foreign(libtorch: &Path) -> Result<(), Failure> {
     ))
 }
 
-fn check_python() -> Result<(), Failure> {
+/// Refuses a machine whose Python cannot install anything.
+pub(crate) fn check_python() -> Result<(), Failure> {
     let install = "`sudo apt-get install python3 python3-pip`, or the like of your distribution";
     let python = Command::new("python3")
         .args(["-c", "import sys; sys.exit(sys.version_info < (3, 9))"])
@@ -107,7 +108,7 @@ fn check_python() -> Result<(), Failure> {
         .status()
         .map_err(|error| {
             Failure::new(
-                "`python3` cannot be started, which downloads libtorch",
+                "`python3` cannot be started, which installs packages",
                 error,
                 install,
             )
@@ -128,7 +129,7 @@ fn check_python() -> Result<(), Failure> {
     }
     let why = String::from_utf8_lossy(&pip.stderr);
     Err(Failure::new(
-        "`python3 -m pip` does not work, which finds libtorch",
+        "`python3 -m pip` does not work, which finds packages",
         why.trim(),
         install,
     ))

@@ -16,6 +16,7 @@ mod pth;
 mod running;
 mod sandbox;
 mod tiny;
+mod tools;
 mod web;
 
 pub use build::{
@@ -26,6 +27,7 @@ pub use pth::{RawTensor, RawTensors, ReferenceRun, read_safetensors};
 pub use running::Running;
 pub use sandbox::{DEADLINE, Outcome, Sandbox, patch, read, wait_until};
 pub use tiny::{Args, tiny, tiny_on};
+pub use tools::python;
 pub use web::{Fault, Request, Web};
 
 /// The plugin file of the main task.
