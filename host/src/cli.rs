@@ -13,6 +13,7 @@ use crate::model_show;
 use crate::plan::{Resolved, candidates, resolve};
 use crate::plugins::{Folder, Gate, Registry, search_path};
 use crate::plugins_cli;
+use crate::report;
 use crate::run_folder::{RunFolder, read_args};
 use crate::signals::{Ending, Signals};
 use crate::startup_log;
@@ -86,11 +87,12 @@ fn dispatch(argv: &[String], terminal: &Arc<Terminal>, start: Instant) -> Result
         ["generate"] => generate::command(rest, terminal)?,
         ["eval"] => return eval_cli::command(rest, terminal),
         ["model", "show"] => model_show(rest, terminal)?,
+        ["report", ..] => report::command(&argv[1..], terminal)?,
         ["doctor"] => print(&doctor::report(&open_registry(rest)?, &cuda)),
         _ => {
             return Err(HostError::new(
                 format!("unknown command `{}`", words.join(" ")),
-                "commands are `plugins`, `config show`, `model show`, `checkpoint`, `generate`, `eval`, `sweep` and `doctor`; without one it trains",
+                "commands are `plugins`, `config show`, `model show`, `checkpoint`, `generate`, `eval`, `sweep`, `report` and `doctor`; without one it trains",
                 "type `moeut-host --help`",
             ));
         }

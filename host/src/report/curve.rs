@@ -160,7 +160,13 @@ mod tests {
     #[test]
     fn a_short_curve_is_drawn_as_it_is() {
         let mut curve = Curve::default();
-        for (step, value) in [(1, 3.0), (2, f64::NAN), (5, 2.5), (9, f64::INFINITY), (10, 4.0)] {
+        for (step, value) in [
+            (1, 3.0),
+            (2, f64::NAN),
+            (5, 2.5),
+            (9, f64::INFINITY),
+            (10, 4.0),
+        ] {
             curve.push(step, value);
         }
         assert_eq!(curve.points(N_BUCKETS).steps, [1, 2, 5, 9, 10]);
@@ -188,7 +194,11 @@ mod tests {
         assert!(!curve.is_whole(N_BUCKETS));
         for n_buckets in [N_BUCKETS, 64, 1] {
             let points = curve.points(n_buckets);
-            assert!(points.steps.len() <= 2 * n_buckets + 1, "{}", points.steps.len());
+            assert!(
+                points.steps.len() <= 2 * n_buckets + 1,
+                "{}",
+                points.steps.len()
+            );
             assert!(points.steps.is_sorted());
             let at = |step| points.values[points.steps.binary_search(&step).unwrap()];
             assert_eq!(at(31_415), Some(Short(1e6)));

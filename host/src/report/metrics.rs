@@ -128,7 +128,8 @@ struct Clock {
     stride: usize,
     last: Option<Knot>,
     first_time: Option<f64>,
-    has_tokens: bool,
+    /// Step up to which tokens are counted.
+    counted: Option<u64>,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -166,9 +167,8 @@ impl Clock {
             ..before
         };
         if let Some(tokens) = tokens_per_step.filter(|tokens| tokens.is_finite()) {
-            self.has_tokens = true;
-            knot.tokens += tokens * (knot.step - self.token_step()) as f64;
-            self.counted = knot.step;
+            knot.tokens += tokens * (knot.step - self.counted.unwrap_or_default()) as f64;
+            self.counted = Some(knot.step);
         }
         self.last = Some(knot);
         if self.n_rows == 0 {
@@ -184,5 +184,159 @@ impl Clock {
         }
         self.stride = self.stride.max(1);
         self.n_rows = (self.n_rows + 1) % self.stride;
+    }
+
+    fn knots(&self) -> Knots {
+        let mut all = self.knots.clone();
+        all.extend(self.last);
+        all.dedup_by_key(|knot| knot.step);
+        let of = |value: fn(&Knot) -> f64| all.iter().map(value).map(f64::round).collect();
+        Knots {
+            steps: all.iter().map(|knot| knot.step).collect(),
+            seconds: of(|knot| knot.seconds),
+            tokens: self.counted.map(|_| of(|knot| knot.tokens)),
+        }
+    }
+}
+
+/// A line of the file, as it stands there.
+struct Row(Vec<(String, Cell)>);
+
+enum Cell {
+    Number(f64),
+    Null,
+    Text(String),
+    Other,
+}
+
+impl<'de> Deserialize<'de> for Row {
+    fn deserialize<D: Deserializer<'de>>(source: D) -> Result<Self, D::Error> {
+        struct Cells;
+        impl<'de> Visitor<'de> for Cells {
+            type Value = Row;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("an object")
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Row, A::Error> {
+                let mut cells = Vec::new();
+                while let Some(cell) = map.next_entry()? {
+                    cells.push(cell);
+                }
+                Ok(Row(cells))
+            }
+        }
+        source.deserialize_map(Cells)
+    }
+}
+
+impl<'de> Deserialize<'de> for Cell {
+    fn deserialize<D: Deserializer<'de>>(source: D) -> Result<Self, D::Error> {
+        struct Any;
+        impl<'de> Visitor<'de> for Any {
+            type Value = Cell;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("a value")
+            }
+
+            fn visit_f64<E>(self, value: f64) -> Result<Cell, E> {
+                Ok(Cell::Number(value))
+            }
+
+            fn visit_u64<E>(self, value: u64) -> Result<Cell, E> {
+                Ok(Cell::Number(value as f64))
+            }
+
+            fn visit_i64<E>(self, value: i64) -> Result<Cell, E> {
+                Ok(Cell::Number(value as f64))
+            }
+
+            fn visit_unit<E>(self) -> Result<Cell, E> {
+                Ok(Cell::Null)
+            }
+
+            fn visit_str<E>(self, value: &str) -> Result<Cell, E> {
+                Ok(Cell::Text(value.to_owned()))
+            }
+
+            fn visit_bool<E>(self, _: bool) -> Result<Cell, E> {
+                Ok(Cell::Other)
+            }
+
+            fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Cell, A::Error> {
+                while seq.next_element::<IgnoredAny>()?.is_some() {}
+                Ok(Cell::Other)
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Cell, A::Error> {
+                while map.next_entry::<IgnoredAny, IgnoredAny>()?.is_some() {}
+                Ok(Cell::Other)
+            }
+        }
+        source.deserialize_any(Any)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn read(text: &str) -> Metrics {
+        Metrics::read(text.as_bytes(), |_| ()).unwrap()
+    }
+
+    #[test]
+    fn rows_become_curves_and_texts() {
+        let metrics = read(concat!(
+            "{\"step\":0,\"time\":100.5,\"n_params\":7}\n",
+            "{\"step\":10,\"time\":101.5,\"train/loss\":3,\"grad\":null,\"s\":\"a \\u00e9\"}\n",
+            "{\"step\":20,\"time\":102.5,\"train/loss\":2.5,\"s\":\"b\",\"odd\":[1,{\"x\":true}]}\n",
+        ));
+        let names: Vec<&str> = metrics.curves.keys().map(String::as_str).collect();
+        assert_eq!(names, ["grad", "n_params", "train/loss"]);
+        let loss = &metrics.curves["train/loss"];
+        assert_eq!(loss.points(9).steps, [10, 20]);
+        assert_eq!(metrics.curves["grad"].n_not_finite, 1);
+        assert_eq!(metrics.texts["s"], (20, "b".to_owned()));
+        assert_eq!((metrics.n_rows, metrics.last_step), (3, Some(20)));
+        assert_eq!(metrics.last_time, Some(102.5));
+    }
+
+    #[test]
+    fn what_cannot_be_read_is_counted() {
+        let whole = "{\"step\":1,\"a\":1}\n";
+        let metrics = read(&format!(
+            "{whole}{{\"step\":2,\"a\"\n\n{{\"a\":1}}\n[]\n\u{0}\u{0}\n{whole}{{\"step\":3"
+        ));
+        assert_eq!(
+            (metrics.n_rows, metrics.n_unreadable, metrics.is_torn),
+            (2, 4, true)
+        );
+        // The last line may just lack its end.
+        let metrics = read(whole.trim_end());
+        assert_eq!((metrics.n_rows, metrics.is_torn), (1, false));
+        assert_eq!(read("").n_rows, 0);
+    }
+
+    #[test]
+    fn time_and_tokens_follow_the_steps() {
+        let row = |step: u64| {
+            format!(
+                "{{\"step\":{step},\"time\":{},\"timing/tokens_per_s\":500.0,\"timing/ms_per_iter\":2000.0}}\n",
+                50 + 2 * step
+            )
+        };
+        let text: String = (1..=5000).map(|n| row(n * 10)).collect();
+        let knots = read(&text).knots();
+        assert!(knots.steps.len() > N_KNOTS / 2 && knots.steps.len() <= N_KNOTS + 1);
+        assert_eq!(knots.steps.last(), Some(&50_000));
+        let tokens = knots.tokens.unwrap();
+        for (index, step) in knots.steps.iter().enumerate() {
+            assert_eq!(tokens[index], *step as f64 * 1000.0);
+            assert_eq!(knots.seconds[index], (2 * (step - 10)) as f64);
+        }
+        assert_eq!(read("{\"step\":1,\"time\":5}\n").knots().tokens, None);
     }
 }
