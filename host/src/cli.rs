@@ -46,9 +46,10 @@ Everywhere: -q (--quiet) warnings, errors and results only; -v (--verbose) what 
 /// Runs the program.
 pub fn main() -> ExitCode {
     let start = Instant::now();
+    let cuda = start_libtorch();
     let mut argv: Vec<String> = std::env::args().skip(1).collect();
     let terminal = Arc::new(Terminal::new(Verbosity::take(&mut argv)));
-    let code = dispatch(&argv, &terminal, start).unwrap_or_else(|error| {
+    let code = dispatch(&argv, &cuda, &terminal, start).unwrap_or_else(|error| {
         terminal.finish(); // Bars would stand between the messages and the error.
         terminal.report(&error.render(log::is_colored()));
         EXIT_USER_ERROR
@@ -57,13 +58,26 @@ pub fn main() -> ExitCode {
     ExitCode::from(code)
 }
 
-/// Does what is asked for; returns the exit code.
-fn dispatch(argv: &[String], terminal: &Arc<Terminal>, start: Instant) -> Result<u8, HostError> {
+/// What must come before any other use of libtorch, and before there are threads. Says whether there is a GPU.
+fn start_libtorch() -> Result<bool, PluginError> {
     // Without it training is slower, and that is all: another C library need not know the options.
     let _ = moeut_torch::memory::keep_freed_blocks();
     // Before any other call of libtorch: a question about CUDA caches the answer "none" for good.
     moeut_torch::determinism::order_devices_by_bus();
     let cuda = moeut_torch::cuda::load();
+    if !matches!(cuda, Ok(true)) {
+        moeut_torch::profiler::expect_no_gpu();
+    }
+    cuda
+}
+
+/// Does what is asked for; returns the exit code.
+fn dispatch(
+    argv: &[String],
+    cuda: &Result<bool, PluginError>,
+    terminal: &Arc<Terminal>,
+    start: Instant,
+) -> Result<u8, HostError> {
     let words: Vec<&str> = argv
         .iter()
         .map(String::as_str)
@@ -73,7 +87,7 @@ fn dispatch(argv: &[String], terminal: &Arc<Terminal>, start: Instant) -> Result
     match words[..] {
         [] if argv.is_empty() => print(USAGE),
         [] if asks_for_help(argv) => help(argv, terminal)?,
-        [] => return train_command(argv, &cuda, terminal, start),
+        [] => return train_command(argv, cuda, terminal, start),
         ["plugins", ..] => return plugins_cli::command(&argv[1..]),
         ["config", "show"] => {
             let resolved = resolve(rest, None, &Arc::new(open_registry(rest)?), terminal)?;
@@ -88,7 +102,7 @@ fn dispatch(argv: &[String], terminal: &Arc<Terminal>, start: Instant) -> Result
         ["eval"] => return eval_cli::command(rest, terminal),
         ["model", "show"] => model_show(rest, terminal)?,
         ["report", ..] => report::command(&argv[1..], terminal)?,
-        ["doctor"] => print(&doctor::report(&open_registry(rest)?, &cuda)),
+        ["doctor"] => print(&doctor::report(&open_registry(rest)?, cuda)),
         _ => {
             return Err(HostError::new(
                 format!("unknown command `{}`", words.join(" ")),

@@ -94,6 +94,8 @@ struct State {
     n_dropped: u64,
     /// The reader has kept somebody waiting, and has taken nothing since.
     is_stuck: bool,
+    /// It has kept somebody waiting at the end.
+    is_given_up: bool,
     is_over: bool,
 }
 
@@ -129,7 +131,8 @@ impl Screen {
         let thread = std::thread::Builder::new().name("terminal".to_owned());
         if thread.spawn(move || writer.run()).is_err() {
             // Nobody will ever write.
-            shared.lock().is_stuck = true;
+            let mut state = shared.lock();
+            (state.is_stuck, state.is_given_up) = (true, true);
         }
         Self { shared }
     }
@@ -166,9 +169,12 @@ impl Screen {
         }
     }
 
-    /// Waits until all is written, but not for ever.
+    /// Waits until all is written, but not for ever, and not for a second time.
     pub(super) fn flush(&self) {
-        self.wait(self.shared.lock(), LAST_PATIENCE);
+        let state = self.shared.lock();
+        if !state.is_given_up && !self.wait(state, LAST_PATIENCE) {
+            self.shared.lock().is_given_up = true;
+        }
     }
 
     /// Whether everything that is in the queue now was written within `patience`.
@@ -239,7 +245,7 @@ impl<W: Write, F: Fn() -> usize> Writer<W, F> {
 
             let mut state = self.shared.lock();
             state.n_written = n_taken;
-            state.is_stuck = false;
+            (state.is_stuck, state.is_given_up) = (false, false);
             self.shared.wrote.notify_all();
             if is_over && state.n_taken == state.n_asked {
                 return;

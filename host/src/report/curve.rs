@@ -2,14 +2,14 @@
 //!
 //! ```text
 //! rows      n rows in order, in buckets of k rows each; k doubles whenever there would be more than `N_BUCKETS` buckets
-//! bucket    its lowest and its highest point, at their own steps; a mark if a value in it was no number
+//! bucket    mean, lowest and highest value of its rows; a mark if one of them is no number
 //! ```
 //! So that no peak is lost, and a curve of few rows is drawn as it is.
 
 use serde::Serialize;
 
 /// Buckets of a curve; a page shows fewer pixels.
-const N_BUCKETS: usize = 512;
+pub(super) const N_BUCKETS: usize = 512;
 
 /// A value of a metric.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -36,18 +36,27 @@ pub(super) struct Curve {
 #[derive(Debug, Clone, Copy)]
 struct Bucket {
     n_rows: u64,
-    range: Option<(Point, Point)>,
-    /// Step of the first value that is no number.
-    hole: Option<u64>,
+    /// Steps of the first and of the last row.
+    steps: (u64, u64),
+    /// Finite values: how many, their sum, the lowest and the highest.
+    n_finite: u64,
+    sum: f64,
+    range: (f64, f64),
 }
 
 /// What the page draws: `null` is a gap.
-#[derive(Debug, PartialEq, Serialize)]
+#[derive(Debug, Default, PartialEq, Serialize)]
 pub(super) struct Points {
     #[serde(rename = "s")]
     pub(super) steps: Vec<u64>,
+    /// Values, or means of buckets.
     #[serde(rename = "v")]
     pub(super) values: Vec<Option<Short>>,
+    /// Of buckets only: the lowest and the highest values.
+    #[serde(rename = "l", skip_serializing_if = "Vec::is_empty")]
+    pub(super) lows: Vec<Option<Short>>,
+    #[serde(rename = "h", skip_serializing_if = "Vec::is_empty")]
+    pub(super) highs: Vec<Option<Short>>,
 }
 
 /// A number with the digits of an f32, which is more than a screen shows.
@@ -71,65 +80,99 @@ impl Curve {
     /// Adds a row's value.
     pub(super) fn push(&mut self, step: u64, value: f64) {
         self.n_rows += 1;
-        let mut row = Bucket {
-            n_rows: 1,
-            range: None,
-            hole: None,
-        };
         if value.is_finite() {
             let point = Point { step, value };
-            row.range = Some((point, point));
             self.last = Some(point);
-            self.range = wider(self.range, row.range);
+            let (low, high) = self.range.get_or_insert((point, point));
+            if value < low.value {
+                *low = point;
+            }
+            if value > high.value {
+                *high = point;
+            }
         } else {
             self.n_not_finite += 1;
-            row.hole = Some(step);
         }
+        let row = Bucket::of(step, value);
         match self.buckets.last_mut() {
             Some(last) if last.n_rows < self.rows_per_bucket => *last = last.with(row),
             _ => {
+                self.rows_per_bucket = self.rows_per_bucket.max(1);
                 if self.buckets.len() >= N_BUCKETS {
                     halve(&mut self.buckets);
                     self.rows_per_bucket *= 2;
                 }
-                self.rows_per_bucket = self.rows_per_bucket.max(1);
                 self.buckets.push(row);
             }
         }
     }
 
-    /// Whether every finite value is among the points of at most `n_buckets`.
+    /// Whether every value is among the points of at most `n_buckets`.
     pub(super) fn is_whole(&self, n_buckets: usize) -> bool {
         self.rows_per_bucket <= 1 && self.buckets.len() <= n_buckets
     }
 
-    /// The points, from at most `n_buckets` buckets, by step.
+    /// Buckets, if at most `n_buckets` are wanted.
+    pub(super) fn n_points(&self, n_buckets: usize) -> usize {
+        self.buckets.len().min(n_buckets)
+    }
+
+    /// The points, from at most `n_buckets` buckets.
     pub(super) fn points(&self, n_buckets: usize) -> Points {
         let mut buckets = self.buckets.clone();
         while buckets.len() > n_buckets.max(1) {
             halve(&mut buckets);
         }
-        let mut points: Vec<(u64, Option<Short>)> = Vec::new();
-        for bucket in buckets {
-            points.extend(bucket.hole.map(|step| (step, None)));
-            if let Some((low, high)) = bucket.range {
-                let as_drawn = |point: Point| (point.step, Some(Short(point.value)));
-                points.push(as_drawn(low));
-                points.extend((high.step != low.step).then(|| as_drawn(high)));
+        let is_whole = self.is_whole(n_buckets);
+        let mut points = Points::default();
+        for bucket in &buckets {
+            let (first, last) = bucket.steps;
+            let known = |value: f64| (bucket.n_finite > 0).then_some(Short(value));
+            points.steps.push(first.midpoint(last));
+            points
+                .values
+                .push(known(bucket.sum / bucket.n_finite as f64));
+            if !is_whole {
+                points.lows.push(known(bucket.range.0));
+                points.highs.push(known(bucket.range.1));
+                if bucket.n_finite > 0 && bucket.n_finite < bucket.n_rows {
+                    points.steps.push(last);
+                    points.values.push(None);
+                    points.lows.push(None);
+                    points.highs.push(None);
+                }
             }
         }
-        points.sort_by_key(|(step, _)| *step);
-        let (steps, values) = points.into_iter().unzip();
-        Points { steps, values }
+        points
     }
 }
 
 impl Bucket {
+    fn of(step: u64, value: f64) -> Self {
+        let is_finite = value.is_finite();
+        Self {
+            n_rows: 1,
+            steps: (step, step),
+            n_finite: u64::from(is_finite),
+            sum: if is_finite { value } else { 0.0 },
+            range: if is_finite {
+                (value, value)
+            } else {
+                (f64::INFINITY, f64::NEG_INFINITY)
+            },
+        }
+    }
+
     fn with(self, later: Self) -> Self {
         Self {
             n_rows: self.n_rows + later.n_rows,
-            range: wider(self.range, later.range),
-            hole: self.hole.or(later.hole),
+            steps: (self.steps.0, later.steps.1),
+            n_finite: self.n_finite + later.n_finite,
+            sum: self.sum + later.sum,
+            range: (
+                self.range.0.min(later.range.0),
+                self.range.1.max(later.range.1),
+            ),
         }
     }
 }
@@ -143,16 +186,6 @@ fn halve(buckets: &mut Vec<Bucket>) {
     *buckets = joined.collect();
 }
 
-/// The lowest and the highest point of both.
-fn wider(a: Option<(Point, Point)>, b: Option<(Point, Point)>) -> Option<(Point, Point)> {
-    let (Some(a), Some(b)) = (a, b) else {
-        return a.or(b);
-    };
-    let low = if b.0.value < a.0.value { b.0 } else { a.0 };
-    let high = if b.1.value > a.1.value { b.1 } else { a.1 };
-    Some((low, high))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -160,33 +193,39 @@ mod tests {
     #[test]
     fn a_short_curve_is_drawn_as_it_is() {
         let mut curve = Curve::default();
-        for (step, value) in [
+        let rows = [
             (1, 3.0),
             (2, f64::NAN),
             (5, 2.5),
             (9, f64::INFINITY),
             (10, 4.0),
-        ] {
+        ];
+        for (step, value) in rows {
             curve.push(step, value);
         }
-        assert_eq!(curve.points(N_BUCKETS).steps, [1, 2, 5, 9, 10]);
         let text = serde_json::to_string(&curve.points(N_BUCKETS)).unwrap();
         assert_eq!(text, r#"{"s":[1,2,5,9,10],"v":[3.0,null,2.5,null,4.0]}"#);
         assert_eq!((curve.n_rows, curve.n_not_finite), (5, 2));
-        assert_eq!(curve.last.unwrap().value, 4.0);
+        assert_eq!(
+            curve.last,
+            Some(Point {
+                step: 10,
+                value: 4.0
+            })
+        );
         let (low, high) = curve.range.unwrap();
         assert_eq!((low.step, high.step), (5, 10));
-        assert!(curve.is_whole(N_BUCKETS));
+        assert!(curve.is_whole(N_BUCKETS) && !curve.is_whole(4));
     }
 
     #[test]
-    fn a_long_curve_keeps_its_peaks_and_its_holes() {
+    fn a_long_curve_keeps_its_peaks_its_holes_and_its_mean() {
         let mut curve = Curve::default();
         let value = |step: u64| match step {
             31_415 => 1e6,
             27_182 => -1e6,
             50_000 => f64::NAN,
-            step => (step as f64 / 500.0).sin(),
+            step => step as f64,
         };
         for step in 0..100_000 {
             curve.push(step, value(step));
@@ -194,28 +233,41 @@ mod tests {
         assert!(!curve.is_whole(N_BUCKETS));
         for n_buckets in [N_BUCKETS, 64, 1] {
             let points = curve.points(n_buckets);
-            assert!(
-                points.steps.len() <= 2 * n_buckets + 1,
-                "{}",
-                points.steps.len()
-            );
+            let n_points = points.steps.len();
+            assert!(n_points <= n_buckets + 1, "{n_points}");
             assert!(points.steps.is_sorted());
-            let at = |step| points.values[points.steps.binary_search(&step).unwrap()];
-            assert_eq!(at(31_415), Some(Short(1e6)));
-            assert_eq!(at(27_182), Some(Short(-1e6)));
-            assert_eq!(at(50_000), None);
-            for (step, shown) in points.steps.iter().zip(&points.values) {
-                assert!(shown.is_none_or(|shown| shown.0 == value(*step)), "{step}");
+            assert_eq!(points.highs.len(), n_points);
+            assert_eq!(
+                points.lows.iter().flatten().count(),
+                n_points - 1,
+                "one hole"
+            );
+            let at = |peak: f64, of: &[Option<Short>]| {
+                let index = of.iter().position(|value| *value == Some(Short(peak)));
+                points.steps[index.unwrap()]
+            };
+            let width = 100_000 / curve.n_points(n_buckets) as u64 * 2;
+            assert!(at(1e6, &points.highs).abs_diff(31_415) <= width);
+            assert!(at(-1e6, &points.lows).abs_diff(27_182) <= width);
+            // Far from the peaks the mean of a bucket is the value of its middle.
+            let middle = |index: &usize| n_points > 1 && points.steps[*index] > 60_000;
+            for index in (0..n_points).filter(middle) {
+                let mean = points.values[index].unwrap().0;
+                assert!((mean - points.steps[index] as f64).abs() <= 0.5, "{mean}");
             }
         }
     }
 
     #[test]
     fn numbers_have_few_digits_and_keep_their_size() {
-        let text = |value: f64| serde_json::to_string(&Short(value)).unwrap();
-        assert_eq!(text(1.0 / 3.0), "0.33333334");
-        assert_eq!(text(1e300), "1e300");
-        assert_eq!(text(1e-300), "1e-300");
-        assert_eq!(text(0.0), "0.0");
+        let read = |value: f64| {
+            let text = serde_json::to_string(&Short(value)).unwrap();
+            (text.len(), text.parse::<f64>().unwrap())
+        };
+        let (length, third) = read(1.0 / 3.0);
+        assert!(length <= 10 && (third - 1.0 / 3.0).abs() < 1e-7);
+        for value in [1e300, 1e-300, 0.0] {
+            assert_eq!(read(value).1, value);
+        }
     }
 }

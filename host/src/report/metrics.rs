@@ -10,6 +10,9 @@ use std::io::BufRead;
 /// Places at which time and tokens of a run are kept; the page interpolates between them.
 const N_KNOTS: usize = 1024;
 
+/// Bytes between two words about the progress.
+const PROGRESS_BYTES: u64 = 1 << 22;
+
 /// Everything that a run logged.
 #[derive(Debug, Default)]
 pub(super) struct Metrics {
@@ -46,10 +49,14 @@ impl Metrics {
             line.clear();
             let n_read = source.read_until(b'\n', &mut line)?;
             if n_read == 0 {
+                progress(n_bytes);
                 return Ok(metrics);
             }
+            let before = n_bytes / PROGRESS_BYTES;
             n_bytes += n_read as u64;
-            progress(n_bytes);
+            if n_bytes / PROGRESS_BYTES > before {
+                progress(n_bytes);
+            }
             let is_whole = line.ends_with(b"\n");
             if line.trim_ascii().is_empty() {
                 continue;

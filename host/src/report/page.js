@@ -154,7 +154,8 @@
         const usable = (value) => value !== null && !(state.log && value <= 0);
         const raw = curve.v.map((value) => (usable(value) ? value : null));
         const values = state.smoothing > 0 ? smooth(raw, state.smoothing) : raw;
-        return { run: curve.r, xs: curve.s.map((step) => axis.of(knots, step)), raw, values };
+        const bounds = curve.l && { lows: curve.l.map((v) => (usable(v) ? v : null)), highs: curve.h };
+        return { run: curve.r, xs: curve.s.map((step) => axis.of(knots, step)), raw, values, bounds };
       }).filter((line) => line.xs.some(Number.isFinite));
     }
 
@@ -170,7 +171,8 @@
       const all = lines.flatMap((line) => line.xs.filter(Number.isFinite));
       let [x0, x1] = this.zoom ?? [reduce(all, Math.min), reduce(all, Math.max)];
       const inside = (x) => x >= x0 && x <= x1;
-      const ys = lines.flatMap((line) => line.values.filter((value, i) => value !== null && inside(line.xs[i])));
+      const heights = (line) => [line.values, ...(line.bounds && lines.length === 1 ? [line.bounds.lows, line.bounds.highs] : [])];
+      const ys = lines.flatMap((line) => heights(line).flatMap((values) => values.filter((value, i) => value !== null && inside(line.xs[i]))));
       this.describe(lines);
       if (ys.length === 0) {
         this.svg.append(node("text", { x: width / 2, y: height / 2, "text-anchor": "middle" }, "nothing to draw"));
@@ -191,13 +193,13 @@
       const toY = (y) => MARGIN.top + (1 - (scale(y) - scale(y0)) / (scale(y1) - scale(y0))) * h;
 
       const [unit, unitName] = state.x === "time" ? timeUnit(x1) : [1, ""];
-      const horizontal = linearTicks(x0 / unit, x1 / unit, Math.max(2, w / 90));
+      const horizontal = linearTicks(x0 / unit, x1 / unit, Math.max(2, w / 70));
       for (const tick of horizontal.ticks) {
         const x = toX(tick * unit);
         this.svg.append(node("line", { class: "rule", x1: x, x2: x, y1: MARGIN.top, y2: MARGIN.top + h }));
         this.svg.append(node("text", { x, y: MARGIN.top + h + 14, "text-anchor": "middle" }, showTick(tick, horizontal.step)));
       }
-      const vertical = (logarithmic ? logTicks : linearTicks)(y0, y1, Math.max(2, h / 45));
+      const vertical = (logarithmic ? logTicks : linearTicks)(y0, y1, Math.max(2, h / 32));
       for (const tick of vertical.ticks) {
         const y = toY(tick);
         this.svg.append(node("line", { class: "rule", x1: MARGIN.left, x2: MARGIN.left + w, y1: y, y2: y }));
@@ -211,6 +213,7 @@
       clipPath.append(node("rect", { x: MARGIN.left, y: MARGIN.top - 3, width: w, height: h + 6 }));
       const group = node("g", { "clip-path": `url(#${clip})` });
       this.svg.append(clipPath, group);
+      for (const line of lines.filter((line) => line.bounds)) this.range(group, line, toX, toY);
       for (const line of lines) {
         const style = `stroke:${colorOf(line.run)}`;
         const dash = dashOf(line.run);
@@ -240,6 +243,23 @@
       for (const i of lone) {
         group.append(node("circle", { cx: toX(xs[i]), cy: toY(values[i]), r: 2.5, style: attributes.style.replace("stroke", "fill") }));
       }
+    }
+
+    // Between the lowest and the highest values of each part of a long curve.
+    range(group, line, toX, toY) {
+      const { lows, highs } = line.bounds;
+      const place = (i, values) => `${toX(line.xs[i]).toFixed(1)} ${toY(values[i]).toFixed(1)}`;
+      let part = [];
+      const close = () => {
+        if (part.length > 1) {
+          const back = [...part].reverse();
+          const d = `M${part.map((i) => place(i, highs)).join("L")}L${back.map((i) => place(i, lows)).join("L")}Z`;
+          group.append(node("path", { class: "range", d, style: `fill:${colorOf(line.run)}` }));
+        }
+        part = [];
+      };
+      line.xs.forEach((x, i) => { if (lows[i] === null || !Number.isFinite(x)) close(); else part.push(i); });
+      close();
     }
 
     describe(lines) {
@@ -319,7 +339,8 @@
       const rows = found.map(({ line, i }) => {
         this.dots.append(node("circle", { cx: toX(line.xs[i]), cy: toY(line.values[i]), r: 3.5, style: `fill:${colorOf(line.run)}` }));
         const row = html("div");
-        row.append(swatch(line.run), `${show(line.values[i])}  ${data.runs[line.run].name}`);
+        const bounds = line.bounds ? ` (${show(line.bounds.lows[i])} … ${show(line.bounds.highs[i])})` : "";
+        row.append(swatch(line.run), `${show(line.values[i])}${bounds}  ${data.runs[line.run].name}`);
         return row;
       });
       const position = state.x === "time" ? `${show(this.cursor / unit)} ${unitName}` : `${AXES[state.x].title} ${show(Math.round(this.cursor))}`;

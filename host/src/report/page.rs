@@ -1,6 +1,6 @@
 //! The page itself. Tables are made here, so that they are there without scripts; curves are drawn by `page.js`.
 
-use super::curve::{Curve, Point, Points};
+use super::curve::{Curve, N_BUCKETS, Point, Points};
 use super::metrics::Knots;
 use super::run::Run;
 use super::settings::{Value, Values, differences};
@@ -15,8 +15,10 @@ pub(super) const MARK: &str = "<meta name=\"generator\" content=\"moeut-host rep
 
 /// Buckets of all curves together: what a browser opens without a pause.
 const MAX_BUCKETS: usize = 400_000;
-/// Buckets of a curve.
-const BUCKETS: std::ops::RangeInclusive<usize> = 32..=512;
+/// The fewest buckets of a curve.
+const MIN_BUCKETS: usize = 32;
+/// Groups whose curves are drawn as finely as they are known.
+const MAIN_GROUPS: [&str; 2] = ["train/", "validation/"];
 /// Bytes of all charts together.
 const MAX_CHART_BYTES: usize = 64 << 20;
 
@@ -54,10 +56,34 @@ struct CurveData {
     points: Points,
 }
 
+/// How finely curves are drawn.
+#[derive(Debug, Clone, Copy)]
+struct Detail {
+    /// Buckets of a curve that is not of [`MAIN_GROUPS`].
+    n_buckets: usize,
+}
+
+impl Detail {
+    /// As finely as the page may be large.
+    fn for_runs(runs: &[Run]) -> Self {
+        let curves = || runs.iter().flat_map(|run| run.metrics.curves.values());
+        let size = |n: usize| curves().map(|curve| curve.n_points(n)).sum::<usize>();
+        let mut n_buckets = N_BUCKETS;
+        while n_buckets > MIN_BUCKETS && size(n_buckets) > MAX_BUCKETS {
+            n_buckets /= 2;
+        }
+        Self { n_buckets }
+    }
+
+    fn n_buckets(self, name: &str) -> usize {
+        let is_main = MAIN_GROUPS.iter().any(|group| name.starts_with(group));
+        if is_main { N_BUCKETS } else { self.n_buckets }
+    }
+}
+
 /// Makes the page of runs, with their arguments in the same order.
 pub(super) fn render(runs: &[Run], values: &[Values], remarks: &[String]) -> Page {
-    let curves: usize = runs.iter().map(|run| run.metrics.curves.len()).sum();
-    let n_buckets = (MAX_BUCKETS / curves.max(1)).clamp(*BUCKETS.start(), *BUCKETS.end());
+    let detail = Detail::for_runs(runs);
     let names: BTreeSet<&str> = runs
         .iter()
         .flat_map(|run| run.metrics.curves.keys().map(String::as_str))
@@ -67,7 +93,7 @@ pub(super) fn render(runs: &[Run], values: &[Values], remarks: &[String]) -> Pag
     let sections = [
         ("runs", "Runs", run_table(runs, &remarks)),
         ("results", "Results", results(runs, &names)),
-        ("curves", "Curves", curve_tools(runs, n_buckets)),
+        ("curves", "Curves", curve_tools(runs, detail)),
         ("charts", "Charts", charts),
         (
             "configuration",
@@ -94,7 +120,7 @@ pub(super) fn render(runs: &[Run], values: &[Values], remarks: &[String]) -> Pag
         }
     }
     html.push_str("</main>\n<script type=\"application/json\" id=\"data\">");
-    html.push_str(&data(runs, &names, n_buckets));
+    html.push_str(&data(runs, &names, detail));
     html.push_str("</script>\n<script>\n");
     html.push_str(include_str!("page.js"));
     html.push_str("</script>\n</body>\n</html>\n");
@@ -133,12 +159,12 @@ fn head(runs: &[Run]) -> String {
 }
 
 /// `<` cannot begin a tag inside of JSON: it is only in texts, where it may be written as its number.
-fn data(runs: &[Run], names: &BTreeSet<&str>, n_buckets: usize) -> String {
+fn data(runs: &[Run], names: &BTreeSet<&str>, detail: Detail) -> String {
     let curves = |name: &str| {
         let of_runs = runs.iter().enumerate();
         let curve = |(run, of_run): (usize, &Run)| {
             let curve = of_run.metrics.curves.get(name)?;
-            let points = curve.points(n_buckets);
+            let points = curve.points(detail.n_buckets(name));
             Some(CurveData { run, points })
         };
         of_runs.filter_map(curve).collect()
@@ -304,19 +330,19 @@ fn run_headings(runs: &[Run]) -> String {
 }
 
 /// The controls above the curves, and where the script puts them.
-fn curve_tools(runs: &[Run], n_buckets: usize) -> String {
-    let all = || runs.iter().flat_map(|run| run.metrics.curves.values());
+fn curve_tools(runs: &[Run], detail: Detail) -> String {
+    let all = || runs.iter().flat_map(|run| &run.metrics.curves);
     if all().next().is_none() {
         return String::new();
     }
-    let n_cut = all().filter(|curve| !curve.is_whole(n_buckets)).count();
-    let note = match n_cut {
+    let is_cut = |(name, curve): &(&String, &Curve)| !curve.is_whole(detail.n_buckets(name));
+    let note = match all().filter(is_cut).count() {
         0 => "Every value is drawn.".to_owned(),
         n => format!(
-            "{} of {} are too long to be drawn whole: of each of at most {n_buckets} parts of such a curve the lowest \
-             and the highest value are drawn. Smoothing is over what is drawn.",
-            n,
-            counted(all().count(), "curve")
+            "{n} of {} are too long to be drawn value by value: of each of at most {} parts of such a curve ({N_BUCKETS} \
+             in train and validation) the mean is drawn, and behind it the range from the lowest to the highest value.",
+            counted(all().count(), "curve"),
+            detail.n_buckets
         ),
     };
     format!(

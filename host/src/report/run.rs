@@ -103,7 +103,9 @@ fn read_metrics(
         let file = File::open(path)?;
         let n_bytes = file.metadata()?.len();
         Metrics::read(BufReader::with_capacity(1 << 20, file), |done| {
-            progress(done.min(n_bytes), n_bytes);
+            if n_bytes > 0 {
+                progress(done.min(n_bytes), n_bytes);
+            }
         })
     };
     let metrics = match read() {

@@ -48,6 +48,8 @@ pub struct Monitor {
     timing: Timing,
     profile: Option<Profile>,
     eta: Eta,
+    /// Tokens and steps per second of the last record with new steps.
+    rates: (f64, f64),
     clock: Clock,
     step_began: Instant,
     /// Set until the first step is done.
@@ -101,6 +103,7 @@ impl Monitor {
             timing: Timing::default(),
             profile: None,
             eta: Eta::default(),
+            rates: (0.0, 0.0),
             clock: Clock::new(state.n_tokens),
             step_began: Instant::now(),
             built_at: Some(Instant::now()),
@@ -282,6 +285,10 @@ impl Monitor {
             scalars.push(("lr".into(), lr));
         }
         self.eta.note(self.clock.n_steps, &spent);
+        if self.clock.n_steps > 0 {
+            self.rates = (tokens_per_s, self.clock.n_steps as f64 / seconds);
+        }
+        let (tokens_per_s, steps_per_s) = self.rates;
         let Watch {
             n_steps,
             eval_interval,
@@ -294,7 +301,7 @@ impl Monitor {
             loss: loss_of(&scalars),
             lr,
             tokens_per_s,
-            steps_per_s: self.clock.n_steps as f64 / seconds,
+            steps_per_s,
             left: self.eta.left(step, n_steps, eval_interval),
             memory: memory::current(device).zip(peak),
             wait_fraction: spent.of(Phase::Load) / seconds,

@@ -12,7 +12,17 @@ use std::path::Path;
 
 use tch::{Device, TchError};
 
+use crate::determinism::set_default;
 use crate::ffi::{self, RawSpan, check};
+
+/// Above all levels of the recorder's own messages.
+const SILENCE: (&str, &str) = ("KINETO_LOG_LEVEL", "5");
+
+/// Keeps the recorder from complaining on stderr that there is no GPU. **Call it while the program starts**, and only
+/// where there is none: a GPU that cannot be recorded is worth a complaint.
+pub fn expect_no_gpu() {
+    set_default(SILENCE);
+}
 
 /// Makes ready for [`Profiler::start`]. On a GPU this takes long the first time, so it belongs some work ahead of what
 /// is to be measured.
