@@ -197,11 +197,12 @@ impl Clock {
         let mut all = self.knots.clone();
         all.extend(self.last);
         all.dedup_by_key(|knot| knot.step);
-        let of = |value: fn(&Knot) -> f64| all.iter().map(value).map(f64::round).collect();
+        let of = |value: fn(&Knot) -> f64| all.iter().map(value).collect();
         Knots {
             steps: all.iter().map(|knot| knot.step).collect(),
-            seconds: of(|knot| knot.seconds),
-            tokens: self.counted.map(|_| of(|knot| knot.tokens)),
+            // Milliseconds are exact enough, and short.
+            seconds: of(|knot| (knot.seconds * 1e3).round() / 1e3),
+            tokens: self.counted.map(|_| of(|knot| knot.tokens.round())),
         }
     }
 }

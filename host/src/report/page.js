@@ -58,6 +58,7 @@
   }
 
   function logTicks(low, high, count) {
+    if (high < 10 * low) return linearTicks(low, high, count);
     const [first, last] = [Math.floor(Math.log10(low)), Math.ceil(Math.log10(high))];
     const factors = last - first <= 2 ? [1, 2, 5] : [1];
     const every = Math.max(1, Math.ceil((last - first) / Math.max(count, 1)));
@@ -318,7 +319,7 @@
     // The values of all runs at the cursor.
     point() {
       if (!this.drawn) return;
-      const { lines, toX, toY, unit, unitName, w } = this.drawn;
+      const { lines, x0, x1, toX, toY, unit, unitName, w } = this.drawn;
       this.dots.replaceChildren();
       const isShown = this.cursor !== null;
       this.tip.hidden = !isShown;
@@ -334,7 +335,9 @@
         this.band.setAttribute("x", Math.min(x, from));
         this.band.setAttribute("width", Math.abs(x - from));
       }
-      const found = lines.map((line) => ({ line, i: nearest(line, this.cursor) })).filter(({ i }) => i >= 0);
+      // A run that ended before has no value here.
+      const isHere = ({ line, i }) => i >= 0 && Math.abs(line.xs[i] - this.cursor) <= (x1 - x0) / (line.xs.length > 50 ? 50 : 2);
+      const found = lines.map((line) => ({ line, i: nearest(line, this.cursor) })).filter(isHere);
       found.sort((a, b) => b.line.values[b.i] - a.line.values[a.i]);
       const rows = found.map(({ line, i }) => {
         this.dots.append(node("circle", { cx: toX(line.xs[i]), cy: toY(line.values[i]), r: 3.5, style: `fill:${colorOf(line.run)}` }));
