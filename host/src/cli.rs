@@ -8,7 +8,7 @@ use crate::error::{EXIT_USER_ERROR, HostError};
 use crate::eval_cli;
 use crate::generate;
 use crate::job::Job;
-use crate::log::{self, Level, Terminal, Verbosity};
+use crate::log::{self, End, Level, Terminal, Verbosity, run_name};
 use crate::model_show;
 use crate::plan::{Resolved, candidates, resolve};
 use crate::plugins::{Folder, Gate, Registry, search_path};
@@ -158,6 +158,7 @@ fn train_command(
     terminal: &Arc<Terminal>,
     start: Instant,
 ) -> Result<u8, HostError> {
+    let argv = &named(argv);
     let job = Job::find(|name| std::env::var(name).ok());
     let signals = Arc::new(Signals::listen(job.is_some())?);
     let registry = Arc::new(open_registry(argv)?);
@@ -198,7 +199,12 @@ fn train_command(
         (false, false) => train::train(&mut run).map(|()| None),
     };
     let outcome = outcome.map_err(|error| train::explain(error, &mut run));
-    run.monitor.finish();
+    let end = match (&outcome, run.early_ending()) {
+        (Err(_), _) => End::Failed,
+        (Ok(_), Some(ending)) => End::Stopped(ending),
+        (Ok(_), None) => End::Finished,
+    };
+    run.monitor.finish(end);
     print(&outcome?.unwrap_or_default());
     let exit_code = signals.ending().map_or(0, Ending::exit_code);
     if keeps_alive && !signals.is_ending() {
@@ -206,6 +212,16 @@ fn train_command(
         signals.wait_for_ending();
     }
     Ok(exit_code)
+}
+
+/// The arguments with the name that the variables of Weights & Biases give to the run. A checkpoint's run has its name
+/// already.
+fn named(argv: &[String]) -> Vec<String> {
+    let is_given = |value: &String| !value.is_empty() && !value.eq_ignore_ascii_case("none");
+    let given = |name| peek(argv, name).pop().filter(is_given);
+    let name = run_name(given("name").as_deref(), given("restore").is_some());
+    let name = name.map(|name| format!("-name={name}"));
+    argv.iter().cloned().chain(name).collect()
 }
 
 /// A signal came before there was anything to save.

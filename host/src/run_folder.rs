@@ -6,7 +6,7 @@
 //!     args.json         the arguments as typed, for the next start
 //!     startup_log.txt   each start: command, program, machine, plugins
 //!     checkpoint/       see `checkpoint`
-//!     metrics.jsonl, tensorboard/   see `log`
+//!     metrics.jsonl, plots/, tensorboard/, wandb/   see `log`
 //! ```
 
 use crate::error::HostError;
@@ -22,6 +22,7 @@ const STATE: &[&str] = &[
     "export",
     "model_weights",
     "tmp",
+    "plots",
 ];
 
 /// The folder of a run that this process alone may change.

@@ -54,6 +54,16 @@ impl Ending {
         }
     }
 
+    /// The signal's number.
+    pub fn number(self) -> u8 {
+        let number = match self {
+            Self::Terminated => SIGTERM,
+            Self::Interrupted => SIGINT,
+            Self::Requeue => SIGUSR1,
+        };
+        u8::try_from(number).unwrap_or_default()
+    }
+
     /// The program's exit code.
     pub fn exit_code(self) -> u8 {
         match self {

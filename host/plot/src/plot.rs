@@ -1,6 +1,6 @@
 //! What a chart shows.
 
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize};
 
 /// One chart. The kinds are those of the reference's dashboards.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -110,6 +110,7 @@ pub struct Series {
     #[serde(default)]
     pub x: Vec<f64>,
     /// The values; NaN is a gap.
+    #[serde(deserialize_with = "with_gaps")]
     pub y: Vec<f64>,
     /// Length of the error bar below and above each value; empty for none.
     #[serde(default)]
@@ -138,6 +139,7 @@ pub struct Matrix {
     /// Columns.
     pub n_cols: usize,
     /// Row by row.
+    #[serde(deserialize_with = "with_gaps")]
     pub values: Vec<f32>,
 }
 
@@ -191,4 +193,13 @@ pub struct Frames {
     /// Values of the first and last colour; those of all frames if absent.
     #[serde(default)]
     pub range: Option<(f32, f32)>,
+}
+
+/// JSON has no NaN: it is `null` there.
+fn with_gaps<'de, D: Deserializer<'de>, T: Deserialize<'de> + From<f32>>(
+    source: D,
+) -> Result<Vec<T>, D::Error> {
+    let values = Vec::<Option<T>>::deserialize(source)?;
+    let number = |value: Option<T>| value.unwrap_or_else(|| f32::NAN.into());
+    Ok(values.into_iter().map(number).collect())
 }

@@ -66,6 +66,10 @@ pub struct HostConfig {
     pub bfloat16: bool,
     /// Where metrics go.
     pub log: LogSink,
+    /// Project in Weights & Biases; that of the environment if absent.
+    pub wandb_project: Option<String>,
+    /// Whether tables are not sent there.
+    pub wandb_drops_tables: bool,
     /// Steps over which metrics are averaged.
     pub log_interval: u64,
     /// Steps between checkpoints; only at the end if absent.
@@ -253,7 +257,7 @@ pub struct AdamConfig {
 pub enum LogSink {
     /// TensorBoard event files.
     Tb,
-    /// Weights & Biases, which is not there yet: TensorBoard stands in.
+    /// Weights & Biases.
     Wandb,
     /// Both.
     All,

@@ -108,7 +108,13 @@ const HOST_ARGS: &[ArgSpec] = &[
     // Reports and checkpoints.
     ArgSpec::text("log", "tb")
         .choices("tb|wandb|all|none")
-        .help("Where metrics go besides `metrics.jsonl`; `wandb` and `all` are TensorBoard only, for now"),
+        .help("Where metrics go besides `metrics.jsonl`: TensorBoard, Weights & Biases, both, or nowhere"),
+    ArgSpec::text("wandb_project", "none")
+        .optional()
+        .help("Project in Weights & Biases; `none` takes `WANDB_PROJECT`, or `lm`"),
+    ArgSpec::flag("wandb_bug_workaround", "0")
+        .field("wandb_drops_tables")
+        .help("Send no tables to Weights & Biases"),
     ArgSpec::int("log_interval", "20")
         .unit("steps")
         .help("Metrics are averaged over so many steps"),
@@ -256,8 +262,7 @@ const HOST_ARGS: &[ArgSpec] = &[
     // Accepted so that the reference's command lines and sweeps run.
     ArgSpec::retired(ArgKind::Bool, "train_baseline", "the method that it calls is not in the reference"),
     ArgSpec::retired(ArgKind::Int, "wandb_save_interval", "the reference never reads it; see `-save_interval`"),
-    ArgSpec::retired(ArgKind::Bool, "wandb_bug_workaround", NO_WANDB),
-    ArgSpec::retired(ArgKind::Bool, "wandb_sync_checkpoints", NO_WANDB),
+    ArgSpec::retired(ArgKind::Bool, "wandb_sync_checkpoints", "checkpoints stay in the run's folder"),
     ArgSpec::retired(ArgKind::Int, "max_length_per_batch", "only sequence-to-sequence tasks of the reference read it; see `-length_bucketed_sampling`"),
     ArgSpec::retired(ArgKind::Int, "lm.unroll_eval", "only a task that the reference cannot start reads it"),
     ArgSpec::retired(ArgKind::Int, "lm.example_context", "the reference never shows its examples; see `-n_samples`"),
@@ -269,5 +274,4 @@ const HOST_ARGS: &[ArgSpec] = &[
     ArgSpec::retired(ArgKind::Int, "details_log_interval", "layers report with every record; see `-log_interval`"),
 ];
 
-const NO_WANDB: &str = "Weights & Biases is not there yet";
 const NO_PLOTS: &str = "attention maps are not drawn";

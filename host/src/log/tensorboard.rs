@@ -6,14 +6,14 @@
 //! u64 length | u32 masked CRC-32C of the length | message | u32 masked CRC-32C of the message   (little endian)
 //! ```
 //!
-//! The five message types are encoded by hand: a protobuf library would bring a build step for thirty lines. Field
-//! numbers are those of TensorFlow's `event.proto`, `summary.proto` and `tensor.proto`. No server is started here.
+//! Field numbers are those of TensorFlow's `event.proto`, `summary.proto` and `tensor.proto`. No server is started here.
 
 use std::fs::{self, File};
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use super::protobuf::Message;
 use super::{Record, Sink, SinkError};
 
 /// Writes one event file per process; TensorBoard joins the files of a folder.
@@ -132,45 +132,6 @@ fn masked_crc(data: &[u8]) -> u32 {
     crc32c::crc32c(data)
         .rotate_right(15)
         .wrapping_add(0xa282_ead8)
-}
-
-/// A protobuf message under construction.
-#[derive(Default)]
-struct Message(Vec<u8>);
-
-impl Message {
-    fn varint(&mut self, mut value: u64) {
-        while value >= 0x80 {
-            self.0.push(value.to_le_bytes()[0] | 0x80);
-            value >>= 7;
-        }
-        self.0.push(value.to_le_bytes()[0]);
-    }
-
-    fn integer(mut self, field: u8, value: u64) -> Self {
-        self.0.push(field << 3);
-        self.varint(value);
-        self
-    }
-
-    fn double(mut self, field: u8, value: f64) -> Self {
-        self.0.push(field << 3 | 1);
-        self.0.extend_from_slice(&value.to_le_bytes());
-        self
-    }
-
-    fn float(mut self, field: u8, value: f32) -> Self {
-        self.0.push(field << 3 | 5);
-        self.0.extend_from_slice(&value.to_le_bytes());
-        self
-    }
-
-    fn bytes(mut self, field: u8, value: &[u8]) -> Self {
-        self.0.push(field << 3 | 2);
-        self.varint(value.len() as u64);
-        self.0.extend_from_slice(value);
-        self
-    }
 }
 
 /// `tensorflow.Event` without its content.

@@ -485,55 +485,42 @@ fn setting(value: Option<&Value>) -> String {
     }
 }
 
-/// The newest start of each run, and what of it is not the same in all.
+/// The newest start of each run, in which lines are marked that are not those of every other run.
 fn environment(runs: &[Run]) -> String {
-    let newest: Vec<&str> = runs
+    let newest = |run: &Run| run.starts.last().cloned();
+    let known: Vec<(&Run, String)> = runs
         .iter()
-        .map(|run| run.starts.last().map_or("", String::as_str))
+        .filter_map(|run| Some((run, newest(run)?)))
         .collect();
-    if newest.iter().all(|start| start.is_empty()) {
-        return String::new();
-    }
     // Each start has its own time and command.
-    let is_compared = |line: &&str| !line.starts_with("start ") && !line.starts_with("command ");
-    let lines = |start: &'_ &str| -> BTreeSet<String> {
-        start
-            .lines()
-            .filter(is_compared)
-            .map(str::to_owned)
-            .collect()
+    let is_compared = |line: &str| !line.starts_with("start ") && !line.starts_with("command ");
+    let is_common = |wanted: &str| {
+        let has_it = |(_, start): &(&Run, String)| start.lines().any(|line| line == wanted);
+        known.iter().all(has_it)
     };
-    let sets: Vec<BTreeSet<String>> = newest.iter().map(lines).collect();
-    let common = sets
-        .iter()
-        .skip(1)
-        .fold(sets[0].clone(), |common, set| &common & set);
-    let mut text = String::new();
-    if runs.len() > 1 && sets.iter().all(|set| set.len() == common.len()) {
-        text.push_str(
-            "<p>Program, machine, variables and plugins were the same for all runs.</p>\n",
-        );
-    }
-    for (run, start) in runs.iter().zip(&newest) {
-        let line = |line: &str| {
-            let is_own = is_compared(&line) && !common.contains(line);
-            let text = escape(line);
-            if is_own {
-                format!("<mark>{text}</mark>\n")
+    let (mut text, mut n_marked) = (String::new(), 0);
+    for (run, start) in &known {
+        let mut lines = String::new();
+        for line in start.lines() {
+            let escaped = escape(line);
+            if is_compared(line) && !is_common(line) {
+                n_marked += 1;
+                let _ = writeln!(lines, "<mark>{escaped}</mark>");
             } else {
-                format!("{text}\n")
+                let _ = writeln!(lines, "{escaped}");
             }
-        };
-        let lines: String = start.lines().map(line).collect();
-        let n_starts = counted(run.starts.len(), "start");
+        }
+        let (name, n_starts) = (escape(&run.name), counted(run.starts.len(), "start"));
         let _ = write!(
             text,
-            "<details><summary>{}, {n_starts}, the last one</summary><pre>{lines}</pre></details>\n",
-            escape(&run.name)
+            "<details><summary>{name}, {n_starts}, the last one</summary><pre>{lines}</pre></details>\n"
         );
     }
-    if runs.len() > 1 {
-        text.push_str("<p class=\"quiet\">Marked lines are not those of all runs.</p>\n");
+    if known.len() > 1 {
+        text.push_str(match n_marked {
+            0 => "<p>Program, machine, variables and plugins were the same for all of them.</p>\n",
+            _ => "<p class=\"quiet\">Marked lines are not those of all runs.</p>\n",
+        });
     }
     text
 }

@@ -2,9 +2,8 @@
 
 use super::find::Place;
 use super::metrics::Metrics;
+use crate::log::PlotFile;
 use crate::run_folder::{machine, read_args};
-use moeut_plot::Plot;
-use serde::Deserialize;
 use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io::BufReader;
@@ -21,18 +20,11 @@ pub(super) struct Run {
     /// The paragraphs of `startup_log.txt`, the newest last.
     pub(super) starts: Vec<String>,
     /// The newest chart of each name.
-    pub(super) charts: BTreeMap<String, Chart>,
+    pub(super) charts: BTreeMap<String, PlotFile>,
     /// The process that trains it now.
     pub(super) process: Option<u32>,
     /// What is missing or cannot be read.
     pub(super) remarks: Vec<String>,
-}
-
-/// `plots/<name>.json`.
-#[derive(Debug, Deserialize)]
-pub(super) struct Chart {
-    pub(super) step: u64,
-    pub(super) plot: Plot,
 }
 
 impl Run {
@@ -60,7 +52,7 @@ impl Run {
             }
         };
         let mut charts = BTreeMap::new();
-        read_charts(&folder.join("plots"), "", &mut charts, &mut remarks);
+        read_charts(&folder.join("plots"), &mut charts, &mut remarks);
         let process = trainer(&folder.join("lock"));
         if process.is_some() {
             remarks
@@ -149,30 +141,26 @@ fn paragraphs(text: &str) -> Vec<String> {
     filled.map(str::to_owned).collect()
 }
 
-/// Names are folders below `plots`.
-fn read_charts(
-    folder: &Path,
-    prefix: &str,
-    charts: &mut BTreeMap<String, Chart>,
-    remarks: &mut Vec<String>,
-) {
+/// The charts in a folder and in those below it, by the names that they have in them.
+fn read_charts(folder: &Path, charts: &mut BTreeMap<String, PlotFile>, remarks: &mut Vec<String>) {
     for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
         let path = entry.path();
-        let name = entry.file_name().to_string_lossy().into_owned();
         if path.is_dir() {
-            read_charts(&path, &format!("{prefix}{name}/"), charts, remarks);
-        } else if let Some(name) = name.strip_suffix(".json") {
-            let read = || -> std::io::Result<Chart> {
+            read_charts(&path, charts, remarks);
+        } else if path
+            .extension()
+            .is_some_and(|extension| extension == "json")
+        {
+            let read = || -> std::io::Result<PlotFile> {
                 Ok(serde_json::from_reader(BufReader::new(File::open(&path)?))?)
             };
             match read() {
                 Ok(chart) => {
-                    charts.insert(format!("{prefix}{name}"), chart);
+                    charts.insert(chart.name.clone(), chart);
                 }
                 Err(error) => {
-                    remarks.push(format!(
-                        "the chart `{prefix}{name}` cannot be read: {error}"
-                    ));
+                    let path = path.display();
+                    remarks.push(format!("the chart `{path}` cannot be read: {error}"));
                 }
             }
         }
@@ -241,13 +229,13 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let plots = dir.path().join("plots/layer/0");
         fs::create_dir_all(&plots).unwrap();
-        let table = r#"{"step":5,"plot":{"kind":"table","header":["a"],"rows":[["1"]]}}"#;
+        let table = r#"{"name":"layer/0/usage","step":5,"plot":{"kind":"table","header":["a"],"rows":[["1"]]}}"#;
         fs::write(plots.join("usage.json"), table).unwrap();
         fs::write(dir.path().join("plots/bad.json"), "{\"step\":").unwrap();
         let run = read(dir.path());
         assert_eq!(run.charts.keys().collect::<Vec<_>>(), ["layer/0/usage"]);
         assert_eq!(run.charts["layer/0/usage"].step, 5);
-        let is_remark = |remark: &String| remark.starts_with("the chart `bad` cannot be read");
+        let is_remark = |remark: &String| remark.contains("plots/bad.json` cannot be read");
         assert!(run.remarks.iter().any(is_remark), "{:?}", run.remarks);
     }
 }

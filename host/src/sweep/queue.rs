@@ -379,6 +379,8 @@ fn spawn(run: &SweepRun, slot: Slot, log: &Path) -> std::io::Result<Child> {
     command
         // The record of a SLURM job leads to the checkpoints of one run, and this job has many.
         .env_remove("SLURM_JOB_ID")
+        // An id of W&B is that of one run, too.
+        .env_remove("WANDB_RUN_ID")
         .stdin(Stdio::null())
         .stdout(log.try_clone()?)
         .stderr(log)

@@ -25,7 +25,9 @@ use crate::checkpoint::{Checkpoints, Loaded};
 use crate::eval::{self, EvalSet, Setting};
 use crate::gpu;
 use crate::job::Job;
-use crate::log::{Jsonl, Sink, Sinks, TensorBoard, Terminal};
+use crate::log::{
+    Jsonl, PlotFiles, Sink, SinkError, Sinks, TensorBoard, Terminal, Wandb, WandbRun, WandbStart,
+};
 use crate::plan;
 use crate::plugins::{Component, Registry};
 use crate::profile::Profile;
@@ -112,7 +114,7 @@ pub fn build(
     state.position = batches.position();
 
     let n_steps = n_steps.unwrap_or(u64::MAX);
-    let sinks = Sinks::start(sinks(&blueprint, terminal));
+    let sinks = Sinks::start(sinks(&blueprint, &mut state, terminal));
     let device = moeut_torch::device(placement.device);
     let nan_budget = blueprint.config.non_finite.budget();
     let n_skipped = state.n_skipped;
@@ -689,7 +691,7 @@ fn restore_rng(stored: &[(String, Tensor)], device: Device) -> Result<(), Plugin
 }
 
 /// The sinks of a run; one that cannot be opened is reported and left out.
-fn sinks(blueprint: &Blueprint, terminal: &Terminal) -> Vec<Box<dyn Sink>> {
+fn sinks(blueprint: &Blueprint, state: &mut TrainState, terminal: &Terminal) -> Vec<Box<dyn Sink>> {
     let resume_at = blueprint
         .restored
         .as_ref()
@@ -699,24 +701,54 @@ fn sinks(blueprint: &Blueprint, terminal: &Terminal) -> Vec<Box<dyn Sink>> {
     if blueprint.config.dry_run {
         return sinks;
     }
-    let mut add = |sink: Result<Box<dyn Sink>, crate::log::SinkError>| match sink {
-        Ok(sink) => sinks.push(sink),
+    let mut add = |sink: Result<Option<Box<dyn Sink>>, SinkError>| match sink {
+        Ok(sink) => sinks.extend(sink),
         Err(error) => {
             let text = format!("{error}; {}", error.help());
             terminal.message(crate::log::Level::Warning, &text);
         }
     };
-    add(Jsonl::open(folder.join("metrics.jsonl"), resume_at).map(|sink| Box::new(sink) as _));
-    if matches!(blueprint.config.log, LogSink::Wandb | LogSink::All) {
-        let text =
-            "Weights & Biases is not there yet: metrics go to TensorBoard and `metrics.jsonl`";
-        terminal.message(crate::log::Level::Warning, text);
+    let jsonl = Jsonl::open(folder.join("metrics.jsonl"), resume_at);
+    add(jsonl.map(|sink| Some(Box::new(sink) as _)));
+    add(Ok(Some(Box::new(PlotFiles::new(folder.join("plots"))))));
+    if matches!(blueprint.config.log, LogSink::Tb | LogSink::All) {
+        let sink = TensorBoard::open(&folder.join("tensorboard"), resume_at);
+        add(sink.map(|sink| Some(Box::new(sink) as _)));
     }
-    if blueprint.config.log != LogSink::None {
-        let folder = folder.join("tensorboard");
-        add(TensorBoard::open(&folder, resume_at).map(|sink| Box::new(sink) as _));
+    if matches!(blueprint.config.log, LogSink::Wandb | LogSink::All) && blueprint.is_training() {
+        let sink = wandb(blueprint, state.wandb.as_ref());
+        if let Ok(Some(sink)) = &sink {
+            state.wandb = Some(sink.run().clone());
+        }
+        add(sink.map(|sink| sink.map(|sink| Box::new(sink) as _)));
     }
     sinks
+}
+
+/// The run in Weights & Biases, described by its arguments. It goes on with the checkpoint's, if that is this run's own.
+fn wandb(blueprint: &Blueprint, earlier: Option<&WandbRun>) -> Result<Option<Wandb>, SinkError> {
+    let (folder, config) = (&blueprint.folder, &blueprint.config);
+    let restored = blueprint.restored.as_ref();
+    let is_own = restored.is_some_and(|loaded| is_below(&loaded.path, &folder.join("checkpoint")));
+    let typed = |(name, (raw, _)): (&String, &(String, Source))| {
+        let value = blueprint.arguments.values.get(name);
+        let plain = value.filter(|value| !value.is_array() && !value.is_object());
+        (
+            name.clone(),
+            plain.cloned().unwrap_or_else(|| raw.as_str().into()),
+        )
+    };
+    let mut described: Vec<_> = blueprint.arguments.raw.iter().map(typed).collect();
+    described.push(("experiment_name".into(), config.name.as_deref().into()));
+    described.push(("n_nodes".into(), 1.into()));
+    Wandb::open(WandbStart {
+        folder,
+        name: config.name.as_deref(),
+        project: config.wandb_project.as_deref(),
+        drops_tables: config.wandb_drops_tables,
+        config: &described,
+        earlier: earlier.filter(|_| is_own),
+    })
 }
 
 fn announce(

@@ -6,7 +6,7 @@ use super::state::TrainState;
 use super::throughput::Throughput;
 use super::timing::{Phase, Timing};
 use super::{StepStats, TrainError, memory};
-use crate::log::{Record, Sinks, StepLine, Terminal};
+use crate::log::{End, Record, Sinks, StepLine, Terminal};
 use crate::profile::Profile;
 use moeut_plugin_api::PluginError;
 use moeut_torch::OrPluginError;
@@ -311,6 +311,7 @@ impl Monitor {
             scalars,
             ..Record::default()
         });
+        self.pass_on_notices();
         self.clock = Clock::new(state.n_tokens);
     }
 
@@ -350,8 +351,13 @@ impl Monitor {
     /// A line for the user.
     pub fn message(&self, text: &str) {
         self.terminal.message(crate::log::Level::Info, text);
-        for warning in self.sinks.take_warnings() {
-            self.warn(&warning);
+        self.pass_on_notices();
+    }
+
+    /// What the logs have to say.
+    fn pass_on_notices(&self) {
+        for (level, text) in self.sinks.take_notices() {
+            self.terminal.message(level, &text);
         }
     }
 
@@ -360,12 +366,12 @@ impl Monitor {
         self.terminal.message(crate::log::Level::Warning, text);
     }
 
-    /// Writes everything out.
-    pub fn finish(mut self) {
+    /// Writes everything out; the logs are told how the run ended.
+    pub fn finish(mut self, end: End) {
         self.profile_with(Profile::finish);
         self.terminal.finish();
-        for warning in self.sinks.finish() {
-            self.terminal.message(crate::log::Level::Warning, &warning);
+        for (level, text) in self.sinks.finish(end) {
+            self.terminal.message(level, &text);
         }
     }
 }

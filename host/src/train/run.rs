@@ -219,7 +219,7 @@ impl Run {
     }
 
     /// The signal that kept the run from its last step or validation.
-    fn early_ending(&self) -> Option<Ending> {
+    pub fn early_ending(&self) -> Option<Ending> {
         let is_done = self.state.step >= self.n_steps && !self.state.owes_validation;
         self.signals.ending().filter(|_| !is_done)
     }

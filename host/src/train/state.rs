@@ -1,6 +1,7 @@
 //! Everything that must survive a restart, besides the tensors.
 
 use super::batches::Position;
+use crate::log::WandbRun;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 
@@ -32,6 +33,9 @@ pub struct TrainState {
     /// Rows that segment memory belongs to; none in a checkpoint from before there was any.
     #[serde(default)]
     pub rows: Option<Rows>,
+    /// The run in Weights & Biases, if there is one.
+    #[serde(default)]
+    pub wandb: Option<WandbRun>,
     /// Averages since the last time they were logged.
     pub window: Window,
 }

@@ -27,7 +27,7 @@ fn runs(sandbox: &Sandbox) {
     let rows = "{\"step\":1,\"train/loss\":5.5,\"odd </script><b>\":1,\"text\":\"</script><img src=x>\"}\n\
                 {\"step\":2,\"train/loss\":null}\nnot json\n{\"step\":3,\"train/loss\":4.5}\n{\"step\":4,\"tr";
     fs::write(broken.join("metrics.jsonl"), rows).unwrap();
-    let map = r#"{"step":3,"plot":{"kind":"heatmap","matrix":{"n_rows":1,"n_cols":2,"values":[0.25,0.75]},"x":{"label":"expert"},"y":{"label":"layer"}}}"#;
+    let map = r#"{"name":"router/usage","step":3,"plot":{"kind":"heatmap","matrix":{"n_rows":1,"n_cols":2,"values":[0.25,0.75]},"x":{"label":"expert"},"y":{"label":"layer"}}}"#;
     fs::write(broken.join("plots/router/usage.json"), map).unwrap();
     fs::write(broken.join("plots/torn.json"), &map[..20]).unwrap();
     fs::create_dir_all(sandbox.work().join("save/s.sweep")).unwrap();
@@ -117,7 +117,7 @@ fn a_page_has_the_curves_the_differences_and_what_is_wrong() {
         "NaN or infinite: <code>train/loss</code> 1 of 3",
         "no <code>args.json</code>",
         "<code>startup_log.txt</code> cannot be read",
-        "the chart <code>torn</code> cannot be read",
+        "plots/torn.json</code> cannot be read",
     ] {
         assert!(page.contains(remark), "no `{remark}`");
     }

@@ -66,7 +66,8 @@ fn an_error_waits_for_a_reader_that_comes_back() {
 #[test]
 fn quiet_is_the_result_only() {
     let sandbox = Sandbox::new();
-    let quiet = [&["--quiet"], &args("a").as_strs()[..]].concat();
+    let args = args("a");
+    let quiet = [&["--quiet"], &args.as_strs()[..]].concat();
     let outcome = sandbox.run(&quiet).ok();
     let lines: Vec<&str> = outcome.stderr.lines().collect();
     let [score, last] = lines[..] else {
