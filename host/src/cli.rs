@@ -8,11 +8,14 @@ use crate::error::{EXIT_USER_ERROR, HostError};
 use crate::eval_cli;
 use crate::generate;
 use crate::job::Job;
-use crate::log::{End, Level, Server, Terminal, TerminalMode, WITH_PARENT, become_child, run_name};
+use crate::log::{
+    self, End, Level, Server, Terminal, Verbosity, WITH_PARENT, become_child, run_name,
+};
 use crate::model_show;
 use crate::plan::{Resolved, candidates, resolve};
 use crate::plugins::{Folder, Gate, Registry, search_path};
 use crate::plugins_cli;
+use crate::report;
 use crate::run_folder::{RunFolder, read_args};
 use crate::signals::{Ending, Signals};
 use crate::startup_log;
@@ -20,7 +23,7 @@ use crate::sweep_cli;
 use crate::train;
 use crate::train::build::{Blueprint, build};
 use moeut_plugin_api::PluginError;
-use std::io::{IsTerminal, Write};
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -35,35 +38,59 @@ usage: moeut-host -task <task> -name <name> [-<argument> <value> …]   train
        moeut-host eval -name <name> -sets all -data.dir <folder>      how well it finds the right one of several texts
        moeut-host model show -task <task> [-<argument> <value> …]     size, cost and layers of the model; --json
        moeut-host sweep show|run|slurm|results|convert <file>         the runs of a sweep file: looked at, or trained
+       moeut-host report <run folder> … [-out <file>]                 one HTML page of runs: curves, charts, differences
        moeut-host doctor                                              what is wrong with this machine, and the fix
        moeut-host --help [-task <task>]                               every argument
+
+Everywhere: -q (--quiet) warnings, errors and results only; -v (--verbose) what plugins say to find a fault, too.
 ";
 
 /// Runs the program.
 pub fn main() -> ExitCode {
     let start = Instant::now();
-    let argv: Vec<String> = std::env::args().skip(1).collect();
-    match dispatch(&argv, start) {
-        Ok(code) => ExitCode::from(code),
-        Err(error) => {
-            let in_color =
-                std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none();
-            write_err(&error.render(in_color));
-            ExitCode::from(EXIT_USER_ERROR)
-        }
-    }
+    let mut argv: Vec<String> = std::env::args().skip(1).collect();
+    // Another program in a moment, which has no use for libtorch.
+    let is_child = argv.first().is_some_and(|word| word == WITH_PARENT);
+    let cuda = if is_child {
+        Ok(false)
+    } else {
+        start_libtorch()
+    };
+    let terminal = Arc::new(Terminal::new(Verbosity::take(&mut argv)));
+    let done = if is_child {
+        become_child(&argv[1..]).map(|()| 0)
+    } else {
+        dispatch(&argv, &cuda, &terminal, start)
+    };
+    let code = done.unwrap_or_else(|error| {
+        terminal.finish(); // Bars would stand between the messages and the error.
+        terminal.report(&error.render(log::is_colored()));
+        EXIT_USER_ERROR
+    });
+    terminal.finish();
+    ExitCode::from(code)
 }
 
-/// Does what is asked for; returns the exit code.
-fn dispatch(argv: &[String], start: Instant) -> Result<u8, HostError> {
-    if let [WITH_PARENT, ..] = argv.iter().map(String::as_str).collect::<Vec<_>>()[..] {
-        return become_child(&argv[1..]).map(|()| 0);
-    }
+/// What must come before any other use of libtorch, and before there are threads. Says whether there is a GPU.
+fn start_libtorch() -> Result<bool, PluginError> {
     // Without it training is slower, and that is all: another C library need not know the options.
     let _ = moeut_torch::memory::keep_freed_blocks();
     // Before any other call of libtorch: a question about CUDA caches the answer "none" for good.
     moeut_torch::determinism::order_devices_by_bus();
     let cuda = moeut_torch::cuda::load();
+    if !matches!(cuda, Ok(true)) {
+        moeut_torch::profiler::expect_no_gpu();
+    }
+    cuda
+}
+
+/// Does what is asked for; returns the exit code.
+fn dispatch(
+    argv: &[String],
+    cuda: &Result<bool, PluginError>,
+    terminal: &Arc<Terminal>,
+    start: Instant,
+) -> Result<u8, HostError> {
     let words: Vec<&str> = argv
         .iter()
         .map(String::as_str)
@@ -72,27 +99,27 @@ fn dispatch(argv: &[String], start: Instant) -> Result<u8, HostError> {
     let rest = &argv[words.len()..];
     match words[..] {
         [] if argv.is_empty() => print(USAGE),
-        [] if asks_for_help(argv) => help(argv)?,
-        [] => return train_command(argv, &cuda, start),
+        [] if asks_for_help(argv) => help(argv, terminal)?,
+        [] => return train_command(argv, cuda, terminal, start),
         ["plugins", ..] => return plugins_cli::command(&argv[1..]),
         ["config", "show"] => {
-            let terminal = terminal();
-            let resolved = resolve(rest, None, &Arc::new(open_registry(rest)?), &terminal)?;
+            let resolved = resolve(rest, None, &Arc::new(open_registry(rest)?), terminal)?;
             for warning in &resolved.arguments.warnings {
                 terminal.message(Level::Warning, warning);
             }
             print(&render_resolved(&resolved.arguments, &resolved.owners));
         }
         ["checkpoint", ..] => print(&checkpoint_cli::run(&argv[1..])?),
-        ["sweep", ..] => return sweep_cli::run(&argv[1..]),
-        ["generate"] => generate::command(rest)?,
-        ["eval"] => return eval_cli::command(rest),
-        ["model", "show"] => model_show(rest)?,
-        ["doctor"] => print(&doctor::report(&open_registry(rest)?, &cuda)),
+        ["sweep", ..] => return sweep_cli::run(&argv[1..], terminal),
+        ["generate"] => generate::command(rest, terminal)?,
+        ["eval"] => return eval_cli::command(rest, terminal),
+        ["model", "show"] => model_show(rest, terminal)?,
+        ["report", ..] => report::command(&argv[1..], terminal)?,
+        ["doctor"] => print(&doctor::report(&open_registry(rest)?, cuda)),
         _ => {
             return Err(HostError::new(
                 format!("unknown command `{}`", words.join(" ")),
-                "commands are `plugins`, `config show`, `model show`, `checkpoint`, `generate`, `eval`, `sweep` and `doctor`; without one it trains",
+                "commands are `plugins`, `config show`, `model show`, `checkpoint`, `generate`, `eval`, `sweep`, `report` and `doctor`; without one it trains",
                 "type `moeut-host --help`",
             ));
         }
@@ -100,7 +127,7 @@ fn dispatch(argv: &[String], start: Instant) -> Result<u8, HostError> {
     Ok(0)
 }
 
-fn help(argv: &[String]) -> Result<(), HostError> {
+fn help(argv: &[String], terminal: &Arc<Terminal>) -> Result<(), HostError> {
     const WIDTH: usize = 110;
     let registry = Arc::new(open_registry(argv)?);
     let is_question = |word: &&String| matches!(word.trim_start_matches('-'), "h" | "help");
@@ -110,7 +137,7 @@ fn help(argv: &[String]) -> Result<(), HostError> {
         .cloned()
         .collect();
     // Help is wanted most when something is wrong: then it is about everything that may be meant.
-    let owners = match resolve(&rest, None, &registry, &terminal()) {
+    let owners = match resolve(&rest, None, &registry, terminal) {
         Ok(resolved) => resolved.owners,
         Err(_) => candidates(&rest, &registry)?,
     };
@@ -121,13 +148,13 @@ fn help(argv: &[String]) -> Result<(), HostError> {
 }
 
 /// Shows the model that would be trained.
-fn model_show(argv: &[String]) -> Result<(), HostError> {
+fn model_show(argv: &[String], terminal: &Arc<Terminal>) -> Result<(), HostError> {
     let (json, rest): (Vec<String>, Vec<String>) = argv
         .iter()
         .cloned()
         .partition(|word| word.trim_start_matches('-') == "json");
     let registry = Arc::new(open_registry(&rest)?);
-    let overview = model_show::overview(&rest, &registry, &terminal())?;
+    let overview = model_show::overview(&rest, &registry, terminal)?;
     let text = if json.is_empty() {
         overview.to_string()
     } else {
@@ -141,6 +168,7 @@ fn model_show(argv: &[String]) -> Result<(), HostError> {
 fn train_command(
     argv: &[String],
     cuda: &Result<bool, PluginError>,
+    terminal: &Arc<Terminal>,
     start: Instant,
 ) -> Result<u8, HostError> {
     let argv = &named(argv);
@@ -148,9 +176,8 @@ fn train_command(
     let signals = Arc::new(Signals::listen(job.is_some())?);
     let registry = Arc::new(open_registry(argv)?);
     let plugins_time = start.elapsed();
-    let terminal = terminal();
-    warn_about_plugins(&registry, &terminal);
-    let (blueprint, folder) = blueprint(argv, &registry, &terminal, job, &signals)?;
+    warn_about_plugins(&registry, terminal);
+    let (blueprint, folder) = blueprint(argv, &registry, terminal, job, &signals)?;
     for warning in &blueprint.arguments.warnings {
         terminal.message(Level::Warning, warning);
     }
@@ -170,10 +197,10 @@ fn train_command(
     let server_settings = blueprint.tensorboard_server();
     let is_training = blueprint.is_training();
     let raw_arguments = blueprint.arguments.raw_map();
-    let mut run = match build(blueprint, &registry, &terminal) {
+    let mut run = match build(blueprint, &registry, terminal) {
         Ok(run) => run,
         // Whoever prepared data has stopped because of the signal, and says so in words of its own.
-        Err(_) if signals.is_ending() => return Ok(stopped_early(&terminal, &signals)),
+        Err(_) if signals.is_ending() => return Ok(stopped_early(terminal, &signals)),
         Err(error) => return Err(error.into()),
     };
     // Stored once everything is built: arguments that cannot be built are none to come back to.
@@ -237,10 +264,6 @@ pub(crate) fn warn_about_plugins(registry: &Registry, terminal: &Terminal) {
             &format!("{}: {}", problem.error.what, problem.error.why),
         );
     }
-}
-
-pub(crate) fn terminal() -> Arc<Terminal> {
-    Arc::new(Terminal::new(TerminalMode::Auto))
 }
 
 /// The plugins of the search path that `argv` gives.
@@ -382,8 +405,4 @@ fn check_reset(restored: Option<&Loaded>, folder: &Path) -> Result<(), HostError
 /// A closed pipe on the other side is no error: `moeut-host --help | head`.
 pub(crate) fn print(text: &str) {
     let _ = std::io::stdout().write_all(text.as_bytes());
-}
-
-fn write_err(text: &str) {
-    let _ = std::io::stderr().write_all(text.as_bytes());
 }

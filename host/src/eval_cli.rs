@@ -8,7 +8,7 @@ mod count;
 mod table;
 
 use crate::args::{Arguments, HostConfig, Role, asks_for_help, nearest, parse, peek};
-use crate::cli::{open_registry, print, terminal, warn_about_plugins};
+use crate::cli::{open_registry, print, warn_about_plugins};
 use crate::error::HostError;
 use crate::eval::{self, EvalSet, Setting};
 use crate::log::{Level, Terminal};
@@ -111,7 +111,7 @@ fn without(argv: &[String], name: &str) -> Vec<String> {
 ///
 /// # Errors
 /// If there is no checkpoint, a set that is named is not there, or the checkpoint does not fit the plugins.
-pub fn command(argv: &[String]) -> Result<u8, HostError> {
+pub fn command(argv: &[String], terminal: &Arc<Terminal>) -> Result<u8, HostError> {
     if asks_for_help(argv) {
         print(USAGE);
         return Ok(0);
@@ -119,12 +119,11 @@ pub fn command(argv: &[String]) -> Result<u8, HostError> {
     let signals = Arc::new(Signals::listen(false)?);
     let words = Words::new(argv)?;
     let registry = Arc::new(open_registry(argv)?);
-    let terminal = terminal();
-    warn_about_plugins(&registry, &terminal);
+    warn_about_plugins(&registry, terminal);
     let outcome = if words.is_count_only {
-        count::count(&words, &registry, &terminal, &signals)
+        count::count(&words, &registry, terminal, &signals)
     } else {
-        score(&words, &registry, &terminal, &signals)
+        score(&words, &registry, terminal, &signals)
     };
     terminal.finish();
     match (signals.ending(), outcome) {
@@ -412,7 +411,16 @@ impl Evaluator<'_> {
         let stream = eval_stream(site.stream(request)?, request)?;
         let Trained { model, device, .. } = &mut self.trained;
         let segments = Segments::new(model.abilities()?.has_memory, 0.0);
-        let scores = evaluate(model, segments, &stream, batch_size, *device, self.signals);
+        let label = format!("scoring `{}`", request.name);
+        let scores = evaluate(
+            model,
+            segments,
+            &stream,
+            batch_size,
+            *device,
+            self.signals,
+            &|done, all| self.terminal.work(&label, done, all),
+        );
         scores.map_err(HostError::from)
     }
 

@@ -6,7 +6,7 @@
 use crate::args::{Arguments, HostConfig, Source, asks_for_help, parse};
 use crate::cli::{open_registry, print, warn_about_plugins};
 use crate::error::HostError;
-use crate::log::{Level, Terminal, TerminalMode};
+use crate::log::{Level, Terminal};
 use crate::plan::candidates;
 use crate::plugins::Registry;
 use crate::train::build::{Blueprint, sampling, seed_of_the_clock, size};
@@ -37,22 +37,21 @@ Other arguments are those of the checkpoint. The text goes to stdout, everything
 ///
 /// # Errors
 /// If there is no checkpoint or no prompt, or the checkpoint does not fit the plugins that are there.
-pub fn command(argv: &[String]) -> Result<(), HostError> {
+pub fn command(argv: &[String], terminal: &Arc<Terminal>) -> Result<(), HostError> {
     if asks_for_help(argv) {
         print(USAGE);
         return Ok(());
     }
     let registry = Arc::new(open_registry(argv)?);
-    let terminal = Arc::new(Terminal::new(TerminalMode::Auto));
-    warn_about_plugins(&registry, &terminal);
-    let (blueprint, prompt) = blueprint(argv, &registry, &terminal)?;
+    warn_about_plugins(&registry, terminal);
+    let (blueprint, prompt) = blueprint(argv, &registry, terminal)?;
     for warning in &blueprint.arguments.warnings {
         terminal.message(Level::Warning, warning);
     }
     let seed = seed(&blueprint);
-    let mut speaker = Speaker::new(&blueprint, &registry, &terminal)?;
+    let mut speaker = Speaker::new(&blueprint, &registry, terminal)?;
     terminal.finish();
-    speaker.warn_about_window(&prompt, &terminal)?;
+    speaker.warn_about_window(&prompt, terminal)?;
     let effort = speaker.speak(&prompt, &mut Uniform::new(seed))?;
     if let Some(effort) = effort {
         terminal.message(Level::Info, &format!("{}, seed {seed}", describe(&effort)));

@@ -138,7 +138,7 @@ mod tests {
 
     #[test]
     fn only_auto_is_replaced() {
-        let terminal = Terminal::new(crate::log::TerminalMode::Quiet);
+        let terminal = Terminal::new(crate::log::Verbosity::Quiet);
         assert_eq!(take(GpuChoice::Cpu, 2, &terminal), GpuChoice::Cpu);
         assert_eq!(take(GpuChoice::Index(1), 2, &terminal), GpuChoice::Index(1));
         assert_eq!(take(GpuChoice::Auto, 0, &terminal), GpuChoice::Auto);

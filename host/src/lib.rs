@@ -18,6 +18,8 @@ pub mod model_show;
 pub mod plan;
 pub mod plugins;
 pub mod plugins_cli;
+pub mod profile;
+pub mod report;
 pub mod run_folder;
 pub mod services;
 pub mod signals;

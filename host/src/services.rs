@@ -50,7 +50,7 @@ impl HostServices for Services {
 
     fn log(&self, level: LogLevel, text: &str) {
         let level = match level {
-            LogLevel::Debug => return,
+            LogLevel::Debug => Level::Debug,
             LogLevel::Info => Level::Info,
             LogLevel::Warning => Level::Warning,
         };

@@ -4,13 +4,14 @@
 //! SIGTERM, SIGINT   finish the step, save, exit: 0 after SIGTERM (a scheduler asked), 130 after SIGINT (a user did)
 //!                   a second one exits at once, with 128 + its number
 //! SIGUSR1           finish the step and save; in a SLURM job then end and have the job queued again, else go on
+//! SIGHUP            nothing: a terminal that is closed, or a connection that breaks, does not end a training
 //! ```
 //!
 //! A handler only sets a flag. Who reads it decides what follows: the loop between two steps, validation between two
 //! batches, and plugins that prepare data through `HostServices::is_cancelled`.
 
 use crate::error::HostError;
-use signal_hook::consts::{SIGINT, SIGTERM, SIGUSR1};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGUSR1};
 use signal_hook::flag;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -102,6 +103,7 @@ impl Signals {
             flag::register_usize(signal, Arc::clone(&self.stop), number)?;
         }
         flag::register(SIGUSR1, Arc::clone(&self.save))?;
+        flag::register(SIGHUP, Arc::default())?; // A handler, so that the system does not end the program.
         Ok(())
     }
 

@@ -3,7 +3,7 @@
 use crate::args::{Token, asks_for_help, tokens};
 use crate::cli::{open_registry, print, warn_about_plugins};
 use crate::error::HostError;
-use crate::log::{Level, Terminal, TerminalMode};
+use crate::log::{Level, Terminal};
 use crate::sweep::convert::convert;
 use crate::sweep::file::SweepFile;
 use crate::sweep::runs::{Sweep, Wish};
@@ -38,7 +38,7 @@ struct Words {
 ///
 /// # Errors
 /// For words that are no such command, and whatever the command says.
-pub fn run(argv: &[String]) -> Result<u8, HostError> {
+pub fn run(argv: &[String], terminal: &Arc<Terminal>) -> Result<u8, HostError> {
     if asks_for_help(argv) || argv.is_empty() {
         print(USAGE);
         return Ok(0);
@@ -66,10 +66,9 @@ pub fn run(argv: &[String]) -> Result<u8, HostError> {
         convert_command(&file, words.out.as_deref())?;
         return Ok(0);
     }
-    let terminal = Arc::new(Terminal::new(TerminalMode::Auto));
     let registry = Arc::new(open_registry(argv)?);
-    warn_about_plugins(&registry, &terminal);
-    let sweep = Sweep::new(&file, &words.wish, &registry, &terminal)?;
+    warn_about_plugins(&registry, terminal);
+    let sweep = Sweep::new(&file, &words.wish, &registry, terminal)?;
     for warning in &sweep.warnings {
         terminal.message(Level::Warning, &format!("{}: {warning}", path.display()));
     }
@@ -78,7 +77,7 @@ pub fn run(argv: &[String]) -> Result<u8, HostError> {
         "results" => print(&queue::results(&sweep)),
         "slurm" => print(&slurm::script(&sweep, &program()?, words.n_jobs)),
         _ => {
-            let (exit_code, table) = queue::run(&sweep, words.n_jobs, &terminal)?;
+            let (exit_code, table) = queue::run(&sweep, words.n_jobs, terminal)?;
             print(&table);
             return Ok(exit_code);
         }

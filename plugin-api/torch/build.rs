@@ -3,13 +3,14 @@
 use std::env;
 use std::path::PathBuf;
 
-const SOURCES: [&str; 6] = [
+const SOURCES: [&str; 7] = [
     "cpp/list.cpp",
     "cpp/function.cpp",
     "cpp/optim.cpp",
     "cpp/device.cpp",
     "cpp/determinism.cpp",
     "cpp/readback.cpp",
+    "cpp/profiler.cpp",
 ];
 
 fn main() -> Result<(), String> {

@@ -3,6 +3,7 @@
 use super::arguments::Arguments;
 use super::error::ArgsError;
 use super::host_table::{MINIMUM, host_args};
+use crate::profile::{self, Steps};
 use moeut_plugin_api::DType;
 use moeut_plugin_api::args::ArgDef;
 use serde::{Deserialize, Deserializer};
@@ -110,6 +111,8 @@ pub struct HostConfig {
     pub non_finite: NonFiniteConfig,
     /// Whether to wait for the device around each step, for exact times.
     pub speedtest: Speedtest,
+    /// Steps to record for a trace viewer.
+    pub profile: Option<Steps>,
     /// Whether to log the norm of each parameter's gradient.
     pub logs_grad_norms: bool,
     /// What the device can do at most, 10¹² operations per second; known for some cards if absent.
@@ -383,6 +386,7 @@ const RULES: &[Rule] = &[
         is_folder_name,
     ),
     ("peak_tflops", "a number above 0", is_positive),
+    ("profile_steps", profile::EXPECTATION, is_profile),
     ("sample_top_p", "a number above 0 and at most 1", |value| {
         is_positive(value) && is_share(value)
     }),
@@ -416,6 +420,11 @@ fn are_steps(value: &Value) -> bool {
 fn is_gpu(value: &Value) -> bool {
     let raw = value.as_str().unwrap_or_default();
     GpuChoice::try_from(raw.to_owned()).is_ok()
+}
+
+fn is_profile(value: &Value) -> bool {
+    let raw = value.as_str().unwrap_or_default();
+    Steps::try_from(raw.to_owned()).is_ok()
 }
 
 /// Whether joining it to a folder leads one level down: not up, not elsewhere, not deeper.

@@ -8,6 +8,7 @@ pub(super) const NOT_SAVED: &[&str] = &[
     "gpu",
     "keep_alive",
     "plugin_verify",
+    "profile_steps",
     "prompt",
     "reset",
     "restore",
@@ -253,6 +254,10 @@ const HOST_ARGS: &[ArgSpec] = &[
     ArgSpec::text("speedtest", "none")
         .choices("none|iter")
         .help("`iter` waits for the device around each step and logs its exact time"),
+    ArgSpec::text("profile_steps", "none")
+        .optional()
+        .field("profile")
+        .help("`10:12` records these steps for a trace viewer: `profile-10-12.json` in the run's folder"),
     ArgSpec::flag("log_grad_norms", "0")
         .field("logs_grad_norms")
         .help("Log the norm of each parameter's gradient, after clipping"),

@@ -6,9 +6,12 @@
 mod jsonl;
 mod plot_files;
 mod protobuf;
+mod screen;
 mod sinks;
 mod tensorboard;
 mod terminal;
+#[cfg(test)]
+mod testing;
 mod wandb;
 
 use std::path::PathBuf;
@@ -20,7 +23,7 @@ pub use jsonl::Jsonl;
 pub use plot_files::{PlotFile, PlotFiles};
 pub use sinks::Sinks;
 pub use tensorboard::{Server, ServerSettings, TensorBoard, WITH_PARENT, become_child};
-pub use terminal::{Level, StepLine, Terminal, TerminalMode};
+pub use terminal::{Level, StepLine, Terminal, Verbosity, is_colored};
 pub use wandb::{Wandb, WandbRun, WandbStart, run_name};
 
 /// What is known about one step. Names are paths such as `train/loss`.

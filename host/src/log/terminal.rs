@@ -1,40 +1,57 @@
-//! Progress for a person: a bar on a terminal, a line every few seconds in a log file.
+//! Progress for a person: bars on a terminal, a line every few seconds in a log file.
 //!
-//! Everything goes to stderr; stdout belongs to the results of a command. There is no color in the bar; messages have
-//! it unless `NO_COLOR` is set or stderr is not a terminal.
+//! Everything goes to stderr, by way of a thread (`screen`); stdout belongs to the results of a command. Bars have
+//! no color; messages have it unless `NO_COLOR` is set or stderr is no terminal that can move its cursor.
 
+use super::screen::{Bar, Kind, Screen};
 use std::collections::BTreeMap;
-use std::io::{IsTerminal, Write};
-use std::sync::{Mutex, PoisonError};
+use std::io::IsTerminal;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
-
-use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 
 /// Between two lines of the same kind where there is no bar.
 const LINE_PERIOD: Duration = Duration::from_secs(5);
 
-/// The bar is narrow, and the message cut at the edge, so that 80 columns show what matters.
-const TRAIN_TEMPLATE: &str = "{bar:10} {wide_msg}";
-const WORK_TEMPLATE: &str = "{prefix} {wide_bar} {human_pos}/{human_len}, {eta} left";
-const ENDLESS_TEMPLATE: &str = "{prefix} {spinner} {human_pos}";
+/// The key of the bar of training; keys of other work sort before it, so that it is the lowest.
+const TRAINING: &str = "~";
 
-/// How much to show, and how.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum TerminalMode {
-    /// A bar if stderr is a terminal that can move its cursor, else lines.
-    #[default]
-    Auto,
-    /// Lines, also on a terminal.
-    Lines,
-    /// Warnings and errors only: for ranks other than the first, and for tests.
+/// How much to show.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default)]
+pub enum Verbosity {
+    /// Errors, warnings, and what it was all for.
     Quiet,
+    /// What a user wants to follow, too.
+    #[default]
+    Normal,
+    /// And what helps to find out why something is as it is.
+    Verbose,
 }
 
-/// How serious a message is.
+impl Verbosity {
+    /// Takes `-q`, `--quiet`, `-v` and `--verbose` out of a command line; the last one counts.
+    pub fn take(argv: &mut Vec<String>) -> Self {
+        let mut verbosity = Self::default();
+        argv.retain(|word| {
+            verbosity = match word.as_str() {
+                "-q" | "--quiet" => Self::Quiet,
+                "-v" | "--verbose" => Self::Verbose,
+                _ => return true,
+            };
+            false
+        });
+        verbosity
+    }
+}
+
+/// What a message is for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Level {
+    /// Good to know when something is to be found out.
+    Debug,
     /// Good to know.
     Info,
+    /// What the command was given for.
+    Result,
     /// Something was not done as asked, and training goes on.
     Warning,
     /// Something failed.
@@ -54,99 +71,201 @@ pub struct StepLine {
     pub lr: f64,
     /// Tokens per second over all ranks.
     pub tokens_per_s: f64,
+    /// Optimizer steps per second.
+    pub steps_per_s: f64,
+    /// Until the last step, if somebody knows.
+    pub left: Option<Duration>,
+    /// Bytes now and at most so far, if somebody knows.
+    pub memory: Option<(u64, u64)>,
     /// Part of the time spent waiting for data, in 0..=1; shown from one percent on.
     pub wait_fraction: f64,
 }
 
-/// The one place that writes to stderr while a run goes on. Usable from several threads.
-pub struct Terminal {
-    colored: bool,
-    quiet: bool,
-    inner: Mutex<Inner>,
+impl StepLine {
+    /// The most important first: a narrow terminal cuts the rest.
+    fn describe(&self) -> String {
+        let position = if self.n_steps == u64::MAX {
+            self.step.to_string()
+        } else {
+            format!("{}/{}", self.step, self.n_steps)
+        };
+        let mut parts = vec![
+            position,
+            format!("loss {:.4}", self.loss),
+            format!("lr {:.2e}", self.lr),
+            format!("{} tokens/s", short_count(self.tokens_per_s)),
+        ];
+        parts.extend(
+            self.left
+                .map(|left| format!("{} left", short_duration(left))),
+        );
+        if self.wait_fraction >= 0.01 {
+            parts.push(format!(
+                "{:.0} % waiting for data",
+                self.wait_fraction * 100.0
+            ));
+        }
+        parts.push(short_rate(self.steps_per_s));
+        parts.extend(self.memory.map(|(current, peak)| {
+            let gibibytes = |bytes: u64| bytes as f64 / f64::from(1 << 30);
+            format!(
+                "{:.2} GiB (peak {:.2})",
+                gibibytes(current),
+                gibibytes(peak)
+            )
+        }));
+        parts.join(", ")
+    }
 }
 
-enum Inner {
-    Bars(Bars),
-    Lines(Lines),
+/// The one place that writes to stderr while a run goes on. Usable from several threads.
+pub struct Terminal {
+    verbosity: Verbosity,
+    has_bars: bool,
+    is_colored: bool,
+    screen: Screen,
+    progress: Mutex<Progress>,
+}
+
+/// What is shown of work that is not over.
+#[derive(Default)]
+struct Progress {
+    /// By label.
+    work: BTreeMap<String, Work>,
+    /// When training was shown last, where there is no bar.
+    shown: Option<Instant>,
+    /// The last state of training, if it was not shown as a line.
+    pending: Option<String>,
+}
+
+struct Work {
+    since: Instant,
+    /// When it was shown as a line.
+    shown: Option<Instant>,
 }
 
 impl Terminal {
     /// A terminal on stderr.
-    pub fn new(mode: TerminalMode) -> Self {
-        let stderr = std::io::stderr();
-        let is_terminal = stderr.is_terminal();
-        let has_cursor = is_terminal && std::env::var_os("TERM").is_none_or(|term| term != "dumb");
-        // https://no-color.org: present and not empty.
-        let no_color = std::env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty());
-        let inner = if mode == TerminalMode::Auto && has_cursor {
-            Inner::Bars(Bars::default())
-        } else {
-            Inner::Lines(Lines::new(Box::new(stderr)))
-        };
+    pub fn new(verbosity: Verbosity) -> Self {
+        let has_cursor = has_cursor();
         Self {
-            colored: has_cursor && !no_color,
-            quiet: mode == TerminalMode::Quiet,
-            inner: Mutex::new(inner),
+            verbosity,
+            has_bars: has_cursor && verbosity > Verbosity::Quiet,
+            is_colored: is_colored(),
+            screen: Screen::on_stderr(),
+            progress: Mutex::default(),
         }
     }
 
     /// Shows where training is.
     pub fn train(&self, line: &StepLine) {
-        if self.quiet {
+        self.train_at(line, Instant::now());
+    }
+
+    fn train_at(&self, line: &StepLine, now: Instant) {
+        let text = line.describe();
+        let mut progress = self.lock();
+        if self.has_bars {
+            let fraction =
+                (line.n_steps < u64::MAX).then(|| line.step as f64 / line.n_steps as f64);
+            let bar = Bar {
+                label: String::new(),
+                fraction,
+                text: text.clone(),
+            };
+            self.screen.bar(TRAINING, Some(bar));
+        } else if self.verbosity > Verbosity::Quiet && is_due(progress.shown, now) {
+            self.screen.line(format!("step {text}"), Kind::Progress);
+            (progress.shown, progress.pending) = (Some(now), None);
             return;
         }
-        match &mut *self.lock() {
-            Inner::Bars(bars) => bars.train(line),
-            Inner::Lines(lines) => lines.train(line, Instant::now()),
-        }
+        progress.pending = Some(text);
     }
 
     /// Shows how far a long piece of work is, such as tokenizing: `done` of `total`, which is 0 if nobody knows.
     /// The work is over when `done` reaches `total`, or with [`Self::finish`]. Several may go on at once, told apart
-    /// by `label`.
+    /// by `label`. Where there are no bars, work of a few seconds is not worth a line.
     pub fn work(&self, label: &str, done: u64, total: u64) {
-        if self.quiet {
+        self.work_at(label, done, total, Instant::now());
+    }
+
+    fn work_at(&self, label: &str, done: u64, total: u64, now: Instant) {
+        if self.verbosity == Verbosity::Quiet {
             return;
         }
-        match &mut *self.lock() {
-            Inner::Bars(bars) => bars.work(label, done, total),
-            Inner::Lines(lines) => lines.work(label, done, total, Instant::now()),
+        let is_over = total > 0 && done >= total;
+        let mut progress = self.lock();
+        let work = progress.work.entry(label.to_owned()).or_insert(Work {
+            since: now,
+            shown: None,
+        });
+        if self.has_bars {
+            let bar = (!is_over).then(|| work_bar(label, done, total, now - work.since));
+            self.screen.bar(label, bar);
+        } else if is_due(Some(work.shown.unwrap_or(work.since)), now)
+            || is_over && work.shown.is_some()
+        {
+            work.shown = Some(now);
+            let text = if total == 0 {
+                format!("{label}: {done}")
+            } else {
+                let percent = done as f64 / total as f64 * 100.0;
+                format!("{label}: {done}/{total} ({percent:.0} %)")
+            };
+            self.screen.line(text, Kind::Progress);
+        }
+        if is_over {
+            progress.work.remove(label);
         }
     }
 
-    /// Prints a message, above the bar if there is one.
+    /// Prints a message, above the bars if there are any.
     pub fn message(&self, level: Level, text: &str) {
-        if self.quiet && level == Level::Info {
+        let is_shown = match level {
+            Level::Debug => self.verbosity == Verbosity::Verbose,
+            Level::Info => self.verbosity > Verbosity::Quiet,
+            Level::Result | Level::Warning | Level::Error => true,
+        };
+        if !is_shown {
             return;
         }
         let (color, word) = match level {
-            Level::Info => ("", ""),
-            Level::Warning => ("\u{1b}[33m", "warning: "),
-            Level::Error => ("\u{1b}[31m", "error: "),
+            Level::Info | Level::Result => ("", ""),
+            Level::Debug => ("2", "debug: "),
+            Level::Warning => ("33", "warning: "),
+            Level::Error => ("31", "error: "),
         };
-        let text = if self.colored && !color.is_empty() {
-            format!("{color}{word}\u{1b}[0m{text}")
+        let text = printable(text);
+        let text = if self.is_colored && !color.is_empty() {
+            format!("\u{1b}[{color}m{word}\u{1b}[0m{text}")
         } else {
             format!("{word}{text}")
         };
-        match &mut *self.lock() {
-            Inner::Bars(bars) => bars
-                .multi
-                .suspend(|| write_line(&mut std::io::stderr(), &text)),
-            Inner::Lines(lines) => write_line(&mut lines.out, &text),
-        }
+        self.screen.line(text, Kind::Message);
     }
 
-    /// Takes the bars away, leaving the last state of training as a line. A later call shows a new bar.
+    /// Prints a report as it is, with the colors that it may have.
+    pub fn report(&self, text: &str) {
+        self.screen.line(text.trim_end().to_owned(), Kind::Message);
+    }
+
+    /// Takes the bars away, leaving the last state of training as a line, and waits until all that was said is written,
+    /// or nobody has read it for some seconds. A later call shows new bars.
     pub fn finish(&self) {
-        match &mut *self.lock() {
-            Inner::Bars(bars) => bars.finish(),
-            Inner::Lines(lines) => lines.finish(),
+        let Progress { work, pending, .. } = std::mem::take(&mut *self.lock());
+        if self.has_bars {
+            for label in work.keys().map(String::as_str).chain([TRAINING]) {
+                self.screen.bar(label, None);
+            }
         }
+        if let Some(text) = pending {
+            self.screen.line(format!("step {text}"), Kind::Message);
+        }
+        self.screen.flush();
     }
 
-    fn lock(&self) -> std::sync::MutexGuard<'_, Inner> {
-        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock(&self) -> MutexGuard<'_, Progress> {
+        self.progress.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -156,45 +275,52 @@ impl Drop for Terminal {
     }
 }
 
-/// A closed stderr is no reason to stop training.
-fn write_line(out: &mut dyn Write, text: &str) {
-    let _ = writeln!(out, "{text}");
-    let _ = out.flush();
+/// Whether stderr is a terminal that can move its cursor.
+fn has_cursor() -> bool {
+    let is_dumb = std::env::var_os("TERM").is_some_and(|term| term == "dumb");
+    std::io::stderr().is_terminal() && !is_dumb
 }
 
-/// Estimates the time left from this process's own steps, so that a restart does not count the steps before it.
-#[derive(Debug, Default)]
-struct Pace {
-    first: Option<(u64, Instant)>,
+/// Whether stderr takes colors, and nobody minds: <https://no-color.org> wants the variable present and not empty.
+pub fn is_colored() -> bool {
+    has_cursor() && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty())
 }
 
-impl Pace {
-    fn left(&mut self, line: &StepLine, now: Instant) -> Option<Duration> {
-        let (first_step, since) = *self.first.get_or_insert((line.step, now));
-        let n_done = line.step.checked_sub(first_step).filter(|&n| n > 0)?;
-        let n_left = line.n_steps.saturating_sub(line.step);
-        let seconds = now.duration_since(since).as_secs_f64() * n_left as f64 / n_done as f64;
-        Duration::try_from_secs_f64(seconds).ok()
+fn is_due(shown: Option<Instant>, now: Instant) -> bool {
+    shown.is_none_or(|last| now.duration_since(last) >= LINE_PERIOD)
+}
+
+/// Without what would move the cursor or change colors: texts may be a model's or a file's.
+fn printable(text: &str) -> String {
+    let is_harmless = |c: char| !c.is_control() || matches!(c, '\n' | '\t');
+    text.chars()
+        .map(|c| {
+            if is_harmless(c) {
+                c
+            } else {
+                char::REPLACEMENT_CHARACTER
+            }
+        })
+        .collect()
+}
+
+fn work_bar(label: &str, done: u64, total: u64, spent: Duration) -> Bar {
+    if total == 0 {
+        return Bar {
+            label: label.to_owned(),
+            fraction: None,
+            text: done.to_string(),
+        };
     }
-}
-
-fn describe(line: &StepLine, left: Option<Duration>) -> String {
-    let text = format!(
-        "{}/{}, loss {:.4}, lr {:.2e}, {} tokens/s",
-        line.step,
-        line.n_steps,
-        line.loss,
-        line.lr,
-        short_count(line.tokens_per_s)
-    );
-    let waiting = (line.wait_fraction >= 0.01)
-        .then(|| format!("{:.0} % waiting for data", line.wait_fraction * 100.0));
-    let left = left.map(|left| format!("{} left", short_duration(left)));
-    [Some(text), left, waiting]
-        .into_iter()
-        .flatten()
-        .collect::<Vec<_>>()
-        .join(", ")
+    let fraction = done as f64 / total as f64;
+    let left = spent.as_secs_f64() * (1.0 / fraction - 1.0);
+    let left = Duration::try_from_secs_f64(left).ok();
+    let left = left.map(|left| format!(", {} left", short_duration(left)));
+    Bar {
+        label: label.to_owned(),
+        fraction: Some(fraction),
+        text: format!("{done}/{total}{}", left.unwrap_or_default()),
+    }
 }
 
 fn short_count(value: f64) -> String {
@@ -202,6 +328,15 @@ fn short_count(value: f64) -> String {
         v if v >= 1e6 => format!("{:.2}M", v / 1e6),
         v if v >= 1e4 => format!("{:.1}k", v / 1e3),
         v => format!("{v:.0}"),
+    }
+}
+
+/// Slow steps are said in seconds per step.
+fn short_rate(steps_per_s: f64) -> String {
+    if steps_per_s >= 1.0 || steps_per_s <= 0.0 || !steps_per_s.is_finite() {
+        format!("{steps_per_s:.1} steps/s")
+    } else {
+        format!("{:.2} s/step", 1.0 / steps_per_s)
     }
 }
 
@@ -216,158 +351,21 @@ fn short_duration(duration: Duration) -> String {
     }
 }
 
-#[derive(Default)]
-struct Bars {
-    multi: MultiProgress,
-    train: Option<ProgressBar>,
-    work: BTreeMap<String, ProgressBar>,
-    pace: Pace,
-}
-
-impl Bars {
-    fn train(&mut self, line: &StepLine) {
-        let text = describe(line, self.pace.left(line, Instant::now()));
-        let bar = self.train.get_or_insert_with(|| {
-            self.multi
-                .add(ProgressBar::new(line.n_steps).with_style(style(TRAIN_TEMPLATE)))
-        });
-        bar.set_length(line.n_steps);
-        bar.set_message(text);
-        bar.set_position(line.step);
-    }
-
-    fn work(&mut self, label: &str, done: u64, total: u64) {
-        let template = if total == 0 {
-            ENDLESS_TEMPLATE
-        } else {
-            WORK_TEMPLATE
-        };
-        let bar = self.work.entry(label.to_owned()).or_insert_with(|| {
-            let bar = ProgressBar::new(total).with_style(style(template));
-            // Below the other work, above the bar of training.
-            self.multi.insert(0, bar.with_prefix(label.to_owned()))
-        });
-        bar.set_length(total);
-        bar.set_position(done);
-        if total > 0 && done >= total {
-            bar.finish_and_clear();
-            self.multi.remove(bar);
-            self.work.remove(label);
-        }
-    }
-
-    fn finish(&mut self) {
-        for bar in std::mem::take(&mut self.work).into_values() {
-            bar.finish_and_clear();
-        }
-        if let Some(bar) = self.train.take() {
-            let last = bar.message();
-            bar.finish_and_clear();
-            write_line(&mut std::io::stderr(), &format!("step {last}"));
-        }
-        self.pace = Pace::default();
-    }
-}
-
-fn style(template: &str) -> ProgressStyle {
-    ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar())
-}
-
-struct Lines {
-    out: Box<dyn Write + Send>,
-    pace: Pace,
-    /// When each kind was shown last; training is the empty label.
-    shown: BTreeMap<String, Instant>,
-    /// The last state of training, if it was not shown.
-    pending: Option<String>,
-}
-
-impl Lines {
-    fn new(out: Box<dyn Write + Send>) -> Self {
-        Self {
-            out,
-            pace: Pace::default(),
-            shown: BTreeMap::new(),
-            pending: None,
-        }
-    }
-
-    fn train(&mut self, line: &StepLine, now: Instant) {
-        let text = format!("step {}", describe(line, self.pace.left(line, now)));
-        if self.is_due("", now) {
-            write_line(&mut self.out, &text);
-            self.pending = None;
-        } else {
-            self.pending = Some(text);
-        }
-    }
-
-    fn work(&mut self, label: &str, done: u64, total: u64, now: Instant) {
-        let is_over = total > 0 && done >= total;
-        if self.is_due(label, now) || is_over {
-            let text = if total == 0 {
-                format!("{label}: {done}")
-            } else {
-                let percent = done as f64 / total as f64 * 100.0;
-                format!("{label}: {done}/{total} ({percent:.0} %)")
-            };
-            write_line(&mut self.out, &text);
-        }
-        if is_over {
-            self.shown.remove(label);
-        }
-    }
-
-    fn is_due(&mut self, label: &str, now: Instant) -> bool {
-        let is_due = self
-            .shown
-            .get(label)
-            .is_none_or(|&last| now.duration_since(last) >= LINE_PERIOD);
-        if is_due {
-            self.shown.insert(label.to_owned(), now);
-        }
-        is_due
-    }
-
-    fn finish(&mut self) {
-        if let Some(text) = self.pending.take() {
-            write_line(&mut self.out, &text);
-        }
-        self.shown.clear();
-        self.pace = Pace::default();
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::sync::Arc;
+    use crate::log::testing::Captured;
 
-    #[derive(Clone, Default)]
-    struct Captured(Arc<Mutex<Vec<u8>>>);
-
-    impl Write for Captured {
-        fn write(&mut self, data: &[u8]) -> std::io::Result<usize> {
-            self.0.lock().unwrap().write(data)
-        }
-
-        fn flush(&mut self) -> std::io::Result<()> {
-            Ok(())
-        }
-    }
-
-    impl Captured {
-        fn text(&self) -> String {
-            String::from_utf8(self.0.lock().unwrap().clone()).unwrap()
-        }
-
-        fn terminal(&self, quiet: bool) -> Terminal {
-            Terminal {
-                colored: false,
-                quiet,
-                inner: Mutex::new(Inner::Lines(Lines::new(Box::new(self.clone())))),
-            }
-        }
+    fn terminal(verbosity: Verbosity, has_bars: bool) -> (Terminal, Captured) {
+        let captured = Captured::default();
+        let terminal = Terminal {
+            verbosity,
+            has_bars,
+            is_colored: false,
+            screen: Screen::new(captured.clone(), || 200),
+            progress: Mutex::default(),
+        };
+        (terminal, captured)
     }
 
     fn line(step: u64) -> StepLine {
@@ -377,40 +375,43 @@ mod tests {
             loss: 3.25,
             lr: 2.5e-4,
             tokens_per_s: 123_456.0,
-            wait_fraction: 0.0,
+            steps_per_s: 2.25,
+            left: Some(Duration::from_secs(400)),
+            ..StepLine::default()
         }
     }
 
     #[test]
-    fn a_step_is_described_with_the_time_left_at_this_process_pace() {
-        let start = Instant::now();
-        let mut pace = Pace::default();
-        assert_eq!(pace.left(&line(500), start), None);
-        let left = pace.left(&line(600), start + Duration::from_secs(100));
+    fn a_step_is_described_with_rates_time_left_and_memory() {
         assert_eq!(
-            describe(&line(600), left),
-            "600/1000, loss 3.2500, lr 2.50e-4, 123.5k tokens/s, 6 min 40 s left"
+            line(600).describe(),
+            "600/1000, loss 3.2500, lr 2.50e-4, 123.5k tokens/s, 6 min 40 s left, 2.2 steps/s"
         );
-        let waiting = StepLine {
-            wait_fraction: 0.25,
+        let slow = StepLine {
+            n_steps: u64::MAX,
             tokens_per_s: 2.5e6,
+            steps_per_s: 0.125,
+            left: None,
+            memory: Some((3 << 29, 1 << 31)),
+            wait_fraction: 0.25,
             ..line(1)
         };
         assert_eq!(
-            describe(&waiting, Some(Duration::from_secs(200_000))),
-            "1/1000, loss 3.2500, lr 2.50e-4, 2.50M tokens/s, 2 d 07 h left, 25 % waiting for data"
+            slow.describe(),
+            "1, loss 3.2500, lr 2.50e-4, 2.50M tokens/s, 25 % waiting for data, 8.00 s/step, 1.50 GiB (peak 2.00)"
         );
+        let days = Duration::from_secs(200_000);
+        assert_eq!(short_duration(days), "2 d 07 h");
     }
 
     #[test]
-    fn without_a_terminal_there_is_a_line_every_few_seconds() {
-        let captured = Captured::default();
-        let mut lines = Lines::new(Box::new(captured.clone()));
+    fn without_a_cursor_there_is_a_line_every_few_seconds() {
+        let (terminal, captured) = terminal(Verbosity::Normal, false);
         let start = Instant::now();
         for second in 0..12 {
-            lines.train(&line(second), start + Duration::from_secs(second));
+            terminal.train_at(&line(second), start + Duration::from_secs(second));
         }
-        lines.finish();
+        terminal.finish();
         let text = captured.text();
         let steps: Vec<&str> = text.lines().filter_map(|l| l.split(',').next()).collect();
         assert_eq!(
@@ -420,35 +421,69 @@ mod tests {
     }
 
     #[test]
-    fn work_shows_its_first_and_its_last_state() {
-        let captured = Captured::default();
-        let terminal = captured.terminal(false);
-        for done in 0..=4 {
-            terminal.work("tokenizing c4", done, 4);
+    fn long_work_shows_lines_and_its_end_and_short_work_nothing() {
+        let (terminal, captured) = terminal(Verbosity::Normal, false);
+        let start = Instant::now();
+        for (second, done) in [(0, 0), (2, 1), (6, 2), (8, 3), (9, 4)] {
+            terminal.work_at("tokenizing", done, 4, start + Duration::from_secs(second));
         }
-        terminal.work("counting", 7, 0);
+        terminal.work_at("counting", 7, 0, start);
+        terminal.work_at("counting", 9, 0, start + LINE_PERIOD);
+        terminal.work_at("short", 0, 1, start);
+        terminal.work_at("short", 1, 1, start + Duration::from_secs(1));
+        terminal.finish();
         assert_eq!(
             captured.text(),
-            "tokenizing c4: 0/4 (0 %)\ntokenizing c4: 4/4 (100 %)\ncounting: 7\n"
+            "tokenizing: 2/4 (50 %)\ntokenizing: 4/4 (100 %)\ncounting: 9\n"
         );
     }
 
     #[test]
-    fn quiet_shows_warnings_and_errors_only() {
-        let captured = Captured::default();
-        let terminal = captured.terminal(true);
-        terminal.train(&line(1));
-        terminal.work("x", 1, 1);
-        terminal.message(Level::Info, "hello");
-        terminal.message(Level::Warning, "disk is full");
-        terminal.message(Level::Error, "gone");
-        assert_eq!(captured.text(), "warning: disk is full\nerror: gone\n");
+    fn verbosity_decides_what_is_shown() {
+        let said = |verbosity| {
+            let (terminal, captured) = terminal(verbosity, false);
+            terminal.work_at("x", 0, 2, Instant::now());
+            terminal.work_at("x", 1, 2, Instant::now() + LINE_PERIOD);
+            terminal.message(Level::Debug, "why");
+            terminal.message(Level::Info, "hello");
+            terminal.message(Level::Warning, "disk is full");
+            terminal.message(Level::Error, "gone");
+            terminal.message(Level::Result, "loss 3");
+            terminal.train(&line(1));
+            terminal.train(&line(2));
+            terminal.finish();
+            captured.text()
+        };
+        let last = format!("step {}\n", line(2).describe());
+        let always = "warning: disk is full\nerror: gone\nloss 3\n";
+        assert_eq!(said(Verbosity::Quiet), format!("{always}{last}"));
+        let first = format!("step {}\n", line(1).describe());
+        let normal = format!("x: 1/2 (50 %)\nhello\n{always}{first}{last}");
+        assert_eq!(said(Verbosity::Normal), normal);
+        assert_eq!(
+            said(Verbosity::Verbose),
+            normal.replace("hello", "debug: why\nhello")
+        );
+    }
+
+    #[test]
+    fn the_words_for_it_are_taken_out_and_the_last_one_counts() {
+        let take = |line: &str| {
+            let mut argv: Vec<String> = line.split(' ').map(str::to_owned).collect();
+            (Verbosity::take(&mut argv), argv.join(" "))
+        };
+        assert_eq!(
+            take("plugins list"),
+            (Verbosity::Normal, "plugins list".into())
+        );
+        assert_eq!(take("-v -name a -q"), (Verbosity::Quiet, "-name a".into()));
+        assert_eq!(take("eval --verbose"), (Verbosity::Verbose, "eval".into()));
+        assert_eq!(take("-prompt=-q"), (Verbosity::Normal, "-prompt=-q".into()));
     }
 
     #[test]
     fn threads_share_a_terminal() {
-        let captured = Captured::default();
-        let terminal = captured.terminal(false);
+        let (terminal, captured) = terminal(Verbosity::Normal, false);
         std::thread::scope(|scope| {
             for _ in 0..4 {
                 scope.spawn(|| {
@@ -464,17 +499,31 @@ mod tests {
     }
 
     #[test]
-    fn the_bar_takes_every_call() {
-        let mut bars = Bars {
-            multi: MultiProgress::with_draw_target(indicatif::ProgressDrawTarget::hidden()),
-            ..Bars::default()
-        };
-        bars.train(&line(1));
-        bars.work("a", 1, 0);
-        bars.work("a", 1, 2);
-        bars.work("a", 2, 2);
-        assert!(bars.work.is_empty());
-        bars.train(&line(2));
-        assert_eq!(bars.train.as_ref().unwrap().position(), 2);
+    fn bars_are_gone_at_the_end_and_the_last_step_stays() {
+        let (terminal, captured) = terminal(Verbosity::Normal, true);
+        terminal.train(&line(500));
+        terminal.work("a", 1, 0);
+        terminal.work("a", 1, 4);
+        terminal.message(Level::Info, "hello");
+        let text = captured.text();
+        let left = "[##--------] 1/4";
+        assert!(
+            text.contains("hello\na ") && text.contains(left),
+            "{text:?}"
+        );
+        assert!(text.contains("\n[#####-----] 500/1000, loss"), "{text:?}");
+        terminal.work("a", 4, 4);
+        assert!(terminal.lock().work.is_empty());
+        terminal.finish();
+        let text = captured.text();
+        let last = format!("\u{1b}[Jstep {}\n", line(500).describe());
+        assert!(text.ends_with(&last), "{text:?}");
+    }
+
+    #[test]
+    fn texts_of_others_cannot_move_the_cursor() {
+        let (terminal, captured) = terminal(Verbosity::Normal, false);
+        terminal.message(Level::Info, "a\tb\r\u{1b}[2J\nc");
+        assert_eq!(captured.text(), "a\tb\u{fffd}\u{fffd}[2J\nc\n");
     }
 }

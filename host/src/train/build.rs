@@ -32,6 +32,7 @@ use crate::log::{
 };
 use crate::plan;
 use crate::plugins::{Component, Registry};
+use crate::profile::Profile;
 use crate::services::Services;
 use crate::signals::Signals;
 use moeut_plugin_api::abi::client::{
@@ -146,7 +147,8 @@ pub fn build(
         plan.train.seq_len,
         n_steps,
     )?;
-    let mut monitor = Monitor::new(sinks, Arc::clone(terminal), watch, &state);
+    let mut monitor = Monitor::new(sinks, Arc::clone(terminal), watch, &state)
+        .with_profile(profile(&blueprint, device, terminal));
     if blueprint.config.non_finite.is_traced {
         moeut_torch::anomaly::detect(true).or_plugin_error("`-nan_detect 1` is refused")?;
         monitor
@@ -220,6 +222,17 @@ fn machine(config: &mut HostConfig, terminal: &Terminal) -> Result<Placement, Pl
     place(config, n_gpus)
 }
 
+/// What `-profile_steps` asks for; only steps of a training are recorded.
+fn profile(blueprint: &Blueprint, device: Device, terminal: &Terminal) -> Option<Profile> {
+    let steps = blueprint.config.profile?;
+    if !blueprint.is_training() {
+        let text = "`-profile_steps` has no effect: nothing is trained";
+        terminal.message(crate::log::Level::Warning, text);
+        return None;
+    }
+    Some(Profile::new(steps, device, &blueprint.folder))
+}
+
 /// What the logs need to know.
 fn watch(
     config: &HostConfig,
@@ -235,6 +248,7 @@ fn watch(
     Ok(Watch {
         log_interval: config.log_interval,
         n_steps,
+        eval_interval: config.eval_interval,
         device,
         throughput: Throughput::new(flops_per_token, config.peak_tflops, device, is_16_bit),
         nan_budget: config.non_finite.budget(),

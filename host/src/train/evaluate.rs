@@ -41,6 +41,7 @@ impl Scores {
 }
 
 /// Scores a model on a stream; no scores if a signal ends it. What the model remembers of the training stays.
+/// `progress` hears how many of how many batches are scored.
 ///
 /// # Errors
 /// If the data cannot be read or the model fails.
@@ -51,10 +52,13 @@ pub fn evaluate(
     batch_size: usize,
     device: Device,
     signals: &Signals,
+    progress: &dyn Fn(u64, u64),
 ) -> Result<Option<Scores>, TrainError> {
     // The validation has a slot of its own, but its states are of no use afterwards.
     let of_training = segments.tensors(model)?;
-    let scores = score(model, segments, stream, batch_size, device, signals)?;
+    let scores = score(
+        model, segments, stream, batch_size, device, signals, progress,
+    )?;
     segments.restore(model, &of_training)?;
     Ok(scores)
 }
@@ -66,6 +70,7 @@ fn score(
     batch_size: usize,
     device: Device,
     signals: &Signals,
+    progress: &dyn Fn(u64, u64),
 ) -> Result<Option<Scores>, TrainError> {
     let _no_grad = tch::no_grad_guard();
     let order = Order::new(
@@ -75,6 +80,7 @@ fn score(
     );
     let (mut loss, mut n_right, mut n_tokens) = (0.0, 0.0, 0);
     for index in 0..order.n_batches {
+        progress(index, order.n_batches);
         if signals.is_ending() {
             return Ok(None);
         }
@@ -105,6 +111,7 @@ fn score(
         n_right += right.sum(Kind::Double).double_value(&[]);
         n_tokens += stream.stream.n_targets(&batch.windows[..batch.n_scored]) as u64;
     }
+    progress(order.n_batches, order.n_batches);
     let loss = loss / n_tokens as f64;
     Ok(Some(Scores {
         loss,

@@ -79,10 +79,21 @@ pub fn peak(device: Device) -> Option<u64> {
         let stats = moeut_torch::cuda::memory_stats(device).ok()?;
         return Some(stats.allocated_peak);
     }
+    of_process("VmHWM:")
+}
+
+/// The bytes of this moment, of the same kind as [`peak`].
+pub fn current(device: Device) -> Option<u64> {
+    if device.is_cuda() {
+        return Some(moeut_torch::cuda::memory_stats(device).ok()?.allocated);
+    }
+    of_process("VmRSS:")
+}
+
+/// Bytes that the system counts of this process under a name.
+fn of_process(name: &str) -> Option<u64> {
     let status = std::fs::read_to_string("/proc/self/status").ok()?;
-    let line = status
-        .lines()
-        .find_map(|line| line.strip_prefix("VmHWM:"))?;
+    let line = status.lines().find_map(|line| line.strip_prefix(name))?;
     let kibibytes: u64 = line.trim().strip_suffix(" kB")?.parse().ok()?;
     Some(kibibytes * 1024)
 }
@@ -259,6 +270,7 @@ mod tests {
     fn a_tensor_has_its_bytes_and_the_process_its_peak() {
         let tensor = Tensor::zeros([3, 5], (Kind::BFloat16, Device::Cpu));
         assert_eq!(bytes([&tensor].into_iter()), 30);
-        assert!(peak(Device::Cpu).unwrap() > 1 << 20);
+        let now = current(Device::Cpu).unwrap();
+        assert!(now > 1 << 20 && peak(Device::Cpu).unwrap() >= now);
     }
 }

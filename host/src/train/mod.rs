@@ -5,6 +5,7 @@ pub(crate) mod border;
 pub mod build;
 pub mod device;
 pub mod dry_run;
+mod eta;
 pub mod evaluate;
 pub mod generate;
 mod loss;
@@ -36,6 +37,7 @@ use moeut_plugin_api::{ForwardInput, NamedTensor, PluginError};
 use moeut_torch::autocast::Autocast;
 use moeut_torch::error::OrPluginError;
 use moeut_torch::handle::{IntoHandle, IntoTensor};
+use moeut_torch::profiler::Span;
 use non_finite::NonFinite;
 use run::Run;
 use tch::Tensor;
@@ -84,7 +86,7 @@ pub fn train(run: &mut Run) -> Result<(), TrainError> {
 
 /// One optimizer step over all microbatches, whose gradients add up to those of the whole batch.
 fn train_step(run: &mut Run, lr: f64) -> Result<StepStats, TrainError> {
-    run.monitor.begin_step();
+    run.monitor.begin_step(run.state.step + 1);
     let batch = run.batches.next_batch()?;
     run.guard.remember(run.state.step, lr, &batch, run.device)?;
 
@@ -110,6 +112,7 @@ fn forward_backward(run: &mut Run, batch: &[Microbatch]) -> Result<StepStats, Tr
     let forgets = std::mem::take(&mut run.state.forgets);
     run.optimizer.zero_grads()?;
     for (index, microbatch) in batch.iter().enumerate() {
+        let _microbatch = Span::begin("microbatch");
         let tokens = microbatch.tokens.to_device(run.device);
         let (inputs, targets) = inputs_and_targets(&tokens);
         let output = {
@@ -129,6 +132,7 @@ fn forward_backward(run: &mut Run, batch: &[Microbatch]) -> Result<StepStats, Tr
             .regularizers
             .total(&output.regularizers, run.state.step)?;
         let share = (&loss + regularizers) * microbatch.weight;
+        let _backward = Span::begin("backward");
         run.scaler
             .scale(share.shallow_clone())
             .f_backward()
@@ -163,6 +167,7 @@ pub fn forward(
             .map(|item| (item.name, item.tensor.into_tensor()))
             .collect()
     };
+    let _forward = Span::begin("forward");
     let output = model.forward(input)?;
     let output = Output {
         logits: output.logits_tbv.into_tensor(),

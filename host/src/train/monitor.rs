@@ -1,11 +1,14 @@
 //! Turns the tensors of finished steps into log records, a step late so that no step waits for the device.
 
+use super::eta::Eta;
 use super::non_finite::NonFinite;
 use super::state::TrainState;
 use super::throughput::Throughput;
 use super::timing::{Phase, Timing};
 use super::{StepStats, TrainError, memory};
 use crate::log::{End, Record, Sinks, StepLine, Terminal};
+use crate::profile::Profile;
+use moeut_plugin_api::PluginError;
 use moeut_torch::OrPluginError;
 use moeut_torch::readback::Readback;
 use std::sync::Arc;
@@ -22,6 +25,8 @@ pub struct Watch {
     pub log_interval: u64,
     /// Last step.
     pub n_steps: u64,
+    /// Steps between validations.
+    pub eval_interval: u64,
     /// Where the model lives.
     pub device: Device,
     /// How much arithmetic a token costs, and what the device can do.
@@ -41,6 +46,10 @@ pub struct Monitor {
     watch: Watch,
     pending: Option<Pending>,
     timing: Timing,
+    profile: Option<Profile>,
+    eta: Eta,
+    /// Tokens and steps per second of the last record with new steps.
+    rates: (f64, f64),
     clock: Clock,
     step_began: Instant,
     /// Set until the first step is done.
@@ -92,10 +101,19 @@ impl Monitor {
             watch,
             pending: None,
             timing: Timing::default(),
+            profile: None,
+            eta: Eta::default(),
+            rates: (0.0, 0.0),
             clock: Clock::new(state.n_tokens),
             step_began: Instant::now(),
             built_at: Some(Instant::now()),
         }
+    }
+
+    /// Records a profile, too.
+    #[must_use]
+    pub fn with_profile(self, profile: Option<Profile>) -> Self {
+        Self { profile, ..self }
     }
 
     /// Whether the coming step's statistics will be logged.
@@ -111,6 +129,9 @@ impl Monitor {
     /// Says what the host does from now on, for the time split.
     pub fn enter(&mut self, phase: Phase) {
         self.timing.enter(phase);
+        if let Some(profile) = &mut self.profile {
+            profile.enter(phase);
+        }
     }
 
     /// How much arithmetic a token costs, and what the device can do.
@@ -123,11 +144,27 @@ impl Monitor {
         self.timing.phase()
     }
 
-    /// Begins a step.
-    pub fn begin_step(&mut self) {
+    /// Begins a step; steps count from 1.
+    pub fn begin_step(&mut self, step: u64) {
+        self.profile_with(|profile| profile.begin_step(step));
         self.synchronize();
         self.step_began = Instant::now();
         self.enter(Phase::Load);
+    }
+
+    /// Tells what came of a profile, which is no reason to end the training.
+    fn profile_with(
+        &mut self,
+        work: impl FnOnce(&mut Profile) -> Result<Option<String>, PluginError>,
+    ) {
+        match self.profile.as_mut().map(work) {
+            None | Some(Ok(None)) => {}
+            Some(Ok(Some(text))) => self.message(&text),
+            Some(Err(error)) => {
+                self.profile = None;
+                self.warn(&format!("{}: {}; {}", error.what, error.why, error.fix));
+            }
+        }
     }
 
     /// For exact times only.
@@ -247,12 +284,26 @@ impl Monitor {
         if step.is_multiple_of(LR_INTERVAL) {
             scalars.push(("lr".into(), lr));
         }
+        self.eta.note(self.clock.n_steps, &spent);
+        if self.clock.n_steps > 0 {
+            self.rates = (tokens_per_s, self.clock.n_steps as f64 / seconds);
+        }
+        let (tokens_per_s, steps_per_s) = self.rates;
+        let Watch {
+            n_steps,
+            eval_interval,
+            device,
+            ..
+        } = self.watch;
         self.terminal.train(&StepLine {
             step,
-            n_steps: self.watch.n_steps,
+            n_steps,
             loss: loss_of(&scalars),
             lr,
             tokens_per_s,
+            steps_per_s,
+            left: self.eta.left(step, n_steps, eval_interval),
+            memory: memory::current(device).zip(peak),
             wait_fraction: spent.of(Phase::Load) / seconds,
         });
         self.sinks.record(Record {
@@ -283,6 +334,20 @@ impl Monitor {
         });
     }
 
+    /// Shows how far a piece of work is that training waits for.
+    pub fn work(&self, label: &str, done: u64, total: u64) {
+        self.terminal.work(label, done, total);
+    }
+
+    /// A line that the user wants to see in any case, if it is about the end of the run.
+    pub fn result(&self, is_end: bool, text: &str) {
+        if is_end {
+            self.terminal.message(crate::log::Level::Result, text);
+        } else {
+            self.message(text);
+        }
+    }
+
     /// A line for the user.
     pub fn message(&self, text: &str) {
         self.terminal.message(crate::log::Level::Info, text);
@@ -302,7 +367,8 @@ impl Monitor {
     }
 
     /// Writes everything out; the logs are told how the run ended.
-    pub fn finish(self, end: End) {
+    pub fn finish(mut self, end: End) {
+        self.profile_with(Profile::finish);
         self.terminal.finish();
         for (level, text) in self.sinks.finish(end) {
             self.terminal.message(level, &text);

@@ -50,6 +50,7 @@ impl Phase {
 #[derive(Debug)]
 pub struct Timing {
     spent: [Duration; Phase::ALL.len()],
+    n_validations: u64,
     phase: Phase,
     since: Instant,
 }
@@ -58,6 +59,7 @@ impl Default for Timing {
     fn default() -> Self {
         Self {
             spent: Default::default(),
+            n_validations: 0,
             phase: Phase::Log,
             since: Instant::now(),
         }
@@ -69,6 +71,7 @@ impl Timing {
     pub fn enter(&mut self, phase: Phase) {
         let now = Instant::now();
         self.spent[self.phase as usize] += now - self.since;
+        self.n_validations += u64::from(phase == Phase::Validate && self.phase != phase);
         (self.phase, self.since) = (phase, now);
     }
 
@@ -80,18 +83,35 @@ impl Timing {
     /// The seconds of each phase since the last call.
     pub fn take(&mut self) -> Spent {
         self.enter(self.phase);
-        Spent(std::mem::take(&mut self.spent).map(|time| time.as_secs_f64()))
+        let seconds = std::mem::take(&mut self.spent).map(|time| time.as_secs_f64());
+        Spent::new(seconds, std::mem::take(&mut self.n_validations))
     }
 }
 
 /// Seconds by phase.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Spent([f64; Phase::ALL.len()]);
+pub struct Spent {
+    seconds: [f64; Phase::ALL.len()],
+    n_validations: u64,
+}
 
 impl Spent {
+    /// Seconds by the phases' order, and how many validations were begun.
+    pub(super) fn new(seconds: [f64; Phase::ALL.len()], n_validations: u64) -> Self {
+        Self {
+            seconds,
+            n_validations,
+        }
+    }
+
     /// Seconds in a phase.
     pub fn of(&self, phase: Phase) -> f64 {
-        self.0[phase as usize]
+        self.seconds[phase as usize]
+    }
+
+    /// Validations that were begun.
+    pub fn n_validations(&self) -> u64 {
+        self.n_validations
     }
 
     /// Seconds of training: all but validation and checkpoints.
@@ -120,7 +140,7 @@ mod tests {
         assert!(sum > 0.0 && sum <= whole, "{sum} of {whole}");
         let apart = spent.of(Phase::Validate) + spent.of(Phase::Save);
         assert!((spent.training() + apart - sum).abs() < 1e-12);
-        assert_eq!(timing.phase(), Phase::Save);
+        assert_eq!((timing.phase(), spent.n_validations()), (Phase::Save, 1));
         assert!(timing.take().of(Phase::Load) < 1e-12);
     }
 }

@@ -88,7 +88,9 @@ pub fn test_only(run: &mut Run) -> Result<Option<String>, TrainError> {
 fn score(run: &mut Run, is_end: bool) -> Result<Option<AllScores>, TrainError> {
     run.monitor.enter(Phase::Validate);
     let mut all = AllScores::default();
+    let monitor = &run.monitor;
     for stream in &run.validation {
+        let label = format!("validating on `{}`", stream.name);
         let result = evaluate(
             &mut run.model,
             run.segments,
@@ -96,12 +98,12 @@ fn score(run: &mut Run, is_end: bool) -> Result<Option<AllScores>, TrainError> {
             run.eval_batch_size,
             run.device,
             &run.signals,
+            &|done, all| monitor.work(&label, done, all),
         )?;
         let Some(scores) = result else {
             return Ok(None);
         };
-        run.monitor
-            .message(&sentence(run.state.step, &stream.name, &scores));
+        monitor.result(is_end, &sentence(run.state.step, &stream.name, &scores));
         all.streams.push((stream.name.clone(), scores));
     }
     for set in run
@@ -109,23 +111,25 @@ fn score(run: &mut Run, is_end: bool) -> Result<Option<AllScores>, TrainError> {
         .iter()
         .filter(|set| is_end || !set.is_end_only)
     {
+        let label = format!("scoring `{}`", set.name);
         let result = set.score(
             &mut run.model,
             &run.samples.tokenizer,
             run.device,
             &run.signals,
-            |_, _| (),
+            |done, all| monitor.work(&label, done, all),
         )?;
         let Some((scores, _)) = result else {
             return Ok(None);
         };
-        run.monitor.message(&format!(
+        let text = format!(
             "step {}: {} accuracy {:.1} %, loss {:.4} nats per token",
             run.state.step,
             set.name,
             scores.accuracy * 100.0,
             scores.loss
-        ));
+        );
+        monitor.result(is_end, &text);
         all.sets.push(scores);
     }
     run.monitor.enter(Phase::Log);

@@ -49,7 +49,8 @@ pub fn order_devices_by_bus() {
     set_default(DEVICE_ORDER);
 }
 
-fn set_default((name, value): (&str, &str)) {
+/// Sets a variable of the environment that is not set. While the program starts only.
+pub(crate) fn set_default((name, value): (&str, &str)) {
     if std::env::var_os(name).is_none() {
         // SAFETY: called while the program starts, when no other thread of ours reads the environment; `std` guards
         // its own readers by a lock.

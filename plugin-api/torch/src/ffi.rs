@@ -34,6 +34,12 @@ pub(crate) struct RawReadback {
     _private: [u8; 0],
 }
 
+/// A piece of a thread's time that is recorded: `at::RecordFunction`.
+#[repr(C)]
+pub(crate) struct RawSpan {
+    _private: [u8; 0],
+}
+
 pub(crate) type Callback = unsafe extern "C" fn(
     user: *mut c_void,
     call: *mut RawCall,
@@ -174,6 +180,15 @@ unsafe extern "C" {
         major: *mut c_int,
         minor: *mut c_int,
     ) -> *mut c_char;
+    pub(crate) fn moeut_profiler_prepare(with_cuda: bool) -> *mut c_char;
+    pub(crate) fn moeut_profiler_start(with_cuda: bool) -> *mut c_char;
+    pub(crate) fn moeut_profiler_stop(path: *const c_char) -> *mut c_char;
+    pub(crate) fn moeut_span_begin(
+        name: *const c_char,
+        length: usize,
+        span: *mut *mut RawSpan,
+    ) -> *mut c_char;
+    pub(crate) fn moeut_span_end(span: *mut RawSpan);
     pub(crate) fn moeut_detect_anomaly(is_on: bool) -> *mut c_char;
     pub(crate) fn moeut_header_version() -> *const c_char;
     pub(crate) fn moeut_build_settings() -> *mut c_char;

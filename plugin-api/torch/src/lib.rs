@@ -22,6 +22,7 @@ pub mod handle;
 pub mod memory;
 pub mod optim;
 pub mod padding;
+pub mod profiler;
 pub mod readback;
 pub mod rng;
 pub mod testing;

@@ -3,7 +3,7 @@
 use crate::sandbox::{Outcome, Sandbox, wait_until};
 use std::fs::{self, File};
 use std::path::PathBuf;
-use std::process::{Child, Command};
+use std::process::{Child, Command, Stdio};
 
 /// A started host, whose output goes to files. It is killed when the test fails.
 pub struct Running<'a> {
@@ -19,17 +19,23 @@ impl Sandbox {
         let [stdout, stderr] = output
             .each_ref()
             .map(|path| File::create(path).expect("the sandbox can be written"));
-        let child = self
-            .command(args)
-            .envs(variables.iter().copied())
-            .stdout(stdout)
-            .stderr(stderr)
-            .spawn()
-            .expect("the host starts");
+        let mut command = self.command(args);
+        command.envs(variables.iter().copied());
+        let child = command.stdout(stdout).stderr(stderr).spawn();
         Running {
             sandbox: self,
-            child,
+            child: child.expect("the host starts"),
             output,
+        }
+    }
+
+    /// As [`start`](Self::start), with the test at the other end of its output.
+    pub fn start_into(&self, args: &[&str], stdout: Stdio, stderr: Stdio) -> Running<'_> {
+        let child = self.command(args).stdout(stdout).stderr(stderr).spawn();
+        Running {
+            sandbox: self,
+            child: child.expect("the host starts"),
+            output: ["stdout", "stderr"].map(|name| self.work().join(name)),
         }
     }
 }
