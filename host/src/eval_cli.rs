@@ -17,7 +17,8 @@ use crate::plugins::{Component, Registry};
 use crate::signals::{Ending, Signals};
 use crate::train::TrainError;
 use crate::train::build::{Blueprint, Site, batch_shape, eval_batch_size, eval_stream, size};
-use crate::train::evaluate::evaluate;
+use crate::train::evaluate::{Watcher, evaluate};
+use crate::train::reporting::Observer;
 use crate::train::segments::Segments;
 use crate::train::validation::{AllScores, as_json, named};
 use crate::trained::{self, Trained};
@@ -412,15 +413,12 @@ impl Evaluator<'_> {
         let Trained { model, device, .. } = &mut self.trained;
         let segments = Segments::new(model.abilities()?.has_memory, 0.0);
         let label = format!("scoring `{}`", request.name);
-        let scores = evaluate(
-            model,
-            segments,
-            &stream,
-            batch_size,
-            *device,
-            self.signals,
-            &|done, all| self.terminal.work(&label, done, all),
-        );
+        let watcher = Watcher {
+            signals: self.signals,
+            observer: &mut Observer::default(),
+            progress: &|done, all| self.terminal.work(&label, done, all),
+        };
+        let scores = evaluate(model, segments, &stream, batch_size, *device, watcher);
         scores.map_err(HostError::from)
     }
 

@@ -24,7 +24,8 @@ pub use error::ArgsError;
 pub use help::help_text;
 pub use host::{
     AdamConfig, GpuChoice, HostConfig, LogSink, NanPolicy, NonFiniteConfig, OptimizerConfig,
-    OptimizerKind, SampleConfig, ScheduleConfig, ScheduleKind, ServerChoice, Speedtest,
+    OptimizerKind, ReportConfig, SampleConfig, ScheduleConfig, ScheduleKind, ServerChoice,
+    Speedtest,
 };
 pub use host_table::host_args;
 pub use owner::{Owner, Role};

@@ -1,6 +1,7 @@
 //! Validation: token-exact loss over every window of a stream, in the parameters' own precision.
 
 use super::loss::{inputs_and_targets, token_losses};
+use super::reporting::Observer;
 use super::segments::Segments;
 use super::stream::Stream;
 use super::{TrainError, forward, int};
@@ -40,8 +41,17 @@ impl Scores {
     }
 }
 
+/// Who looks on while a stream is scored.
+pub struct Watcher<'a> {
+    /// End it.
+    pub signals: &'a Signals,
+    /// Gets what the passes tell.
+    pub observer: &'a mut Observer,
+    /// Hears how many of how many batches are scored.
+    pub progress: &'a dyn Fn(u64, u64),
+}
+
 /// Scores a model on a stream; no scores if a signal ends it. What the model remembers of the training stays.
-/// `progress` hears how many of how many batches are scored.
 ///
 /// # Errors
 /// If the data cannot be read or the model fails.
@@ -51,14 +61,11 @@ pub fn evaluate(
     stream: &EvalStream,
     batch_size: usize,
     device: Device,
-    signals: &Signals,
-    progress: &dyn Fn(u64, u64),
+    watcher: Watcher<'_>,
 ) -> Result<Option<Scores>, TrainError> {
     // The validation has a slot of its own, but its states are of no use afterwards.
     let of_training = segments.tensors(model)?;
-    let scores = score(
-        model, segments, stream, batch_size, device, signals, progress,
-    )?;
+    let scores = score(model, segments, stream, batch_size, device, watcher)?;
     segments.restore(model, &of_training)?;
     Ok(scores)
 }
@@ -69,9 +76,13 @@ fn score(
     stream: &EvalStream,
     batch_size: usize,
     device: Device,
-    signals: &Signals,
-    progress: &dyn Fn(u64, u64),
+    watcher: Watcher<'_>,
 ) -> Result<Option<Scores>, TrainError> {
+    let Watcher {
+        signals,
+        observer,
+        progress,
+    } = watcher;
     let _no_grad = tch::no_grad_guard();
     let order = Order::new(
         stream.stream.n_windows(),
@@ -97,7 +108,7 @@ fn score(
             ForwardInput {
                 tokens_tb: inputs.share(),
                 is_training: false,
-                wants_stats: false,
+                wishes: observer.wishes(index + 1 == order.n_batches),
                 past: segments.validation(index == 0),
             },
         )?;
@@ -109,6 +120,7 @@ fn score(
             .double_value(&[]);
         let right = logits.argmax(-1, false).eq_tensor(&targets);
         n_right += right.sum(Kind::Double).double_value(&[]);
+        observer.add(batch.n_scored, output);
         n_tokens += stream.stream.n_targets(&batch.windows[..batch.n_scored]) as u64;
     }
     progress(order.n_batches, order.n_batches);

@@ -3,11 +3,14 @@
 pub mod batches;
 pub(crate) mod border;
 pub mod build;
+pub mod charts;
 pub mod device;
 pub mod dry_run;
+pub mod dumps;
 mod eta;
 pub mod evaluate;
 pub mod generate;
+pub mod labels;
 mod loss;
 pub mod memory;
 pub mod monitor;
@@ -16,6 +19,7 @@ pub mod optimizer;
 mod post_mortem;
 pub mod pretrained;
 pub mod regularizers;
+pub mod reporting;
 pub mod run;
 pub mod sampler;
 pub mod sampling;
@@ -31,9 +35,10 @@ pub mod validation;
 
 use crate::checkpoint::CheckpointError;
 use batches::Microbatch;
+use charts::Sketch;
 use loss::mean_loss;
 use moeut_plugin_api::abi::client::ModelClient;
-use moeut_plugin_api::{ForwardInput, NamedTensor, PluginError};
+use moeut_plugin_api::{Chart, ForwardInput, NamedTensor, PluginError};
 use moeut_torch::autocast::Autocast;
 use moeut_torch::error::OrPluginError;
 use moeut_torch::handle::{IntoHandle, IntoTensor};
@@ -115,14 +120,19 @@ fn forward_backward(run: &mut Run, batch: &[Microbatch]) -> Result<StepStats, Tr
         let _microbatch = Span::begin("microbatch");
         let tokens = microbatch.tokens.to_device(run.device);
         let (inputs, targets) = inputs_and_targets(&tokens);
+        let past = run.segments.training(index, forgets || microbatch.is_start);
+        let part = (index, batch.len());
+        let wishes = run
+            .monitor
+            .wishes(&run.state, part, &microbatch.tokens, past);
         let output = {
             let _mixed =
                 Autocast::new(run.device, run.autocast).or_plugin_error("mixed precision")?;
             let input = ForwardInput {
                 tokens_tb: inputs.share(),
                 is_training: true,
-                wants_stats: run.monitor.wants_stats(&run.state),
-                past: run.segments.training(index, forgets || microbatch.is_start),
+                wishes,
+                past,
             };
             forward(&mut run.model, &inputs, input)?
         };
@@ -150,6 +160,10 @@ pub struct Output {
     pub regularizers: Vec<(String, Tensor)>,
     /// Scalars to log.
     pub stats: Vec<(String, Tensor)>,
+    /// Charts to log.
+    pub charts: Vec<(Sketch, Tensor)>,
+    /// Counts of selections.
+    pub selections: Vec<(String, Tensor)>,
 }
 
 /// Calls the model.
@@ -169,10 +183,21 @@ pub fn forward(
     };
     let _forward = Span::begin("forward");
     let output = model.forward(input)?;
+    let sketched = |chart: Chart| {
+        let values = chart.values.into_tensor();
+        let sketch = Sketch {
+            name: chart.name,
+            kind: chart.kind,
+            size: values.size(),
+        };
+        (sketch, values)
+    };
     let output = Output {
         logits: output.logits_tbv.into_tensor(),
         regularizers: named(output.regularizers),
         stats: named(output.stats),
+        charts: output.charts.into_iter().map(sketched).collect(),
+        selections: named(output.selections),
     };
     border::check_output(&output, tokens_tb, is_training)?;
     Ok(output)
