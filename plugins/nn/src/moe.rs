@@ -1,11 +1,12 @@
 //! σ-MoE: a feed-forward layer whose hidden units are split into experts, a few of which each token uses.
 
 use crate::balance::Applications;
+use crate::context::Choice;
 use crate::cost::{Cost, ROUTER_BYTES, Sequence, count};
-use crate::norm::normed;
 use crate::routing::top_k;
 use crate::{
-    Activation, Balance, BalanceConfig, Context, Init, LayerNorm, Params, Routing, Scoring, usage,
+    Activation, Balance, BalanceConfig, Context, Init, LayerNorm, Params, Reading, Routing,
+    Scoring, usage,
 };
 use moeut_plugin_api::{PluginError, kernel};
 use serde::Deserialize;
@@ -156,19 +157,31 @@ impl SigmaMoe {
         }
     }
 
+    /// What the router reads the stream through.
+    pub fn norm(&self) -> Option<&LayerNorm> {
+        self.norm.as_ref()
+    }
+
     /// One application: `[B, T, D]` → `[B, T, D]`.
     ///
     /// # Errors
     /// Whatever the kernel says.
     pub fn forward(
         &self,
-        x_btd: &Tensor,
+        reading: &Reading,
         pass: &mut MoePass,
         ctx: &Context,
     ) -> Result<Tensor, PluginError> {
+        let x_btd = &reading.plain;
         let d_model = self.router_ed.size()[1];
-        let (ids_nk, gate_nk) = self.route(x_btd, pass, ctx)?;
-        let routing = Routing::new(&ids_nk, self.config.n_experts);
+        let (gate_nk, routing, ids_nk) = match self.fused_route(&reading.normed, pass, ctx)? {
+            Some(Choice { gate, routing, .. }) => (gate, routing, None),
+            None => {
+                let (ids_nk, gate_nk) = self.route(&reading.normed, pass, ctx)?;
+                let routing = Routing::new(&ids_nk, self.config.n_experts);
+                (gate_nk, routing, Some(ids_nk))
+            }
+        };
         if ctx.wants_stats {
             let counts_e = routing.counts();
             pass.counts_e = Some(match pass.counts_e.take() {
@@ -180,7 +193,7 @@ impl SigmaMoe {
         let x_nd = x_btd.reshape([-1, d_model]);
         let y_nd = match self.fused(&x_nd, &gate_nk, &routing, pass, ctx)? {
             Some(y_nd) => y_nd,
-            None => self.composed(&x_nd, (&ids_nk, &gate_nk), &routing, pass, ctx)?,
+            None => self.composed(&x_nd, (ids_nk.as_ref(), &gate_nk), &routing, pass, ctx)?,
         };
         let y_btd = y_nd.view_as(x_btd);
         Ok(match &self.out_bias_d {
@@ -274,26 +287,54 @@ impl SigmaMoe {
     fn composed(
         &self,
         x_nd: &Tensor,
-        (ids_nk, gate_nk): (&Tensor, &Tensor),
+        (ids_nk, gate_nk): (Option<&Tensor>, &Tensor),
         routing: &Routing,
         pass: &MoePass,
         ctx: &Context,
     ) -> Result<Tensor, PluginError> {
         let product_ms = ctx.grouped_matmul(x_nd, &pass.keys_eds, routing, None)?;
-        let hidden_ms = self.activation.forward(match &self.hidden_bias_es {
-            Some(bias_es) => {
-                let of_selection = bias_es.index_select(0, &ids_nk.reshape([-1]));
-                product_ms + of_selection.to_kind(ctx.compute)
-            }
-            None => product_ms,
-        });
+        let hidden_ms = self
+            .activation
+            .forward(match (&self.hidden_bias_es, ids_nk) {
+                (Some(bias_es), Some(ids_nk)) => {
+                    let of_selection = bias_es.index_select(0, &ids_nk.reshape([-1]));
+                    product_ms + of_selection.to_kind(ctx.compute)
+                }
+                _ => product_ms,
+            });
         ctx.grouped_matmul(&hidden_ms, &pass.values_esd, routing, Some(gate_nk))
+    }
+
+    /// The route in one call, if the kernel has it and the call covers the layer's arguments.
+    fn fused_route(
+        &self,
+        normed_btd: &Tensor,
+        pass: &mut MoePass,
+        ctx: &Context,
+    ) -> Result<Option<Choice>, PluginError> {
+        let config = &self.config;
+        let covers = config.scoring == Scoring::Sigmoid
+            && !(ctx.is_training && config.expert_dropout > 0.0)
+            && !self.balances_selected
+            && pass.balance.takes_log_means()
+            // The composed layer finds biases by ids.
+            && !config.has_bias
+            && !config.has_router_bias;
+        if !covers {
+            return Ok(None);
+        }
+        let router_in = ctx.dropout(normed_btd.shallow_clone(), config.router_dropout);
+        let choice = ctx.select(&router_in, &self.router_ed, 1, config.top_k)?;
+        if let (true, Some(choice)) = (ctx.is_training, &choice) {
+            pass.balance.add_log_means(&choice.log_means.squeeze_dim(1));
+        }
+        Ok(choice)
     }
 
     /// Ids int64 `[N, K]` and gates `[N, K]`.
     fn route(
         &self,
-        x_btd: &Tensor,
+        normed_btd: &Tensor,
         pass: &mut MoePass,
         ctx: &Context,
     ) -> Result<(Tensor, Tensor), PluginError> {
@@ -303,8 +344,7 @@ impl SigmaMoe {
             scores_after_top_k,
             ..
         } = self.config;
-        let router_in = normed(self.norm.as_ref(), x_btd);
-        let router_in = ctx.dropout(router_in, self.config.router_dropout);
+        let router_in = ctx.dropout(normed_btd.shallow_clone(), self.config.router_dropout);
         let logits = ctx.router_logits(&router_in, &self.router_ed, self.router_bias_e.as_ref())?;
 
         let scores = match scoring {

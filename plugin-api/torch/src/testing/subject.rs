@@ -90,7 +90,7 @@ impl Inputs {
         Self(changed.collect())
     }
 
-    fn in_f64(&self) -> Self {
+    pub(super) fn in_f64(&self) -> Self {
         self.map(|input| {
             input
                 .detach()

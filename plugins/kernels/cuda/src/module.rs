@@ -15,7 +15,11 @@ use crate::driver::{DeviceContext, Driver, KernelFunction, driver};
 use crate::nvrtc::nvrtc;
 
 /// The kernels; an element type is chosen when they are compiled.
-const SOURCE: &str = include_str!("kernels.cu");
+const SOURCE: &str = concat!(
+    include_str!("kernels.cu"),
+    include_str!("stream.cu"),
+    include_str!("select.cu")
+);
 
 /// Compute capability that the kernels need: asynchronous copies and products of bfloat16.
 const MIN_CAPABILITY_MAJOR: i32 = 8;
@@ -24,7 +28,7 @@ const MIN_CAPABILITY_MAJOR: i32 = 8;
 pub(crate) const TILE_SHARED_BYTES: c_uint = 6 * 128 * 64 * 2;
 
 /// Names in [`SOURCE`], in the order of [`Entry`].
-const NAMES: [&CStr; 12] = [
+const NAMES: [&CStr; 25] = [
     c"list_tiles",
     c"product",
     c"product_transposed",
@@ -37,6 +41,19 @@ const NAMES: [&CStr; 12] = [
     c"sum_and_dot_rows",
     c"weigh_rows",
     c"dot_rows",
+    c"normalize",
+    c"normalize_odd",
+    c"normalize_backward",
+    c"normalize_backward_odd",
+    c"rotate",
+    c"rotate_odd",
+    c"select_32",
+    c"select_256",
+    c"select_512",
+    c"select_1024",
+    c"scan_chunks",
+    c"place_selections",
+    c"select_backward",
 ];
 
 /// The kernels of [`SOURCE`].
@@ -54,6 +71,19 @@ pub(crate) enum Entry {
     SumAndDotRows,
     WeighRows,
     DotRows,
+    Normalize,
+    NormalizeOdd,
+    NormalizeBackward,
+    NormalizeBackwardOdd,
+    Rotate,
+    RotateOdd,
+    Select32,
+    Select256,
+    Select512,
+    Select1024,
+    ScanChunks,
+    PlaceSelections,
+    SelectBackward,
 }
 
 /// The kernels of one device and element type, ready to be launched.
@@ -252,7 +282,7 @@ mod tests {
 
     #[test]
     fn names_and_entries_agree() {
-        assert_eq!(Entry::DotRows as usize + 1, NAMES.len());
+        assert_eq!(Entry::SelectBackward as usize + 1, NAMES.len());
         for name in NAMES {
             let declared = format!(" {}(const __grid_constant__ ", name.to_string_lossy());
             assert!(SOURCE.contains(&declared), "{declared}");

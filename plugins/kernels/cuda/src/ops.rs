@@ -20,14 +20,14 @@ use crate::module::{Entry, Module, TILE_SHARED_BYTES};
 const TILE: i64 = 128;
 const TILE_THREADS: u32 = 128;
 /// Threads of a block of the kernels without tiles.
-const THREADS: u32 = 256;
+pub(crate) const THREADS: u32 = 256;
 const WARP: i64 = 32;
 /// Selections of one row that [`Ops::sum_and_dot_rows`] takes.
 pub(crate) const MAX_DOTS: i64 = 16;
 /// Elements that a thread of those handles.
 const PIECE: i64 = 8;
 
-type Result<T> = std::result::Result<T, FunctionError>;
+pub(crate) type Result<T> = std::result::Result<T, FunctionError>;
 
 /// How many row tiles of an expert come before those of the next expert.
 #[derive(Debug, Clone, Copy)]
@@ -408,15 +408,10 @@ impl Ops {
 
     /// `x` as the kernels read it: contiguous, aligned, its last axis padded.
     pub(crate) fn operand(&self, x: &Tensor) -> Result<Tensor> {
-        let x = padded_rows(&x.f_to_kind(self.kind)?)?.f_contiguous()?;
-        if (x.data_ptr() as usize).is_multiple_of(ALIGNMENT_BYTES as usize) {
-            Ok(x)
-        } else {
-            Ok(x.copy())
-        }
+        aligned(&padded_rows(&x.f_to_kind(self.kind)?)?)
     }
 
-    fn empty(&self, shape: &[i64], kind: Kind) -> Result<Tensor> {
+    pub(crate) fn empty(&self, shape: &[i64], kind: Kind) -> Result<Tensor> {
         Ok(Tensor::f_empty(shape, (kind, self.device))?)
     }
 
@@ -445,7 +440,8 @@ impl Ops {
         self.launch(entry, n_blocks, TILE_THREADS, TILE_SHARED_BYTES, raw)
     }
 
-    fn launch<P>(
+    /// Queues `entry` with its parameters, unless it has no blocks.
+    pub(crate) fn launch<P>(
         &self,
         entry: Entry,
         n_blocks: i64,
@@ -473,6 +469,16 @@ impl Ops {
         // only for work that follows on the same stream.
         unsafe { driver.launch(*context, function, shape, stream, raw) }
             .map_err(|error| format!("cannot launch {entry:?}: {error}").into())
+    }
+}
+
+/// `x` contiguous and at an aligned address.
+pub(crate) fn aligned(x: &Tensor) -> Result<Tensor> {
+    let x = x.f_contiguous()?;
+    if (x.data_ptr() as usize).is_multiple_of(ALIGNMENT_BYTES as usize) {
+        Ok(x)
+    } else {
+        Ok(x.copy())
     }
 }
 
@@ -541,19 +547,19 @@ fn tiles_across(width: i64) -> i64 {
     (width + TILE - 1) / TILE
 }
 
-fn blocks(n_threads: i64) -> i64 {
+pub(crate) fn blocks(n_threads: i64) -> i64 {
     let per_block = i64::from(THREADS);
     (n_threads + per_block - 1) / per_block
 }
 
-fn narrow(size: i64) -> Result<i32> {
+pub(crate) fn narrow(size: i64) -> Result<i32> {
     i32::try_from(size).map_err(|_| format!("a size of {size} is more than 2³¹").into())
 }
 
-fn pointer(tensor: &Tensor) -> *const c_void {
+pub(crate) fn pointer(tensor: &Tensor) -> *const c_void {
     tensor.data_ptr().cast_const()
 }
 
-fn optional(tensor: Option<&Tensor>) -> *mut c_void {
+pub(crate) fn optional(tensor: Option<&Tensor>) -> *mut c_void {
     tensor.map_or(ptr::null_mut(), Tensor::data_ptr)
 }

@@ -3,7 +3,7 @@
 use moeut_nn::attention::{DenseAttentionConfig, LinearInit};
 use moeut_nn::lm::{self, At, BlockReport, Shell};
 use moeut_nn::{
-    Activation, Context, Cost, DenseAttention, Init, LayerNorm, Linear, Params, Sequence,
+    Activation, Context, Cost, DenseAttention, Init, LayerNorm, Linear, Params, Reading, Sequence,
 };
 use moeut_plugin_api::PluginError;
 use tch::Tensor;
@@ -135,20 +135,25 @@ impl lm::Block for Block {
             &self.norms;
         let attended = past.attended(x).map(|attended| norm1.forward(&attended));
         let mut attend = |x: &Tensor| {
-            let y = self.attention.forward(x, attended.as_ref(), past, ctx);
-            ctx.dropout(y, self.dropout)
+            let reading = Reading::plain(x);
+            let y = self
+                .attention
+                .forward(&reading, attended.as_ref(), past, ctx)?;
+            Ok::<_, PluginError>(ctx.dropout(y, self.dropout))
         };
         Ok(match &self.norms {
             Norms::Pre([norm1, norm2]) => {
-                let x = x + attend(&norm1.forward(x));
-                &x + self.feed(&norm2.forward(&x), ctx)
+                let first = ctx.reading(x, None, Some(norm1), false)?;
+                let y = attend(&first.normed)?;
+                let second = ctx.reading(&first.stream, Some(&y), Some(norm2), false)?;
+                second.stream + self.feed(&second.normed, ctx)
             }
             Norms::PreParallel(norm1) => {
-                let normed = norm1.forward(x);
-                x + attend(&normed) + self.feed(&normed, ctx)
+                let Reading { stream, normed, .. } = ctx.reading(x, None, Some(norm1), false)?;
+                stream + attend(&normed)? + self.feed(&normed, ctx)
             }
             Norms::Post([norm1, norm2]) => {
-                let x = norm1.forward(&(x + attend(x)));
+                let x = norm1.forward(&(x + attend(x)?));
                 norm2.forward(&(&x + self.feed(&x, ctx)))
             }
         })
