@@ -454,6 +454,8 @@ pub struct Selected {
     pub gate: TensorHandle,
     /// `m`: `[B, G, E]`, at least in fp32.
     pub log_means: TensorHandle,
+    /// `id`: int32 `[T·G, k]`.
+    pub ids: TensorHandle,
     /// The `T·G·k` ids sorted.
     pub selection: Selection,
 }

@@ -240,6 +240,7 @@ pub struct RawSelect {
 pub struct RawSelected {
     gate: TensorHandle,
     log_means: TensorHandle,
+    ids: TensorHandle,
     order: TensorHandle,
     inverse: TensorHandle,
     ends: TensorHandle,
@@ -343,7 +344,7 @@ fn older_than_1_1(what: &str) -> RawError {
         .into()
 }
 
-/// A kernel inside a plugin. What follows `grouped_matmul` came with ABI 1.1, what follows `moe_project` with 1.2; older
+/// A kernel inside a plugin. What follows `grouped_matmul` came with ABI 1.1, what follows `moe_project` with 1.3; older
 /// kernels do not list such calls in their capabilities.
 #[sabi_trait]
 pub trait RawKernel {
@@ -428,8 +429,8 @@ impl RootModule for PluginModuleRef {
 mod tests {
     use super::*;
     use abi_stable::abi_stability::PrefixStableAbi;
-    use abi_stable::abi_stability::abi_checking::check_layout_compatibility;
     use abi_stable::type_layout::TLData;
+    use client::check_against_host;
 
     /// `export_plugin!` has to spell the symbol as a literal.
     #[test]
@@ -510,7 +511,7 @@ mod tests {
                 "route",
                 "moe_mlp",
                 "moe_project",
-                // ABI 1.2.
+                // ABI 1.3.
                 "residual_norm",
                 "select",
                 "rotate",
@@ -547,11 +548,19 @@ mod tests {
     fn objects_of_version_1_0_are_accepted() {
         type Model = version_1_0::RawModel_TO<'static, RBox<()>>;
         type Kernel = version_1_0::RawKernel_TO<'static, RBox<()>>;
-        let fits = |plugin, host| check_layout_compatibility(plugin, host).is_ok();
+        let fits = |plugin, host| check_against_host(plugin, host).is_ok();
         assert!(fits(Model::LAYOUT, ModelObject::LAYOUT));
         assert!(fits(Kernel::LAYOUT, KernelObject::LAYOUT));
         assert!(!fits(ModelObject::LAYOUT, Model::LAYOUT));
         assert!(!fits(Kernel::LAYOUT, ModelObject::LAYOUT));
+    }
+
+    /// One after the other, as in a folder with plugins of both: `abi_stable` remembers the fields of what it saw first.
+    #[test]
+    fn an_older_plugin_does_not_shut_out_a_newer_one() {
+        type Older = version_1_0::RawKernel_TO<'static, RBox<()>>;
+        check_against_host(Older::LAYOUT, KernelObject::LAYOUT).unwrap();
+        check_against_host(KernelObject::LAYOUT, KernelObject::LAYOUT).unwrap();
     }
 
     /// The frozen layout of what the calls carry.
@@ -609,7 +618,7 @@ mod tests {
         );
         assert_eq!(
             fields(<RawSelected as StableAbi>::LAYOUT),
-            ["gate", "log_means", "order", "inverse", "ends"]
+            ["gate", "log_means", "ids", "order", "inverse", "ends"]
         );
         assert_eq!(
             fields(<RawRotate as StableAbi>::LAYOUT),
@@ -641,7 +650,7 @@ mod tests {
             (<RawResidualNorm as StableAbi>::LAYOUT, 104),
             (<RawResidualNormed as StableAbi>::LAYOUT, 48),
             (<RawSelect as StableAbi>::LAYOUT, 64),
-            (<RawSelected as StableAbi>::LAYOUT, 80),
+            (<RawSelected as StableAbi>::LAYOUT, 96),
             (<RawRotate as StableAbi>::LAYOUT, 48),
             (<RawForwardInput as StableAbi>::LAYOUT, 24),
             (<RawForwardOutput as StableAbi>::LAYOUT, 80),

@@ -605,6 +605,7 @@ impl<K: Kernel> RawKernel for Shim<K> {
             Ok(RawSelected {
                 gate: selected.gate,
                 log_means: selected.log_means,
+                ids: selected.ids,
                 order: selected.selection.order,
                 inverse: selected.selection.inverse,
                 ends: selected.selection.ends,

@@ -60,6 +60,8 @@ pub struct Choice {
     pub gate: Tensor,
     /// Logarithms of mean probabilities, `[B, G, E]`.
     pub log_means: Tensor,
+    /// Experts through all groups, int32 `[N·G, k]`.
+    pub ids: Tensor,
     /// The selections.
     pub routing: Routing,
 }
@@ -112,8 +114,8 @@ impl Context {
     }
 
     /// Selects experts by sigmoid gates from `x [B, T, D]` with `weight [G·E, D]`, in one call of the kernel,
-    /// [`moeut_plugin_api::Kernel::select`]; nothing if the kernel has no such call for this, if the routers' scores are
-    /// rounded as the reference's, or if statistics want to see the logits.
+    /// [`moeut_plugin_api::Kernel::select`]; nothing if the kernel has no such call for this, or if the routers' scores
+    /// are rounded as the reference's.
     ///
     /// # Errors
     /// Whatever the kernel says.
@@ -133,7 +135,7 @@ impl Context {
             && n_ids / n_groups <= Select::MAX_EXPERTS
             && top_k <= Select::MAX_SELECTED
             && x.numel() > 0;
-        if !fits || self.wants_stats || self.is_router_rounded() {
+        if !fits || self.is_router_rounded() {
             return Ok(None);
         }
         let Some(kernel) = self.fused(FusedCall::Select, None, x, dtype) else {
@@ -152,6 +154,7 @@ impl Context {
         Ok(Some(Choice {
             gate: selected.gate.into_tensor(),
             log_means: selected.log_means.into_tensor(),
+            ids: selected.ids.into_tensor(),
             routing: Routing::of_kernel(selected.selection),
         }))
     }

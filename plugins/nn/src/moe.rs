@@ -174,12 +174,12 @@ impl SigmaMoe {
     ) -> Result<Tensor, PluginError> {
         let x_btd = &reading.plain;
         let d_model = self.router_ed.size()[1];
-        let (gate_nk, routing, ids_nk) = match self.fused_route(&reading.normed, pass, ctx)? {
-            Some(Choice { gate, routing, .. }) => (gate, routing, None),
+        let (ids_nk, gate_nk, routing) = match self.fused_route(&reading.normed, pass, ctx)? {
+            Some(choice) => (choice.ids, choice.gate, choice.routing),
             None => {
                 let (ids_nk, gate_nk) = self.route(&reading.normed, pass, ctx)?;
                 let routing = Routing::new(&ids_nk, self.config.n_experts);
-                (gate_nk, routing, Some(ids_nk))
+                (ids_nk, gate_nk, routing)
             }
         };
         if ctx.wants_stats {
@@ -193,7 +193,7 @@ impl SigmaMoe {
         let x_nd = x_btd.reshape([-1, d_model]);
         let y_nd = match self.fused(&x_nd, &gate_nk, &routing, pass, ctx)? {
             Some(y_nd) => y_nd,
-            None => self.composed(&x_nd, (ids_nk.as_ref(), &gate_nk), &routing, pass, ctx)?,
+            None => self.composed(&x_nd, (&ids_nk, &gate_nk), &routing, pass, ctx)?,
         };
         let y_btd = y_nd.view_as(x_btd);
         Ok(match &self.out_bias_d {
@@ -287,21 +287,19 @@ impl SigmaMoe {
     fn composed(
         &self,
         x_nd: &Tensor,
-        (ids_nk, gate_nk): (Option<&Tensor>, &Tensor),
+        (ids_nk, gate_nk): (&Tensor, &Tensor),
         routing: &Routing,
         pass: &MoePass,
         ctx: &Context,
     ) -> Result<Tensor, PluginError> {
         let product_ms = ctx.grouped_matmul(x_nd, &pass.keys_eds, routing, None)?;
-        let hidden_ms = self
-            .activation
-            .forward(match (&self.hidden_bias_es, ids_nk) {
-                (Some(bias_es), Some(ids_nk)) => {
-                    let of_selection = bias_es.index_select(0, &ids_nk.reshape([-1]));
-                    product_ms + of_selection.to_kind(ctx.compute)
-                }
-                _ => product_ms,
-            });
+        let hidden_ms = self.activation.forward(match &self.hidden_bias_es {
+            Some(bias_es) => {
+                let of_selection = bias_es.index_select(0, &ids_nk.reshape([-1]));
+                product_ms + of_selection.to_kind(ctx.compute)
+            }
+            None => product_ms,
+        });
         ctx.grouped_matmul(&hidden_ms, &pass.values_esd, routing, Some(gate_nk))
     }
 
@@ -317,8 +315,6 @@ impl SigmaMoe {
             && !(ctx.is_training && config.expert_dropout > 0.0)
             && !self.balances_selected
             && pass.balance.takes_log_means()
-            // The composed layer finds biases by ids.
-            && !config.has_bias
             && !config.has_router_bias;
         if !covers {
             return Ok(None);

@@ -120,12 +120,19 @@ impl Case {
 
     /// The sorted selections are those of a stable sort of the ids.
     fn check_selection(&self, kernel: &KernelClient, inputs: &Inputs) {
-        let got = unwrap(kernel.select(self.call(inputs))).selection;
+        let found = unwrap(kernel.select(self.call(inputs)));
+        let (got, got_ids) = (found.selection, found.ids.into_tensor());
         let wide = inputs.in_f64();
         let ids = self.chosen(&self.logits(&wide));
         let first_of_group = Tensor::arange(self.n_groups, (Kind::Int64, ids.device()));
         let ids = ids.view([-1, self.n_groups, self.top_k])
             + (first_of_group * self.n_experts).unsqueeze(-1);
+        assert_eq!(
+            got_ids,
+            ids.to_kind(Kind::Int).view_as(&got_ids),
+            "{}: ids",
+            self.name
+        );
         let want = selection(&ids, self.n_groups * self.n_experts);
         for (what, got, want) in [
             ("order", got.order, want.order),

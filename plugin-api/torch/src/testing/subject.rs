@@ -148,6 +148,9 @@ impl Subject<'_> {
             self.check_against_oracle("with fp32 masters", &masters, dtype, false);
         }
         let strided = plain.map(|input| {
+            if input.dim() < 2 {
+                return input.detach().copy().set_requires_grad(true);
+            }
             let transposed = input.detach().transpose(-1, -2).contiguous();
             transposed.transpose(-1, -2).set_requires_grad(true)
         });

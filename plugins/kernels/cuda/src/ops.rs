@@ -353,7 +353,13 @@ impl Ops {
         };
         let bytes_of_counts = narrow(n_experts * 4)?.cast_unsigned();
         let n_rankers = blocks(n_experts);
-        self.launch(Entry::RankExperts, n_rankers, THREADS, bytes_of_counts, &raw)?;
+        self.launch(
+            Entry::RankExperts,
+            n_rankers,
+            THREADS,
+            bytes_of_counts,
+            &raw,
+        )?;
         let (n_threads, shared_bytes) = if is_in_groups {
             (GROUP_THREADS, GROUP_SHARED_BYTES)
         } else {

@@ -50,11 +50,12 @@ pub(crate) fn select(
     };
     let outputs =
         apply(node, &[&x, &weight]).or_plugin_error("kernel `cuda` cannot select experts")?;
-    let [gate, log_means, order, inverse, ends] =
-        [0, 1, 2, 3, 4].map(|index| outputs[index].share());
+    let [gate, log_means, ids, order, inverse, ends] =
+        [0, 1, 2, 3, 4, 5].map(|index| outputs[index].share());
     Ok(Selected {
         gate,
         log_means,
+        ids,
         selection: Selection {
             order,
             inverse,
@@ -116,7 +117,7 @@ impl Shape {
     }
 }
 
-/// `gate, log_means, order, inverse, ends` of `x, weight`.
+/// `gate, log_means, ids, order, inverse, ends` of `x, weight`.
 struct Choice {
     ops: Ops,
     shape: Shape,
@@ -218,7 +219,7 @@ impl Function for Choice {
         let n_selections = n_rows * shape.top_k;
         let logits = self.product(x, &Self::operand(weight, x.kind())?.f_tr()?)?;
 
-        let ids = ops.empty(&[n_selections], Kind::Int)?;
+        let ids = ops.empty(&[n_rows, shape.top_k], Kind::Int)?;
         let gates = ops.empty(&[n_rows, shape.top_k], Kind::Float)?;
         let log_sums = ops.empty(&[n_rows], Kind::Float)?;
         let parts = ops.empty(&[n_chunks, n_ids], Kind::Float)?;
@@ -264,7 +265,7 @@ impl Function for Choice {
             .f_div_scalar(shape.seq_len() as f64)?
             .f_clamp_min(f64::from(f32::MIN_POSITIVE))?;
         ctx.save(&[x, weight, &logits, &ids, &gates, &log_sums, &means])?;
-        Ok(vec![gates, means.f_log()?, order, inverse, ends])
+        Ok(vec![gates, means.f_log()?, ids, order, inverse, ends])
     }
 
     /// With `p = softmax(z)` and `P = dm / (T/B · mean p)`:
