@@ -22,11 +22,10 @@ use crate::{
     StreamInfo, StreamRequest, TaskPlan, TensorHandle,
 };
 use abi_stable::StableAbi;
-use abi_stable::abi_stability::abi_checking::{AbiInstabilityErrors, check_layout_compatibility};
+use abi_stable::abi_stability::abi_checking::check_layout_compatibility;
 use abi_stable::library::{LibraryError, lib_header_from_path};
 use abi_stable::sabi_trait::TD_Opaque;
 use abi_stable::std_types::{RResult, RStr, RString};
-use abi_stable::type_layout::TypeLayout;
 use serde::{Serialize, de::DeserializeOwned};
 use std::cell::OnceCell;
 use std::path::Path;
@@ -98,16 +97,6 @@ fn host_object(services: &Arc<dyn HostServices>) -> HostObject {
     RawHost_TO::from_value(Services(Arc::clone(services)), TD_Opaque)
 }
 
-/// Checks a plugin's layout against the host's. `abi_stable` remembers the fields of a type that it saw first, and finds
-/// too many in every plugin that comes after an older one; so it sees the host's own before any other.
-pub(super) fn check_against_host(
-    plugin: &'static TypeLayout,
-    host: &'static TypeLayout,
-) -> Result<(), AbiInstabilityErrors> {
-    check_layout_compatibility(host, host)?;
-    check_layout_compatibility(plugin, host)
-}
-
 /// An opened plugin library. It is never unloaded: its objects and statics may live anywhere.
 #[derive(Clone, Copy)]
 pub struct PluginClient {
@@ -143,7 +132,7 @@ impl PluginClient {
         let layout = header.layout().ok_or(OpenError::NotAPlugin)?;
         // `abi_stable` lets an implementation have more calls than its interface, but a plugin of an older minor version
         // has fewer than this host. So the plugin counts as the interface, all of which the host must know.
-        check_against_host(layout, PluginModuleRef::LAYOUT)
+        check_layout_compatibility(layout, PluginModuleRef::LAYOUT)
             .map_err(|errors| other_layout(errors.to_string()))?;
         // SAFETY: every field of the plugin's layout was just found at its place in the host's; calls that the plugin
         // lacks are looked up in its own tables at run time, and have bodies of their own on this side.
