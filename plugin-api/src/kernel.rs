@@ -30,6 +30,9 @@ use serde::{Deserialize, Serialize};
 /// | [`Kernel::route`] | layernorm, router, scores, top-k, sort by expert | [`Routed`] |
 /// | [`Kernel::moe_mlp`] | σ-MoE up, activation, σ-MoE down | `[tokens, D]` |
 /// | [`Kernel::moe_project`] | `route` and SwitchHead q, k or v | [`Projected`] |
+/// | [`Kernel::residual_norm`] | residual addition, rounding, layernorm | [`ResidualNormed`] |
+/// | [`Kernel::select`] | router, top-k, gates, sort by expert, mean probabilities | [`Selected`] |
+/// | [`Kernel::rotate`] | rotary positions | as `x` |
 ///
 /// # Source
 /// Reference `layers/cvmm.py`.
@@ -76,6 +79,30 @@ pub trait Kernel: Sized + 'static {
     /// As [`Kernel::route`].
     fn moe_project(&self, _call: MoeProject) -> Result<Projected, PluginError> {
         Err(not_provided(Self::NAME, FusedCall::MoeProject))
+    }
+
+    /// The residual stream where a layer reads it; see [`ResidualNorm`].
+    ///
+    /// # Errors
+    /// As [`Kernel::route`].
+    fn residual_norm(&self, _call: ResidualNorm) -> Result<ResidualNormed, PluginError> {
+        Err(not_provided(Self::NAME, FusedCall::ResidualNorm))
+    }
+
+    /// Routes tokens by sigmoid gates; see [`Select`].
+    ///
+    /// # Errors
+    /// As [`Kernel::route`].
+    fn select(&self, _call: Select) -> Result<Selected, PluginError> {
+        Err(not_provided(Self::NAME, FusedCall::Select))
+    }
+
+    /// Rotary positions; see [`Rotate`].
+    ///
+    /// # Errors
+    /// As [`Kernel::route`].
+    fn rotate(&self, _call: Rotate) -> Result<TensorHandle, PluginError> {
+        Err(not_provided(Self::NAME, FusedCall::Rotate))
     }
 }
 
@@ -124,6 +151,12 @@ pub enum FusedCall {
     MoeMlp,
     /// [`Kernel::moe_project`].
     MoeProject,
+    /// [`Kernel::residual_norm`].
+    ResidualNorm,
+    /// [`Kernel::select`].
+    Select,
+    /// [`Kernel::rotate`].
+    Rotate,
     /// One of a newer version of this interface; nobody can ask for it.
     #[serde(other)]
     Unknown,
@@ -325,12 +358,132 @@ pub struct Projected {
     pub routed: Routed,
 }
 
+/// One call of [`Kernel::residual_norm`], over the last axis, `D`.
+///
+/// ```text
+/// sum    = x (+ update)
+/// plain  = sum, rounded to the type of the call
+/// normed = (sum - mean) / √(var + eps) · weight + bias
+/// ```
+///
+/// The call has the type of its products, which the options say. Statistics are never in a half type. A kernel may
+/// compute the gradient of the layernorm from `plain`, so that nothing in the type of the stream need be kept.
+#[derive(Debug)]
+pub struct ResidualNorm {
+    /// The stream, `[.., D]`; fp32 where the call has a half type, else in its type.
+    pub x: TensorHandle,
+    /// What a layer adds to it, as `x`, in the type of the call.
+    pub update: Option<TensorHandle>,
+    /// `[D]`, in the type of `x`.
+    pub weight: TensorHandle,
+    /// `[D]`, in the type of `x`.
+    pub bias: TensorHandle,
+    /// What is not a tensor.
+    pub options: ResidualNormOptions,
+}
+
+/// What of a [`ResidualNorm`] is not a tensor.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct ResidualNormOptions {
+    /// Added to the variance.
+    pub eps: f64,
+    /// The type of the call.
+    pub dtype: DType,
+    /// Whether `normed` is in the type of `x`, for routers that are more precise than the products.
+    pub is_wide: bool,
+}
+
+/// What [`Kernel::residual_norm`] finds, each in the shape of `x`.
+#[derive(Debug)]
+pub struct ResidualNormed {
+    /// In the type of `x`; without an update it is `x`.
+    pub sum: TensorHandle,
+    /// In the type of the call.
+    pub plain: TensorHandle,
+    /// In the type of the call, or in that of `x`.
+    pub normed: TensorHandle,
+}
+
+/// One call of [`Kernel::select`]; shape letters as in [`Route`], and `B` sequences of `T / B` tokens.
+///
+/// ```text
+/// z_tg   = weight[g] · x_t                       sums in fp32, or fp64 for fp64
+/// e, g   = top_k(z_tg), sigmoid(z_tg)[e]         equal logits: lower experts first
+/// id     = g·E + e
+/// m_bge  = log mean_t softmax(z_tg)[e]           over the tokens of a sequence
+/// ```
+///
+/// Differentiable in `x` and `weight`, from `gate` and `m`. A group has at most [`Select::MAX_EXPERTS`] experts, of
+/// which at most [`Select::MAX_SELECTED`] are selected, and there are at most [`Select::MAX_IDS`] experts in all.
+#[derive(Debug)]
+pub struct Select {
+    /// `[T, D]`. The call has its type; operands of products are rounded to it.
+    pub x: TensorHandle,
+    /// `[G·E, D]`.
+    pub weight: TensorHandle,
+    /// What is not a tensor.
+    pub options: SelectOptions,
+}
+
+impl Select {
+    /// Largest `E`.
+    pub const MAX_EXPERTS: i64 = 1024;
+    /// Largest `k`.
+    pub const MAX_SELECTED: i64 = 32;
+    /// Largest `G·E`.
+    pub const MAX_IDS: i64 = 2048;
+}
+
+/// What of a [`Select`] is not a tensor.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SelectOptions {
+    /// `G`.
+    pub n_groups: i64,
+    /// `k`.
+    pub top_k: i64,
+    /// `B`, a divisor of `T`.
+    pub n_sequences: i64,
+    /// Whether operands in fp32 may be rounded to TF32.
+    pub allows_tf32: bool,
+}
+
+/// What [`Kernel::select`] finds.
+#[derive(Debug)]
+pub struct Selected {
+    /// `[T·G, k]`, best first, at least in fp32.
+    pub gate: TensorHandle,
+    /// `m`: `[B, G, E]`, at least in fp32.
+    pub log_means: TensorHandle,
+    /// `id`: int32 `[T·G, k]`.
+    pub ids: TensorHandle,
+    /// The `T·G·k` ids sorted.
+    pub selection: Selection,
+}
+
+/// One call of [`Kernel::rotate`], in the type of `x`. The first `2·n` channels of each head are rotated.
+///
+/// ```text
+/// (x₁, x₂) → (x₁ cos − x₂ sin, x₂ cos + x₁ sin),   x₁ = x[..n], x₂ = x[n..2n]
+/// ```
+#[derive(Debug)]
+pub struct Rotate {
+    /// `[B, T, H, d]`.
+    pub x: TensorHandle,
+    /// `[T, n]`, fp32, or fp64 for fp64.
+    pub cos: TensorHandle,
+    /// As `cos`.
+    pub sin: TensorHandle,
+}
+
 /// The answer of a kernel without an optional call.
 pub(crate) fn not_provided(kernel: &str, call: FusedCall) -> PluginError {
     let call = match call {
         FusedCall::Route => "route",
         FusedCall::MoeMlp => "moe_mlp",
         FusedCall::MoeProject => "moe_project",
+        FusedCall::ResidualNorm => "residual_norm",
+        FusedCall::Select => "select",
+        FusedCall::Rotate => "rotate",
         FusedCall::Unknown => "unknown",
     };
     PluginError::new(format!("kernel `{kernel}` has no fused call `{call}`"))

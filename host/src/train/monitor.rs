@@ -549,7 +549,7 @@ fn loss_of(scalars: &[(String, f64)]) -> f64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::log::{Sink, SinkError, TerminalMode};
+    use crate::log::{Sink, SinkError, Verbosity};
     use crate::train::reporting::tests::intervals;
     use moeut_plugin_api::{AxisPart, ChartAxis, ChartKind, TokenRange};
     use std::sync::{Mutex, PoisonError};
@@ -592,6 +592,7 @@ mod tests {
         let watch = Watch {
             intervals: intervals(None),
             n_steps: 100,
+            eval_interval: 100,
             device: Device::Cpu,
             throughput: Throughput {
                 flops_per_token: 1.0,
@@ -605,7 +606,7 @@ mod tests {
         let mut state = TrainState::default();
         let mut monitor = Monitor::new(
             Sinks::start(vec![Box::new(memory.clone())]),
-            Arc::new(Terminal::new(TerminalMode::Quiet)),
+            Arc::new(Terminal::new(Verbosity::Quiet)),
             watch,
             (follower, Dumps::new(folder.path())),
             &state,
@@ -636,7 +637,7 @@ mod tests {
         state.step = 3;
         monitor.observe(&mut state, 0.1, results).unwrap();
         monitor.settle(&mut state).unwrap();
-        monitor.finish();
+        monitor.finish(End::Finished);
 
         let records = memory.0.lock().unwrap();
         assert!(records.iter().all(|record| record.step == 3));

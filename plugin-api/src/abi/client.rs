@@ -5,12 +5,13 @@
 use super::{
     ChoiceDatasetObject, HostObject, KernelObject, ModelObject, PluginModuleRef, RawChart,
     RawForwardInput, RawGroupedMatmul, RawHost, RawHost_TO, RawMoeMlp, RawMoeProject, RawNamed,
-    RawReport, RawResult, RawRoute, RawRouted, TaskObject, TokenDatasetObject, older_dataset,
+    RawReport, RawResidualNorm, RawResult, RawRotate, RawRoute, RawRouted, RawSelect, TaskObject,
+    TokenDatasetObject, older_dataset,
 };
 use crate::host::{HostInfo, LogLevel};
 use crate::kernel::{
-    Activation, Capabilities, FusedCall, GroupedMatmul, MoeMlp, MoeProject, Projected, Route,
-    Routed, Selection,
+    Activation, Capabilities, FusedCall, GroupedMatmul, MoeMlp, MoeProject, Projected,
+    ResidualNorm, ResidualNormed, Rotate, Route, Routed, Select, Selected, Selection,
 };
 use crate::model::{
     ForwardInput, ForwardOutput, ModelAbilities, ModelSetup, ModelSummary, NamedTensor, Parameter,
@@ -596,6 +597,59 @@ impl KernelClient {
             y: raw.y,
             routed: routed(raw.routed),
         })
+    }
+
+    /// See [`crate::Kernel::residual_norm`].
+    ///
+    /// # Errors
+    /// Whatever the kernel says.
+    pub fn residual_norm(&self, call: ResidualNorm) -> Result<ResidualNormed, PluginError> {
+        let raw = result(self.object.residual_norm(RawResidualNorm {
+            x: call.x,
+            update: call.update.into(),
+            weight: call.weight,
+            bias: call.bias,
+            options_json: encode(&call.options)?.into(),
+        }))?;
+        Ok(ResidualNormed {
+            sum: raw.sum,
+            plain: raw.plain,
+            normed: raw.normed,
+        })
+    }
+
+    /// See [`crate::Kernel::select`].
+    ///
+    /// # Errors
+    /// Whatever the kernel says.
+    pub fn select(&self, call: Select) -> Result<Selected, PluginError> {
+        let raw = result(self.object.select(RawSelect {
+            x: call.x,
+            weight: call.weight,
+            options_json: encode(&call.options)?.into(),
+        }))?;
+        Ok(Selected {
+            gate: raw.gate,
+            log_means: raw.log_means,
+            ids: raw.ids,
+            selection: Selection {
+                order: raw.order,
+                inverse: raw.inverse,
+                ends: raw.ends,
+            },
+        })
+    }
+
+    /// See [`crate::Kernel::rotate`].
+    ///
+    /// # Errors
+    /// Whatever the kernel says.
+    pub fn rotate(&self, call: Rotate) -> Result<TensorHandle, PluginError> {
+        result(self.object.rotate(RawRotate {
+            x: call.x,
+            cos: call.cos,
+            sin: call.sin,
+        }))
     }
 }
 

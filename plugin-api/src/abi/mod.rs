@@ -223,6 +223,56 @@ pub struct RawProjected {
     routed: RawRouted,
 }
 
+/// [`crate::kernel::ResidualNorm`] on its way across.
+#[repr(C)]
+#[derive(Debug, StableAbi)]
+pub struct RawResidualNorm {
+    x: TensorHandle,
+    update: ROption<TensorHandle>,
+    weight: TensorHandle,
+    bias: TensorHandle,
+    options_json: RString,
+}
+
+/// [`crate::kernel::ResidualNormed`] on its way across.
+#[repr(C)]
+#[derive(Debug, StableAbi)]
+pub struct RawResidualNormed {
+    sum: TensorHandle,
+    plain: TensorHandle,
+    normed: TensorHandle,
+}
+
+/// [`crate::kernel::Select`] on its way across.
+#[repr(C)]
+#[derive(Debug, StableAbi)]
+pub struct RawSelect {
+    x: TensorHandle,
+    weight: TensorHandle,
+    options_json: RString,
+}
+
+/// [`crate::kernel::Selected`] on its way across.
+#[repr(C)]
+#[derive(Debug, StableAbi)]
+pub struct RawSelected {
+    gate: TensorHandle,
+    log_means: TensorHandle,
+    ids: TensorHandle,
+    order: TensorHandle,
+    inverse: TensorHandle,
+    ends: TensorHandle,
+}
+
+/// [`crate::kernel::Rotate`] on its way across.
+#[repr(C)]
+#[derive(Debug, StableAbi)]
+pub struct RawRotate {
+    x: TensorHandle,
+    cos: TensorHandle,
+    sin: TensorHandle,
+}
+
 /// What the host offers to plugins.
 #[sabi_trait]
 pub trait RawHost: Send + Sync {
@@ -331,8 +381,8 @@ fn older_than_1_1(what: &str) -> RawError {
         .into()
 }
 
-/// A kernel inside a plugin. What follows `grouped_matmul` came with ABI 1.1; older kernels do not list such calls
-/// in their capabilities.
+/// A kernel inside a plugin. What follows `grouped_matmul` came with ABI 1.1, what follows `moe_project` with 1.3; older
+/// kernels do not list such calls in their capabilities.
 #[sabi_trait]
 pub trait RawKernel {
     fn capabilities(&self) -> RawResult<RString>;
@@ -347,10 +397,19 @@ pub trait RawKernel {
     fn moe_project(&self, _call: RawMoeProject) -> RawResult<RawProjected> {
         RResult::RErr(not_provided(OLDER_KERNEL, FusedCall::MoeProject).into())
     }
+    fn residual_norm(&self, _call: RawResidualNorm) -> RawResult<RawResidualNormed> {
+        RResult::RErr(not_provided(OLDER_KERNEL, FusedCall::ResidualNorm).into())
+    }
+    fn select(&self, _call: RawSelect) -> RawResult<RawSelected> {
+        RResult::RErr(not_provided(OLDER_KERNEL, FusedCall::Select).into())
+    }
+    fn rotate(&self, _call: RawRotate) -> RawResult<TensorHandle> {
+        RResult::RErr(not_provided(OLDER_KERNEL, FusedCall::Rotate).into())
+    }
 }
 
 /// The name of a kernel whose plugin is older than the call.
-const OLDER_KERNEL: &str = "of ABI 1.0";
+const OLDER_KERNEL: &str = "of an older ABI";
 
 /// The host's services as a boxed object.
 pub type HostObject = RawHost_TO<'static, RBox<()>>;
@@ -491,6 +550,10 @@ mod tests {
                 "route",
                 "moe_mlp",
                 "moe_project",
+                // ABI 1.3.
+                "residual_norm",
+                "select",
+                "rotate",
             ]
         );
     }
@@ -670,6 +733,26 @@ mod tests {
         );
         assert_eq!(fields(<RawProjected as StableAbi>::LAYOUT), ["y", "routed"]);
         assert_eq!(
+            fields(<RawResidualNorm as StableAbi>::LAYOUT),
+            ["x", "update", "weight", "bias", "options_json"]
+        );
+        assert_eq!(
+            fields(<RawResidualNormed as StableAbi>::LAYOUT),
+            ["sum", "plain", "normed"]
+        );
+        assert_eq!(
+            fields(<RawSelect as StableAbi>::LAYOUT),
+            ["x", "weight", "options_json"]
+        );
+        assert_eq!(
+            fields(<RawSelected as StableAbi>::LAYOUT),
+            ["gate", "log_means", "ids", "order", "inverse", "ends"]
+        );
+        assert_eq!(
+            fields(<RawRotate as StableAbi>::LAYOUT),
+            ["x", "cos", "sin"]
+        );
+        assert_eq!(
             fields(<RawForwardInput as StableAbi>::LAYOUT),
             ["tokens_tb", "is_training", "wants_stats"]
         );
@@ -700,6 +783,11 @@ mod tests {
             (<RawMoeMlp as StableAbi>::LAYOUT, 168),
             (<RawMoeProject as StableAbi>::LAYOUT, 168),
             (<RawProjected as StableAbi>::LAYOUT, 112),
+            (<RawResidualNorm as StableAbi>::LAYOUT, 104),
+            (<RawResidualNormed as StableAbi>::LAYOUT, 48),
+            (<RawSelect as StableAbi>::LAYOUT, 64),
+            (<RawSelected as StableAbi>::LAYOUT, 96),
+            (<RawRotate as StableAbi>::LAYOUT, 48),
             (<RawForwardInput as StableAbi>::LAYOUT, 24),
             (<RawForwardOutput as StableAbi>::LAYOUT, 80),
             (<RawNamed as StableAbi>::LAYOUT, 56),

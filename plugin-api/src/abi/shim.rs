@@ -4,11 +4,15 @@ use super::{
     ChoiceDatasetObject, HostObject, KernelObject, ModelObject, RawChart, RawChoiceDataset,
     RawChoiceDataset_TO, RawError, RawForwardInput, RawForwardOutput, RawGroupedMatmul, RawKernel,
     RawKernel_TO, RawModel, RawModel_TO, RawMoeMlp, RawMoeProject, RawNamed, RawProjected,
-    RawReport, RawResult, RawRoute, RawRouted, RawTask, RawTask_TO, RawTokenDataset,
-    RawTokenDataset_TO, TaskObject, TensorHandle, TokenDatasetObject,
+    RawReport, RawResidualNorm, RawResidualNormed, RawResult, RawRotate, RawRoute, RawRouted,
+    RawSelect, RawSelected, RawTask, RawTask_TO, RawTokenDataset, RawTokenDataset_TO, TaskObject,
+    TensorHandle, TokenDatasetObject,
 };
 use crate::args::read_configuration;
-use crate::kernel::{GroupedMatmul, Kernel, MoeMlp, MoeProject, Route, Routed, Selection};
+use crate::kernel::{
+    GroupedMatmul, Kernel, MoeMlp, MoeProject, ResidualNorm, Rotate, Route, Routed, Select,
+    Selection,
+};
 use crate::model::{ForwardInput, ForwardOutput, Model, NamedTensor, Past, Wishes};
 use crate::{
     Chart, ChoiceDataset, ComponentInfo, ComponentKind, Host, PluginError, Task, TokenDataset,
@@ -610,6 +614,51 @@ impl<K: Kernel> RawKernel for Shim<K> {
             Ok(RawProjected {
                 y: projected.y,
                 routed: raw_routed(projected.routed),
+            })
+        })
+    }
+
+    fn residual_norm(&self, call: RawResidualNorm) -> RawResult<RawResidualNormed> {
+        guard(self.origin, "residual_norm", || {
+            let normed = self.inner.residual_norm(ResidualNorm {
+                x: call.x,
+                update: call.update.into_option(),
+                weight: call.weight,
+                bias: call.bias,
+                options: decode(call.options_json.as_str(), "options of `residual_norm`")?,
+            })?;
+            Ok(RawResidualNormed {
+                sum: normed.sum,
+                plain: normed.plain,
+                normed: normed.normed,
+            })
+        })
+    }
+
+    fn select(&self, call: RawSelect) -> RawResult<RawSelected> {
+        guard(self.origin, "select", || {
+            let selected = self.inner.select(Select {
+                x: call.x,
+                weight: call.weight,
+                options: decode(call.options_json.as_str(), "options of `select`")?,
+            })?;
+            Ok(RawSelected {
+                gate: selected.gate,
+                log_means: selected.log_means,
+                ids: selected.ids,
+                order: selected.selection.order,
+                inverse: selected.selection.inverse,
+                ends: selected.selection.ends,
+            })
+        })
+    }
+
+    fn rotate(&self, call: RawRotate) -> RawResult<TensorHandle> {
+        guard(self.origin, "rotate", || {
+            self.inner.rotate(Rotate {
+                x: call.x,
+                cos: call.cos,
+                sin: call.sin,
             })
         })
     }

@@ -3,7 +3,9 @@
 use crate::cost::{Cost, Sequence, count};
 use crate::norm::normed;
 use crate::past::Mask;
-use crate::{AttentionMaps, Context, Init, LayerNorm, LayerPast, Params, Rope, RopeConfig};
+use crate::{
+    AttentionMaps, Context, Init, LayerNorm, LayerPast, Params, Reading, Rope, RopeConfig,
+};
 use moeut_plugin_api::PluginError;
 use tch::Tensor;
 
@@ -130,13 +132,18 @@ impl DenseAttention {
         }
     }
 
-    /// `[B, T, D]` → `[B, T, D]`; keys and values are made from `attended_bsd`, if given, else from `x`.
+    /// What q and k read the stream through.
+    pub fn norm(&self) -> Option<&LayerNorm> {
+        self.norm.as_ref()
+    }
+
+    /// `[B, T, D]` → `[B, T, D]`; keys and values are made from `attended_bsd`, if given, else from what is read.
     ///
     /// # Errors
-    /// If an attention map is wished for and cannot be made.
+    /// Whatever the kernel says, and if an attention map is wished for and cannot be made.
     pub fn forward(
         &self,
-        x_btd: &Tensor,
+        reading: &Reading,
         attended_bsd: Option<&Tensor>,
         past: &mut LayerPast,
         maps: &mut AttentionMaps,
@@ -148,22 +155,22 @@ impl DenseAttention {
             let size = x.size();
             x.view([size[0], size[1], n_heads, d_head])
         };
-        let q_in = normed(self.norm.as_ref(), x_btd);
+        let q_in = &reading.normed;
         let k_in = match attended_bsd {
             Some(attended_bsd) => normed(self.norm.as_ref(), attended_bsd),
             None => q_in.shallow_clone(),
         };
-        let v_in = attended_bsd.unwrap_or(x_btd);
+        let v_in = attended_bsd.unwrap_or(&reading.plain);
 
-        let q = ctx.dropout(split(linear(&q_in, &self.q)), self.dropout);
+        let q = ctx.dropout(split(linear(q_in, &self.q)), self.dropout);
         let k = split(linear(&k_in, &self.kv.narrow(0, 0, width)));
         let v = split(linear(v_in, &self.kv.narrow(0, width, width)));
-        let q = self.rope.forward(&q, past.query_offset());
-        let k = self.rope.forward(&k, past.key_offset());
+        let q = self.rope.forward(&q, past.query_offset(), ctx)?;
+        let k = self.rope.forward(&k, past.key_offset(), ctx)?;
         let (k, v) = past.joined(k, v);
         maps.add(&q, &k, past.mask(), Vec::new(), ctx)?;
         let mixed = attention(&q, &k, &v, past.mask());
-        let size = x_btd.size();
+        let size = reading.stream.size();
         let mixed = mixed.reshape([size[0], size[1], width]);
         Ok(linear(&mixed, &self.out))
     }

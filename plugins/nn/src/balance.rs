@@ -87,6 +87,27 @@ impl Balance {
         }
     }
 
+    /// Whether [`Self::add_log_means`] serves the mode.
+    pub fn takes_log_means(&self) -> bool {
+        self.config.weight <= 0.0 || self.config.mode != BalanceMode::Step
+    }
+
+    /// Adds one application whose distributions were averaged over the sequence already: logarithms `[B, .., E]`.
+    ///
+    /// # Panics
+    /// If the mode averages over nothing.
+    pub fn add_log_means(&mut self, log_means: &Tensor) {
+        if self.config.weight <= 0.0 {
+            return;
+        }
+        match self.config.mode {
+            BalanceMode::Step => panic!("`step` needs each token's distribution"),
+            BalanceMode::Time => self.terms.push(negative_entropy(log_means)),
+            BalanceMode::LayersTime => self.log_means.push(log_means.shallow_clone()),
+            BalanceMode::Global => self.log_means.push(log_mean_exp(log_means, &[0])),
+        }
+    }
+
     /// The weighted term, a scalar; nothing if the weight is 0 or nothing was added.
     pub fn finish(self) -> Option<Tensor> {
         let term = if !self.log_means.is_empty() {
@@ -158,6 +179,24 @@ mod tests {
         let turns = Tensor::eye(4, (Kind::Double, Device::Cpu)).unsqueeze(0) * 100.0;
         assert!(term(BalanceMode::Step, &[&turns]).abs() < 1e-12);
         assert!((term(BalanceMode::Time, &[&turns]) + 4f64.ln()).abs() < 1e-12);
+    }
+
+    /// Means that somebody else took over the sequence give the same term.
+    #[test]
+    fn means_over_the_sequence_may_come_from_outside() {
+        let logits = Tensor::randn([2, 3, 4], (Kind::Double, Device::Cpu));
+        let means = logits.softmax(-1, None).mean_dim(1_i64, false, None);
+        for mode in [
+            BalanceMode::Time,
+            BalanceMode::LayersTime,
+            BalanceMode::Global,
+        ] {
+            let config = BalanceConfig { weight: 1.0, mode };
+            let mut balance = Balance::new(config, Applications::Summed);
+            balance.add_log_means(&means.log());
+            let from_means = balance.finish().unwrap().double_value(&[]);
+            assert!((from_means - term(mode, &[&logits])).abs() < 1e-12);
+        }
     }
 
     /// The term of stacked logits equals the one of separately added applications.

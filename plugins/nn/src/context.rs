@@ -1,10 +1,14 @@
 //! What all layers of one forward pass share: the kernel, precision, and whether the pass trains or reports.
 
-use crate::Routing;
+use crate::norm::normed;
 use crate::router::{self, RouterDtype};
+use crate::{LayerNorm, Routing};
 use moeut_plugin_api::abi::client::KernelClient;
-use moeut_plugin_api::kernel::{Activation, FusedCall, MoeMlp, MoeMlpOptions};
-use moeut_plugin_api::{Device, GroupedMatmul, PluginError, Wishes};
+use moeut_plugin_api::kernel::{
+    Activation, FusedCall, MoeMlp, MoeMlpOptions, ResidualNorm, ResidualNormOptions, Rotate,
+    Select, SelectOptions,
+};
+use moeut_plugin_api::{DType, Device, GroupedMatmul, PluginError, TensorHandle, Wishes};
 use moeut_torch::{Autocast, IntoHandle, IntoTensor, OrPluginError, dtype};
 use std::rc::Rc;
 use tch::{Kind, Tensor};
@@ -12,7 +16,7 @@ use tch::{Kind, Tensor};
 /// Facts about one forward pass.
 #[derive(Clone)]
 pub struct Context {
-    /// The grouped matrix product, if the model has experts.
+    /// The grouped matrix product, if the model has experts, and calls that fuse what is around products.
     pub kernel: Option<Rc<KernelClient>>,
     /// Element type of the grouped product's operands.
     pub compute: Kind,
@@ -28,7 +32,204 @@ pub struct Context {
     pub is_compat: bool,
 }
 
+/// The residual stream where a layer reads it; all three are `[B, T, D]`.
+#[derive(Debug)]
+pub struct Reading {
+    /// The stream itself.
+    pub stream: Tensor,
+    /// What values and experts see.
+    pub plain: Tensor,
+    /// What queries, keys and routers see.
+    pub normed: Tensor,
+}
+
+impl Reading {
+    /// For a layer all of whose parts see the same.
+    pub fn plain(x_btd: &Tensor) -> Self {
+        let [stream, plain, normed] = [0; 3].map(|_| x_btd.shallow_clone());
+        Self {
+            stream,
+            plain,
+            normed,
+        }
+    }
+}
+
+/// What a kernel selects for a layer.
+#[derive(Debug)]
+pub struct Choice {
+    /// `[N·G, k]`.
+    pub gate: Tensor,
+    /// Logarithms of mean probabilities, `[B, G, E]`.
+    pub log_means: Tensor,
+    /// Experts through all groups, int32 `[N·G, k]`.
+    pub ids: Tensor,
+    /// The selections.
+    pub routing: Routing,
+}
+
 impl Context {
+    /// Adds a layer's `update` to the stream, if there is one, and reads it through `norm`, if there is one: in one call
+    /// of the kernel, [`moeut_plugin_api::Kernel::residual_norm`], which rounds `plain` to the compute type, or as a
+    /// composition that rounds nothing. With `is_wide`, `normed` is as precise as the stream.
+    ///
+    /// # Errors
+    /// Whatever the kernel says.
+    pub fn reading(
+        &self,
+        x: &Tensor,
+        update: Option<&Tensor>,
+        norm: Option<&LayerNorm>,
+        is_wide: bool,
+    ) -> Result<Reading, PluginError> {
+        let affine = norm.and_then(LayerNorm::affine);
+        if let (Some((weight, bias)), Some(dtype)) = (affine, dtype(self.compute))
+            && let Some(kernel) = self.fused(FusedCall::ResidualNorm, None, x, dtype)
+            && x.kind() == at_least_f32(self.compute)
+        {
+            let normed = kernel.residual_norm(ResidualNorm {
+                x: x.share(),
+                update: update.map(|update| self.operand(update)),
+                weight: weight.share(),
+                bias: bias.share(),
+                options: ResidualNormOptions {
+                    eps: LayerNorm::EPS,
+                    dtype,
+                    is_wide,
+                },
+            })?;
+            return Ok(Reading {
+                stream: normed.sum.into_tensor(),
+                plain: normed.plain.into_tensor(),
+                normed: normed.normed.into_tensor(),
+            });
+        }
+        let stream = match update {
+            Some(update) => x + update,
+            None => x.shallow_clone(),
+        };
+        Ok(Reading {
+            plain: stream.shallow_clone(),
+            normed: normed(norm, &stream),
+            stream,
+        })
+    }
+
+    /// Selects experts by sigmoid gates from `x [B, T, D]` with `weight [G·E, D]`, in one call of the kernel,
+    /// [`moeut_plugin_api::Kernel::select`]; nothing if the kernel has no such call for this, or if the routers' scores
+    /// are rounded as the reference's.
+    ///
+    /// # Errors
+    /// Whatever the kernel says.
+    pub fn select(
+        &self,
+        x: &Tensor,
+        weight: &Tensor,
+        n_groups: i64,
+        top_k: i64,
+    ) -> Result<Option<Choice>, PluginError> {
+        let (size, [n_ids, _]) = (x.size(), [weight.size()[0], weight.size()[1]]);
+        let kind = self.router_operands(weight);
+        let Some(dtype) = dtype(kind) else {
+            return Ok(None);
+        };
+        let fits = n_ids <= Select::MAX_IDS
+            && n_ids / n_groups <= Select::MAX_EXPERTS
+            && top_k <= Select::MAX_SELECTED
+            && x.numel() > 0;
+        if !fits || self.is_router_rounded() {
+            return Ok(None);
+        }
+        let Some(kernel) = self.fused(FusedCall::Select, None, x, dtype) else {
+            return Ok(None);
+        };
+        let selected = kernel.select(Select {
+            x: x.reshape([-1, size[2]]).to_kind(kind).into_handle(),
+            weight: weight.share(),
+            options: SelectOptions {
+                n_groups,
+                top_k,
+                n_sequences: size[0],
+                allows_tf32: self.router_dtype == RouterDtype::Tf32,
+            },
+        })?;
+        Ok(Some(Choice {
+            gate: selected.gate.into_tensor(),
+            log_means: selected.log_means.into_tensor(),
+            ids: selected.ids.into_tensor(),
+            routing: Routing::of_kernel(selected.selection),
+        }))
+    }
+
+    /// Rotates `x [B, T, H, d]` by angles whose cosines and sines are `[T, n]`, in one call of the kernel,
+    /// [`moeut_plugin_api::Kernel::rotate`]; nothing if the kernel has no such call.
+    ///
+    /// # Errors
+    /// Whatever the kernel says.
+    pub fn rotate(
+        &self,
+        x: &Tensor,
+        cos: &Tensor,
+        sin: &Tensor,
+    ) -> Result<Option<Tensor>, PluginError> {
+        let Some(dtype) = dtype(x.kind()) else {
+            return Ok(None);
+        };
+        let Some(kernel) = self.fused(FusedCall::Rotate, None, x, dtype) else {
+            return Ok(None);
+        };
+        let y = kernel.rotate(Rotate {
+            x: x.share(),
+            cos: cos.share(),
+            sin: sin.share(),
+        })?;
+        Ok(Some(y.into_tensor()))
+    }
+
+    /// Whether routers want their input to be as precise as the residual stream.
+    pub fn has_wide_routers(&self) -> bool {
+        self.is_mixed && matches!(self.router_dtype, RouterDtype::F32 | RouterDtype::Tf32)
+    }
+
+    /// The type of the operands of routers.
+    fn router_operands(&self, weight: &Tensor) -> Kind {
+        match self.router_dtype {
+            RouterDtype::Mixed if self.is_mixed => self.compute,
+            _ => at_least_f32(weight.kind()),
+        }
+    }
+
+    /// The kernel, if it has `call` for tensors like `x` in `dtype`.
+    fn fused(
+        &self,
+        call: FusedCall,
+        activation: Option<Activation>,
+        x: &Tensor,
+        dtype: DType,
+    ) -> Option<&KernelClient> {
+        let device = match x.device() {
+            tch::Device::Cuda(index) => Device::Cuda(u32::try_from(index).unwrap_or(u32::MAX)),
+            _ => Device::Cpu,
+        };
+        let kernel = self.kernel.as_deref()?;
+        kernel
+            .provides(call, activation, device, dtype)
+            .then_some(kernel)
+    }
+
+    fn operand(&self, x: &Tensor) -> TensorHandle {
+        x.to_kind(self.compute).into_handle()
+    }
+
+    /// Gates that a kernel made stay as precise as it made them.
+    fn gate(&self, gate: &Tensor, routing: &Routing) -> TensorHandle {
+        if routing.is_of_kernel() {
+            gate.share()
+        } else {
+            self.operand(gate)
+        }
+    }
+
     /// The grouped product `[R, K] × [E, K, N]` of [`moeut_plugin_api::Kernel`], in the compute type.
     ///
     /// # Errors
@@ -45,12 +246,11 @@ impl Context {
                 .why("the model was built without a kernel")
                 .fix("report this to the authors of the model's plugin"));
         };
-        let operand = |x: &Tensor| x.to_kind(self.compute).into_handle();
         let product = kernel.grouped_matmul(GroupedMatmul {
-            x: operand(x),
-            weight: operand(weight),
+            x: self.operand(x),
+            weight: self.operand(weight),
             selection: routing.selection(),
-            gate: gate.map(operand),
+            gate: gate.map(|gate| self.gate(gate, routing)),
         })?;
         Ok(product.into_tensor())
     }
@@ -69,23 +269,17 @@ impl Context {
         gate: &Tensor,
         routing: &Routing,
     ) -> Result<Option<Tensor>, PluginError> {
-        let (Some(kernel), Some(dtype)) = (&self.kernel, dtype(self.compute)) else {
+        let kernel = dtype(self.compute)
+            .and_then(|dtype| self.fused(FusedCall::MoeMlp, Some(activation), x, dtype));
+        let Some(kernel) = kernel else {
             return Ok(None);
         };
-        let device = match x.device() {
-            tch::Device::Cuda(index) => Device::Cuda(u32::try_from(index).unwrap_or(u32::MAX)),
-            _ => Device::Cpu,
-        };
-        if !kernel.provides(FusedCall::MoeMlp, Some(activation), device, dtype) {
-            return Ok(None);
-        }
-        let operand = |x: &Tensor| x.to_kind(self.compute).into_handle();
         let y = kernel.moe_mlp(MoeMlp {
-            x: operand(x),
-            w1: operand(w1),
-            b1: b1.map(operand),
-            w2: operand(w2),
-            gate: operand(gate),
+            x: self.operand(x),
+            w1: self.operand(w1),
+            b1: b1.map(|b1| self.operand(b1)),
+            w2: self.operand(w2),
+            gate: self.gate(gate, routing),
             selection: routing.selection(),
             options: MoeMlpOptions { activation },
         })?;
@@ -111,7 +305,8 @@ impl Context {
         weight: &Tensor,
         bias: Option<&Tensor>,
     ) -> Result<Tensor, PluginError> {
-        router::logits(x, weight, bias, self.router_dtype, self.is_mixed)
+        let mixed = self.is_mixed.then_some(self.compute);
+        router::logits(x, weight, bias, self.router_dtype, mixed)
             .or_plugin_error("cannot compute router logits")
     }
 

@@ -40,7 +40,7 @@ pub use activation::Activation;
 pub use attention::DenseAttention;
 pub use attention_maps::AttentionMaps;
 pub use balance::{Balance, BalanceConfig, BalanceMode};
-pub use context::Context;
+pub use context::{Context, Reading};
 pub use cost::{Cost, Sequence};
 pub use embedding::Embedding;
 pub use init::Init;

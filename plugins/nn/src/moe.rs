@@ -1,12 +1,13 @@
 //! σ-MoE: a feed-forward layer whose hidden units are split into experts, a few of which each token uses.
 
 use crate::balance::Applications;
+use crate::context::Choice;
 use crate::cost::{Cost, ROUTER_BYTES, Sequence, count};
 use crate::moe_stats::{MoeStats, MoeWatch};
-use crate::norm::normed;
 use crate::routing::top_k;
 use crate::{
-    Activation, Balance, BalanceConfig, Context, Init, LayerNorm, Params, Routing, Scoring, usage,
+    Activation, Balance, BalanceConfig, Context, Init, LayerNorm, Params, Reading, Routing,
+    Scoring, usage,
 };
 use moeut_plugin_api::{PluginError, kernel};
 use serde::Deserialize;
@@ -157,20 +158,32 @@ impl SigmaMoe {
         }
     }
 
+    /// What the router reads the stream through.
+    pub fn norm(&self) -> Option<&LayerNorm> {
+        self.norm.as_ref()
+    }
+
     /// One application: `[B, T, D]` → `[B, T, D]`.
     ///
     /// # Errors
     /// Whatever the kernel says.
     pub fn forward(
         &self,
-        x_btd: &Tensor,
+        reading: &Reading,
         pass: &mut MoePass,
         ctx: &Context,
     ) -> Result<Tensor, PluginError> {
+        let x_btd = &reading.plain;
         let d_model = self.router_ed.size()[1];
-        let (ids_nk, gate_nk) = self.route(x_btd, pass, ctx)?;
         let n_experts = self.config.n_experts;
-        let routing = Routing::new(&ids_nk, n_experts);
+        let (ids_nk, gate_nk, routing) = match self.fused_route(&reading.normed, pass, ctx)? {
+            Some(choice) => (choice.ids.to_kind(Kind::Int64), choice.gate, choice.routing),
+            None => {
+                let (ids_nk, gate_nk) = self.route(&reading.normed, pass, ctx)?;
+                let routing = Routing::new(&ids_nk, n_experts);
+                (ids_nk, gate_nk, routing)
+            }
+        };
         let x_nd = x_btd.reshape([-1, d_model]);
         if pass.watch.is_detailed() {
             tch::no_grad(|| self.look(&x_nd, &ids_nk, pass, ctx))?;
@@ -327,10 +340,34 @@ impl SigmaMoe {
         }))
     }
 
+    /// The route in one call, if the kernel has it and the call covers the layer's arguments.
+    fn fused_route(
+        &self,
+        normed_btd: &Tensor,
+        pass: &mut MoePass,
+        ctx: &Context,
+    ) -> Result<Option<Choice>, PluginError> {
+        let config = &self.config;
+        let covers = config.scoring == Scoring::Sigmoid
+            && !(ctx.is_training && config.expert_dropout > 0.0)
+            && !self.balances_selected
+            && pass.balance.takes_log_means()
+            && !config.has_router_bias;
+        if !covers {
+            return Ok(None);
+        }
+        let router_in = ctx.dropout(normed_btd.shallow_clone(), config.router_dropout);
+        let choice = ctx.select(&router_in, &self.router_ed, 1, config.top_k)?;
+        if let (true, Some(choice)) = (ctx.is_training, &choice) {
+            pass.balance.add_log_means(&choice.log_means.squeeze_dim(1));
+        }
+        Ok(choice)
+    }
+
     /// Ids int64 `[N, K]` and gates `[N, K]`.
     fn route(
         &self,
-        x_btd: &Tensor,
+        normed_btd: &Tensor,
         pass: &mut MoePass,
         ctx: &Context,
     ) -> Result<(Tensor, Tensor), PluginError> {
@@ -340,8 +377,7 @@ impl SigmaMoe {
             scores_after_top_k,
             ..
         } = self.config;
-        let router_in = normed(self.norm.as_ref(), x_btd);
-        let router_in = ctx.dropout(router_in, self.config.router_dropout);
+        let router_in = ctx.dropout(normed_btd.shallow_clone(), self.config.router_dropout);
         let logits = ctx.router_logits(&router_in, &self.router_ed, self.router_bias_e.as_ref())?;
 
         let scores = match scoring {

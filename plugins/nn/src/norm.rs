@@ -4,9 +4,6 @@ use crate::{Init, Params};
 use serde::Deserialize;
 use tch::Tensor;
 
-/// Added to the variance, as everywhere in the reference.
-const EPS: f64 = 1e-5;
-
 /// Where a block normalizes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -39,6 +36,9 @@ pub struct LayerNorm {
 }
 
 impl LayerNorm {
+    /// Added to the variance, as everywhere in the reference.
+    pub const EPS: f64 = 1e-5;
+
     /// With weight and bias, initially one and zero.
     pub fn new(params: &Params, d: i64) -> Self {
         let weight = params.parameter("weight", &[d], Init::Ones);
@@ -54,13 +54,15 @@ impl LayerNorm {
         Self { affine: None, d }
     }
 
+    /// Weight and bias, if it has them.
+    pub fn affine(&self) -> Option<(&Tensor, &Tensor)> {
+        self.affine.as_ref().map(|(weight, bias)| (weight, bias))
+    }
+
     /// `[.., d]` → `[.., d]`.
     pub fn forward(&self, x: &Tensor) -> Tensor {
-        let (weight, bias) = match &self.affine {
-            Some((weight, bias)) => (Some(weight), Some(bias)),
-            None => (None, None),
-        };
-        x.layer_norm([self.d], weight, bias, EPS, true)
+        let (weight, bias) = self.affine().unzip();
+        x.layer_norm([self.d], weight, bias, Self::EPS, true)
     }
 }
 

@@ -1,5 +1,7 @@
 //! Rotary position embedding of a part of the head's channels.
 
+use crate::Context;
+use moeut_plugin_api::PluginError;
 use serde::Deserialize;
 use std::cell::RefCell;
 use tch::{Device, Kind, Tensor};
@@ -48,20 +50,31 @@ impl Rope {
     }
 
     /// Rotates `x_bthd`, whose first position is `offset`; `[B, T, H, d]` → `[B, T, H, d]`.
-    pub fn forward(&self, x_bthd: &Tensor, offset: i64) -> Tensor {
+    ///
+    /// # Errors
+    /// Whatever the kernel says.
+    pub fn forward(
+        &self,
+        x_bthd: &Tensor,
+        offset: i64,
+        ctx: &Context,
+    ) -> Result<Tensor, PluginError> {
         if self.n_rotated == 0 {
-            return x_bthd.shallow_clone();
+            return Ok(x_bthd.shallow_clone());
         }
         let size = x_bthd.size();
         let (seq_len, d_head) = (size[1], size[3]);
         self.reserve(offset + seq_len, x_bthd);
         let tables = self.tables.borrow();
         let Some(Tables { cos_tn, sin_tn }) = tables.as_ref() else {
-            return x_bthd.shallow_clone();
+            return Ok(x_bthd.shallow_clone());
         };
-        let cos = cos_tn.narrow(0, offset, seq_len).unsqueeze(1);
-        let sin = sin_tn.narrow(0, offset, seq_len).unsqueeze(1);
+        let [cos, sin] = [cos_tn, sin_tn].map(|table| table.narrow(0, offset, seq_len));
+        if let Some(y_bthd) = ctx.rotate(x_bthd, &cos, &sin)? {
+            return Ok(y_bthd);
+        }
 
+        let (cos, sin) = (cos.unsqueeze(1), sin.unsqueeze(1));
         let half = self.n_rotated / 2;
         let x1 = x_bthd.narrow(3, 0, half);
         let x2 = x_bthd.narrow(3, half, half);
@@ -69,7 +82,7 @@ impl Rope {
         let kind = x_bthd.kind();
         let y1 = (&x1 * &cos - &x2 * &sin).to_kind(kind);
         let y2 = (&x2 * &cos + &x1 * &sin).to_kind(kind);
-        Tensor::cat(&[y1, y2, rest], 3)
+        Ok(Tensor::cat(&[y1, y2, rest], 3))
     }
 
     /// Makes tables for positions below `n`, unless there are such for `like`'s device and type.
@@ -113,6 +126,7 @@ fn n_rotated(fraction: f64, d_head: i64) -> i64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::testing::context;
 
     #[test]
     fn the_rotated_width_is_even() {
@@ -136,11 +150,13 @@ mod tests {
             Tensor::randn([2, 5, 3, 8], options),
             Tensor::randn([2, 5, 3, 8], options),
         );
+        let ctx = context(false);
         let scores = |offset| {
-            let rotated = |x| rope.forward(x, offset).transpose(1, 2);
+            let rotated = |x| rope.forward(x, offset, &ctx).unwrap().transpose(1, 2);
             rotated(&q).matmul(&rotated(&k).transpose(2, 3))
         };
         assert!(scores(0).allclose(&scores(100), 1e-9, 1e-9, false));
-        assert!(!rope.forward(&q, 1).allclose(&q, 1e-3, 1e-3, false));
+        let moved = rope.forward(&q, 1, &ctx).unwrap();
+        assert!(!moved.allclose(&q, 1e-3, 1e-3, false));
     }
 }

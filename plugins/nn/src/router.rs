@@ -3,7 +3,7 @@
 use moeut_torch::tf32::Tf32;
 use moeut_torch::{Autocast, Context as GraphContext, Function, FunctionError, apply};
 use serde::Deserialize;
-use tch::{Device, TchError, Tensor};
+use tch::{Device, Kind, TchError, Tensor};
 
 use crate::context::at_least_f32;
 
@@ -16,11 +16,14 @@ pub enum RouterDtype {
     /// Under mixed precision on a GPU, operands rounded to 10 bits of mantissa, sums and logits in fp32: tensor cores
     /// do it, and logits do not tie. Elsewhere as `F32`.
     Tf32,
+    /// Under mixed precision, operands rounded to autocast's type; sums and logits in fp32, so that logits do not tie.
+    /// Elsewhere as `F32`.
+    Mixed,
     /// As everything else, like the reference's.
     Amp,
 }
 
-/// `x · weightᵀ + bias`, `[.., D] → [.., rows]`.
+/// `x · weightᵀ + bias`, `[.., D] → [.., rows]`; `mixed` is autocast's type, where it is on.
 ///
 /// The reference computes it in the autocast type; with bf16 that makes 39 % of the tokens tie at the last place of the
 /// top-k (387 experts, 16 taken, logits N(0, 1)), so that rounding decides.
@@ -29,17 +32,23 @@ pub(crate) fn logits(
     weight: &Tensor,
     bias: Option<&Tensor>,
     dtype: RouterDtype,
-    is_mixed: bool,
+    mixed: Option<Kind>,
 ) -> Result<Tensor, TchError> {
     if dtype == RouterDtype::Amp {
         return x.f_linear(weight, bias);
     }
+    let is_mixed = mixed.is_some();
     let _full = is_mixed
         .then(|| Autocast::new(x.device(), None))
         .transpose()?;
     let kind = at_least_f32(weight.kind());
     let bias = bias.map(|bias| bias.to_kind(kind));
-    let (x, weight) = (x.f_to_kind(kind)?, weight.f_to_kind(kind)?);
+    let operand = |operand: &Tensor| match (dtype, mixed) {
+        // What fits the half type fits TF32, too.
+        (RouterDtype::Mixed, Some(half)) => operand.f_to_kind(half)?.f_to_kind(kind),
+        _ => operand.f_to_kind(kind),
+    };
+    let (x, weight) = (operand(x)?, operand(weight)?);
     if dtype == RouterDtype::F32 || !is_mixed || x.device() == Device::Cpu {
         return x.f_linear(&weight, bias.as_ref());
     }
@@ -123,7 +132,6 @@ fn missing(n_rows: i64) -> i64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use tch::Kind;
 
     /// The reference's routers compute in autocast's type; ours do so only if asked to.
     #[test]
@@ -134,9 +142,10 @@ mod tests {
         for (dtype, kind) in [
             (RouterDtype::F32, Kind::Float),
             (RouterDtype::Tf32, Kind::Float),
+            (RouterDtype::Mixed, Kind::Float),
             (RouterDtype::Amp, Kind::BFloat16),
         ] {
-            let logits = super::logits(&x, &weight, None, dtype, true).unwrap();
+            let logits = super::logits(&x, &weight, None, dtype, Some(Kind::BFloat16)).unwrap();
             assert_eq!(logits.kind(), kind);
         }
     }

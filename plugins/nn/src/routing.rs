@@ -2,7 +2,7 @@
 //! product of the layer.
 
 use moeut_plugin_api::Selection;
-use moeut_torch::IntoHandle;
+use moeut_torch::{IntoHandle, IntoTensor};
 use serde::Deserialize;
 use tch::{Kind, Tensor};
 
@@ -23,6 +23,7 @@ pub struct Routing {
     order_m: Tensor,
     inverse_m: Tensor,
     ends_e: Tensor,
+    is_of_kernel: bool,
 }
 
 impl Routing {
@@ -38,8 +39,24 @@ impl Routing {
                 order_m,
                 inverse_m,
                 ends_e,
+                is_of_kernel: false,
             }
         })
+    }
+
+    /// What a kernel sorted.
+    pub fn of_kernel(selection: Selection) -> Self {
+        Self {
+            order_m: selection.order.into_tensor(),
+            inverse_m: selection.inverse.into_tensor(),
+            ends_e: selection.ends.into_tensor(),
+            is_of_kernel: true,
+        }
+    }
+
+    /// Whether a kernel made it.
+    pub fn is_of_kernel(&self) -> bool {
+        self.is_of_kernel
     }
 
     /// For a kernel call; the tensors are shared.
@@ -80,7 +97,6 @@ pub fn top_k(scores: &Tensor, k: i64, drop: f64) -> Tensor {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use moeut_torch::IntoTensor;
 
     fn ints(x: &Tensor) -> Vec<i64> {
         Vec::try_from(x.to_kind(Kind::Int64)).unwrap()

@@ -9,8 +9,8 @@ use crate::norm::normed;
 use crate::routing::top_k;
 use crate::switchhead_stats::{SwitchHeadStats, SwitchHeadWatch};
 use crate::{
-    AttentionMaps, Balance, BalanceConfig, Context, Init, LayerNorm, LayerPast, Params, Rope,
-    RopeConfig, Routing, Scoring,
+    AttentionMaps, Balance, BalanceConfig, Context, Init, LayerNorm, LayerPast, Params, Reading,
+    Rope, RopeConfig, Routing, Scoring,
 };
 use moeut_plugin_api::PluginError;
 use std::collections::BTreeMap;
@@ -265,14 +265,19 @@ impl SwitchHead {
         }
     }
 
-    /// One application: `[B, T, D]` → `[B, T, D]`; keys and values are made from `attended_bsd`, if given, else from
-    /// `x`.
+    /// What q, k and the routers read the stream through.
+    pub fn norm(&self) -> Option<&LayerNorm> {
+        self.norm.as_ref()
+    }
+
+    /// One application: `[B, T, D]` → `[B, T, D]`; keys and values are made from `attended_bsd`, if given, else from what
+    /// is read.
     ///
     /// # Errors
     /// Whatever the kernel says.
     pub fn forward(
         &self,
-        x_btd: &Tensor,
+        reading: &Reading,
         attended_bsd: Option<&Tensor>,
         pass: &mut SwitchHeadPass,
         (earlier, maps): (&mut LayerPast, &mut AttentionMaps),
@@ -280,17 +285,17 @@ impl SwitchHead {
     ) -> Result<Tensor, PluginError> {
         let Heads { n_heads, d_head } = self.config.heads;
         let d_value = self.config.d_value;
-        let scored_btd = normed(self.norm.as_ref(), x_btd);
+        let scored_btd = &reading.normed;
         let key_in_bsd = attended_bsd.map(|attended_bsd| normed(self.norm.as_ref(), attended_bsd));
-        let key_in_bsd = key_in_bsd.as_ref().unwrap_or(&scored_btd);
-        let v_in_bsd = attended_bsd.unwrap_or(x_btd);
+        let key_in_bsd = key_in_bsd.as_ref().unwrap_or(scored_btd);
+        let v_in_bsd = attended_bsd.unwrap_or(&reading.plain);
 
         let is_apart = attended_bsd.is_some();
         let mut routes: BTreeMap<(Side, bool), Route> = BTreeMap::new();
         for (&side, &source) in &self.sources {
             let is_attended = is_apart && side.is_attended();
             if let Entry::Vacant(place) = routes.entry((source, is_attended)) {
-                let scored = if is_attended { key_in_bsd } else { &scored_btd };
+                let scored = if is_attended { key_in_bsd } else { scored_btd };
                 place.insert(self.route(scored, source, pass, ctx)?);
             }
         }
@@ -314,12 +319,12 @@ impl SwitchHead {
         let q = self.project(Side::Q, &q_in_btd, route(Side::Q), pass, ctx)?;
         let k = self.project(Side::K, &k_in_bsd, route(Side::K), pass, ctx)?;
         let v = self.project(Side::V, v_in_bsd, route(Side::V), pass, ctx)?;
-        let size = x_btd.size();
+        let size = reading.stream.size();
         let heads = |x: Tensor, d| x.view([size[0], -1, n_heads, d]);
         let (q, k, v) = (heads(q, d_head), heads(k, d_head), heads(v, d_value));
         let k = ctx.dropout(k, self.config.dropout);
-        let q = self.rope.forward(&q, earlier.query_offset());
-        let k = self.rope.forward(&k, earlier.key_offset());
+        let q = self.rope.forward(&q, earlier.query_offset(), ctx)?;
+        let k = self.rope.forward(&k, earlier.key_offset(), ctx)?;
         let (k, v) = earlier.joined(k, v);
         if maps.is_on() {
             let gates = self.sources.keys().filter_map(|&side| {
@@ -344,7 +349,7 @@ impl SwitchHead {
         let gate = gate_bthk.reshape([-1, n_heads * self.config.top_k]);
         let mixed = mixed_bthd.reshape([-1, d_value]);
         let y_nd = ctx.grouped_matmul(&mixed, &pass.experts[&Side::O], routing, Some(&gate))?;
-        Ok(y_nd.view_as(x_btd))
+        Ok(y_nd.view_as(&reading.stream))
     }
 
     /// Ends a forward pass.
@@ -448,6 +453,40 @@ impl SwitchHead {
         }
     }
 
+    /// The route in one call, if the kernel has it and the call covers the layer's arguments.
+    fn fused_route(
+        &self,
+        x_btd: &Tensor,
+        source: Side,
+        pass: &mut SwitchHeadPass,
+        ctx: &Context,
+    ) -> Result<Option<Route>, PluginError> {
+        let config = &self.config;
+        let balance = pass.balances.get_mut(&source);
+        let covers = config.scoring == Scoring::Sigmoid
+            && !(ctx.is_training && config.expert_dropout > 0.0)
+            && balance
+                .as_ref()
+                .is_none_or(|balance| balance.takes_log_means());
+        if !covers {
+            return Ok(None);
+        }
+        let weight = &self.selections[&source];
+        let choice = ctx.select(x_btd, weight, config.heads.n_heads, config.top_k)?;
+        let (size, n_heads) = (x_btd.size(), config.heads.n_heads);
+        let by_head = |x: Tensor| x.view([size[0], size[1], n_heads, config.top_k]);
+        Ok(choice.map(|choice| {
+            if let (true, Some(balance)) = (ctx.is_training, balance) {
+                balance.add_log_means(&choice.log_means);
+            }
+            Route {
+                routing: choice.routing,
+                ids_bthk: by_head(choice.ids.to_kind(Kind::Int64).remainder(config.n_experts)),
+                gate_bthk: by_head(choice.gate),
+            }
+        }))
+    }
+
     fn route(
         &self,
         x_btd: &Tensor,
@@ -463,6 +502,9 @@ impl SwitchHead {
             ..
         } = self.config;
         let router_in = ctx.dropout(x_btd.shallow_clone(), self.config.router_dropout);
+        if let Some(route) = self.fused_route(&router_in, source, pass, ctx)? {
+            return Ok(route);
+        }
         let logits = ctx.router_logits(&router_in, &self.selections[&source], None)?;
         let logits = logits.to_kind(at_least_f32(logits.kind()));
         let size = x_btd.size();

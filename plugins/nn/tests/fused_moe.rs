@@ -1,13 +1,19 @@
-//! σ-MoE on a kernel with the fused call and on one without: which call the layer takes, and that both agree.
+//! Layers with experts on a kernel with fused calls and on one without: which calls they take, and that both agree.
 
 use std::cell::Cell;
 use std::rc::Rc;
 
+use moeut_nn::attention::Heads;
 use moeut_nn::balance::{BalanceConfig, BalanceMode};
 use moeut_nn::moe::{MoeConfig, MoePlace, SigmaMoe};
-use moeut_nn::{Activation, Context, Params, Scoring};
+use moeut_nn::switchhead::{ExpertSides, SwitchHead, SwitchHeadConfig, SwitchHeadPlace};
+use moeut_nn::{
+    Activation, AttentionMaps, Context, LayerPast, Params, RopeConfig, Routing, Scoring,
+};
 use moeut_plugin_api::abi::client::KernelClient;
-use moeut_plugin_api::kernel::{self, Fused, FusedCall, MoeMlp};
+use moeut_plugin_api::kernel::{
+    self, Fused, FusedCall, MoeMlp, ResidualNorm, ResidualNormed, Rotate, Select, Selected,
+};
 use moeut_plugin_api::{
     Capabilities, DType, GroupedMatmul, Host, Kernel, PluginError, Selection, TensorHandle,
 };
@@ -16,9 +22,11 @@ use tch::{Device, Kind, Tensor};
 
 thread_local! {
     static N_FUSED_CALLS: Cell<u32> = const { Cell::new(0) };
+    static N_SELECTIONS: Cell<u32> = const { Cell::new(0) };
+    static N_ROTATIONS: Cell<u32> = const { Cell::new(0) };
 }
 
-/// Copies each selection's weight; the fused call, if it has it, knows GELU.
+/// Copies each selection's weight; the fused calls, if it has them, know GELU.
 struct Copies<const IS_FUSED: bool>;
 
 impl<const IS_FUSED: bool> Kernel for Copies<IS_FUSED> {
@@ -30,15 +38,21 @@ impl<const IS_FUSED: bool> Kernel for Copies<IS_FUSED> {
     }
 
     fn capabilities() -> Capabilities {
-        let fused = Fused {
-            call: FusedCall::MoeMlp,
+        let fused = [
+            FusedCall::MoeMlp,
+            FusedCall::ResidualNorm,
+            FusedCall::Select,
+            FusedCall::Rotate,
+        ]
+        .map(|call| Fused {
+            call,
             activations: vec![kernel::Activation::Gelu],
             cpu: vec![DType::F64],
             cuda: Vec::new(),
-        };
+        });
         Capabilities {
             cpu: vec![DType::F64],
-            fused: IS_FUSED.then_some(fused).into_iter().collect(),
+            fused: fused.into_iter().filter(|_| IS_FUSED).collect(),
             ..Capabilities::default()
         }
     }
@@ -70,6 +84,64 @@ impl<const IS_FUSED: bool> Kernel for Copies<IS_FUSED> {
         let y_md = multiplied(&hidden_ms.gelu("none"), &call.w2.into_tensor(), &experts_m);
         Ok(weighted(&y_md, &gate_tk).into_handle())
     }
+
+    fn residual_norm(&self, call: ResidualNorm) -> Result<ResidualNormed, PluginError> {
+        let mut sum = call.x.into_tensor();
+        if let Some(update) = call.update {
+            sum = sum + update.into_tensor();
+        }
+        let (weight, bias) = (call.weight.into_tensor(), call.bias.into_tensor());
+        let eps = call.options.eps;
+        let normed = sum.layer_norm(weight.size(), Some(&weight), Some(&bias), eps, false);
+        Ok(ResidualNormed {
+            plain: sum.share(),
+            sum: sum.into_handle(),
+            normed: normed.into_handle(),
+        })
+    }
+
+    fn select(&self, call: Select) -> Result<Selected, PluginError> {
+        N_SELECTIONS.set(N_SELECTIONS.get() + 1);
+        let (x, weight, options) = (
+            call.x.into_tensor(),
+            call.weight.into_tensor(),
+            call.options,
+        );
+        let n_experts = weight.size()[0] / options.n_groups;
+        let z_tge = x
+            .matmul(&weight.tr())
+            .view([-1, options.n_groups, n_experts]);
+        let ids_tgk = tch::no_grad(|| z_tge.topk(options.top_k, -1, true, true).1);
+        let gate_tgk = z_tge.gather(-1, &ids_tgk, false).sigmoid();
+        let p_btge =
+            z_tge
+                .softmax(-1, None)
+                .view([options.n_sequences, -1, options.n_groups, n_experts]);
+        let log_means = p_btge.mean_dim(1_i64, false, None).log();
+        let groups = Tensor::arange(options.n_groups, (Kind::Int64, Device::Cpu));
+        let ids_tgk = ids_tgk + (groups * n_experts).unsqueeze(-1);
+        let routing = Routing::new(&ids_tgk, weight.size()[0]);
+        Ok(Selected {
+            gate: gate_tgk.view([-1, options.top_k]).into_handle(),
+            log_means: log_means.into_handle(),
+            ids: ids_tgk
+                .view([-1, options.top_k])
+                .to_kind(Kind::Int)
+                .into_handle(),
+            selection: routing.selection(),
+        })
+    }
+
+    fn rotate(&self, call: Rotate) -> Result<TensorHandle, PluginError> {
+        N_ROTATIONS.set(N_ROTATIONS.get() + 1);
+        let x = call.x.into_tensor();
+        let [cos, sin] = [call.cos, call.sin].map(|table| table.into_tensor().unsqueeze(1));
+        let (n, d_head) = (cos.size()[2], x.size()[3]);
+        let (x1, x2) = (x.narrow(3, 0, n), x.narrow(3, n, n));
+        let turned = [&x1 * &cos - &x2 * &sin, &x2 * &cos + &x1 * &sin];
+        let rest = x.narrow(3, 2 * n, d_head - 2 * n);
+        Ok(Tensor::cat(&[&turned[0], &turned[1], &rest], 3).into_handle())
+    }
 }
 
 /// Each selection's expert.
@@ -94,6 +166,11 @@ fn weighted(y_mn: &Tensor, gate: &Tensor) -> Tensor {
 
 const SHAPE: [i64; 3] = [2, 5, 6];
 
+const BALANCE: BalanceConfig = BalanceConfig {
+    weight: 0.5,
+    mode: BalanceMode::LayersTime,
+};
+
 fn layer(params: &Params, activation: Activation, has_bias: bool) -> SigmaMoe {
     let place = MoePlace {
         d_model: SHAPE[2],
@@ -114,10 +191,7 @@ fn layer(params: &Params, activation: Activation, has_bias: bool) -> SigmaMoe {
         router_dropout: 0.0,
         init_scale: 1.0,
         layer_std_constant: 2.0,
-        balance: BalanceConfig {
-            weight: 0.0,
-            mode: BalanceMode::LayersTime,
-        },
+        balance: BALANCE,
     };
     SigmaMoe::new(params, place, config)
 }
@@ -129,6 +203,73 @@ fn run<const IS_FUSED: bool>(
 ) -> Result<Vec<Tensor>, PluginError> {
     let params = Params::new(Kind::Double, Device::Cpu);
     let layer = layer(&params, activation, has_bias);
+    let tensors = filled(&params);
+    let ctx = context::<IS_FUSED>()?;
+    let x = values(&SHAPE).set_requires_grad(true);
+    let mut pass = layer.begin(&ctx);
+    let reading = ctx.reading(&x, None, layer.norm(), false)?;
+    let y = layer.forward(&reading, &mut pass, &ctx)?;
+    let balance = SigmaMoe::finish(pass, &[0]).balance;
+    Ok(differentiated(&y, balance, &x, &tensors))
+}
+
+/// The attention's, likewise, with an update on the way into it.
+fn run_attention<const IS_FUSED: bool>() -> Result<Vec<Tensor>, PluginError> {
+    let params = Params::new(Kind::Double, Device::Cpu);
+    let place = SwitchHeadPlace {
+        d_model: SHAPE[2],
+        depth_init: None,
+        has_norm: true,
+    };
+    let config = SwitchHeadConfig {
+        heads: Heads {
+            n_heads: 2,
+            d_head: 4,
+        },
+        d_value: 3,
+        n_experts: 3,
+        top_k: 2,
+        sides: ExpertSides {
+            q: false,
+            k: false,
+            v: true,
+            o: true,
+            same_sel: false,
+            separate_kq_sel: false,
+        },
+        scoring: Scoring::Sigmoid,
+        dropout: 0.0,
+        expert_dropout: 0.0,
+        router_dropout: 0.0,
+        has_norm_init: false,
+        balance: BALANCE,
+        rope: RopeConfig {
+            fraction: 0.5,
+            base: 100.0,
+        },
+    };
+    let layer = SwitchHead::new(&params, place, config);
+    let tensors = filled(&params);
+    let ctx = context::<IS_FUSED>()?;
+    let x = values(&SHAPE).set_requires_grad(true);
+    let mut pass = layer.begin(&ctx);
+    let update = &x * &x;
+    let reading = ctx.reading(&x, Some(&update), layer.norm(), false)?;
+    let mut past = LayerPast::none(false);
+    let y = layer.forward(
+        &reading,
+        None,
+        &mut pass,
+        (&mut past, &mut AttentionMaps::new(&ctx)),
+        &ctx,
+    )?;
+    let balances = layer.finish(pass).balances.into_iter();
+    let balance = balances.map(|(_, term)| term).reduce(|a, b| a + b);
+    Ok(differentiated(&(y + reading.stream), balance, &x, &tensors))
+}
+
+/// The parameters, with values that hide nothing: biases start as zeros.
+fn filled(params: &Params) -> Vec<Tensor> {
     let tensors: Vec<_> = params
         .parameters()
         .into_iter()
@@ -140,11 +281,14 @@ fn run<const IS_FUSED: bool>(
         .collect();
     tch::no_grad(|| {
         for tensor in &tensors {
-            // Biases start as zeros, which would hide them.
             tensor.shallow_clone().copy_(&values(&tensor.size()));
         }
     });
-    let ctx = Context {
+    tensors
+}
+
+fn context<const IS_FUSED: bool>() -> Result<Context, PluginError> {
+    Ok(Context {
         kernel: Some(Rc::new(KernelClient::in_process(Copies::<IS_FUSED>)?)),
         compute: Kind::Double,
         is_mixed: false,
@@ -152,13 +296,20 @@ fn run<const IS_FUSED: bool>(
         is_training: true,
         wishes: moeut_plugin_api::Wishes::default(),
         is_compat: false,
-    };
-    let x = values(&SHAPE).set_requires_grad(true);
-    let mut pass = layer.begin(&ctx);
-    let y = layer.forward(&x, &mut pass, &ctx)?;
-    (&y * y.detach().cos()).sum(Kind::Double).backward();
+    })
+}
+
+/// A result, and the gradients of input and parameters.
+fn differentiated(
+    y: &Tensor,
+    balance: Option<Tensor>,
+    x: &Tensor,
+    tensors: &[Tensor],
+) -> Vec<Tensor> {
+    let loss = (y * y.detach().cos()).sum(Kind::Double) + balance.unwrap_or_default();
+    loss.backward();
     let grads = tensors.iter().map(Tensor::grad);
-    Ok([y.detach(), x.grad()].into_iter().chain(grads).collect())
+    [y.detach(), x.grad()].into_iter().chain(grads).collect()
 }
 
 /// Values without a pattern, and without the random generator, which all tests of a process share.
@@ -176,12 +327,26 @@ fn assert_same(
     assert_eq!(N_FUSED_CALLS.take(), 0);
     let fused = run::<true>(activation, has_bias)?;
     assert_eq!(N_FUSED_CALLS.take(), n_fused_calls);
+    assert_eq!(N_SELECTIONS.take(), 1);
+    assert_equal(&composed, &fused);
+    Ok(())
+}
+
+fn assert_equal(composed: &[Tensor], fused: &[Tensor]) {
     assert_eq!(composed.len(), fused.len());
-    for (a, b) in composed.iter().zip(&fused) {
+    for (a, b) in composed.iter().zip(fused) {
         assert!(a.abs().max().double_value(&[]) > 0.0);
         assert!((a - b).abs().max().double_value(&[]) < 1e-12);
     }
-    Ok(())
+}
+
+#[test]
+fn attention_with_fused_calls_is_attention() {
+    let composed = run_attention::<false>().unwrap();
+    assert_eq!((N_SELECTIONS.take(), N_ROTATIONS.take()), (0, 0));
+    let fused = run_attention::<true>().unwrap();
+    assert_eq!((N_SELECTIONS.take(), N_ROTATIONS.take()), (2, 2));
+    assert_equal(&composed, &fused);
 }
 
 #[test]

@@ -6,8 +6,8 @@ use moeut_nn::moe::{MoeConfig, MoePlace, SigmaMoe};
 use moeut_nn::switchhead::{ExpertSides, SwitchHeadConfig, SwitchHeadPlace};
 use moeut_nn::usage::Optimist;
 use moeut_nn::{
-    Activation, AttentionMaps, Context, LayerPast, Params, RopeConfig, Scoring, SwitchHead, Tally,
-    moe_stats, switchhead_stats, testing,
+    Activation, AttentionMaps, Context, LayerPast, Params, Reading, RopeConfig, Scoring,
+    SwitchHead, Tally, moe_stats, switchhead_stats, testing,
 };
 use moeut_plugin_api::{AxisPart, Chart, ChartKind, MapWish, Wishes};
 use moeut_torch::IntoTensor;
@@ -138,7 +138,7 @@ fn a_moe_layer_tells_what_counting_by_hand_tells() {
     let ctx = context(true);
     let mut pass = layer.begin(&ctx);
     for x in &inputs {
-        let _ = layer.forward(x, &mut pass, &ctx).unwrap();
+        let _ = layer.forward(&Reading::plain(x), &mut pass, &ctx).unwrap();
     }
     let stats = SigmaMoe::finish(pass, &PLACES).stats;
 
@@ -233,7 +233,7 @@ fn experts_that_compete_have_a_perplexity_per_selection() {
     let x = Tensor::randn([2, 3, D_MODEL], DOUBLE);
     let ctx = context(false);
     let mut pass = layer.begin(&ctx);
-    let _ = layer.forward(&x, &mut pass, &ctx).unwrap();
+    let _ = layer.forward(&Reading::plain(&x), &mut pass, &ctx).unwrap();
     let stats = SigmaMoe::finish(pass, &PLACES[..1]).stats;
     let logits = x.linear(
         &parameter(&params, "expert_sel"),
@@ -381,7 +381,13 @@ fn a_switchhead_layer_tells_what_counting_by_hand_tells() {
     for x in &inputs {
         let mut past = LayerPast::none(false);
         let _ = layer
-            .forward(x, None, &mut pass, (&mut past, &mut maps), &ctx)
+            .forward(
+                &Reading::plain(x),
+                None,
+                &mut pass,
+                (&mut past, &mut maps),
+                &ctx,
+            )
             .unwrap();
     }
     let stats = layer.finish(pass).stats;

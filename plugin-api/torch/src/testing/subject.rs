@@ -90,7 +90,7 @@ impl Inputs {
         Self(changed.collect())
     }
 
-    fn in_f64(&self) -> Self {
+    pub(super) fn in_f64(&self) -> Self {
         self.map(|input| {
             input
                 .detach()
@@ -148,6 +148,9 @@ impl Subject<'_> {
             self.check_against_oracle("with fp32 masters", &masters, dtype, false);
         }
         let strided = plain.map(|input| {
+            if input.dim() < 2 {
+                return input.detach().copy().set_requires_grad(true);
+            }
             let transposed = input.detach().transpose(-1, -2).contiguous();
             transposed.transpose(-1, -2).set_requires_grad(true)
         });

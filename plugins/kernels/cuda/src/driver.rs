@@ -142,31 +142,30 @@ impl Driver {
         Ok(DeviceContext(Handle(context)))
     }
 
-    /// Loads machine code and finds its kernels by `names`, each of which may use `shared_bytes` of shared memory.
+    /// Loads machine code and finds its kernels by name, each with the bytes of shared memory that it may use.
     ///
     /// # Errors
     /// As [`Self::capability`], also for code that is damaged or of another device.
-    pub(crate) fn load<const N: usize>(
+    pub(crate) fn load<'a>(
         &self,
         context: DeviceContext,
         code: &[u8],
-        names: [&CStr; N],
-        shared_bytes: c_uint,
-    ) -> Result<[KernelFunction; N], String> {
-        let shared_bytes = shared_bytes.cast_signed();
+        kernels: impl Iterator<Item = (&'a CStr, c_uint)>,
+    ) -> Result<Vec<KernelFunction>, String> {
         self.within(context, || {
             let mut module = ptr::null_mut();
             // SAFETY: the driver reads the length of the code from its header, and refuses what is none; the compiler
             // made it, or a checksum says that the compiler made it.
             self.check(unsafe { (self.load_module)(&raw mut module, code.as_ptr().cast()) })?;
-            let mut functions = [KernelFunction(Handle(ptr::null_mut())); N];
-            for (function, name) in functions.iter_mut().zip(names) {
+            let mut functions = Vec::new();
+            for (name, shared_bytes) in kernels {
+                let mut function = KernelFunction(Handle(ptr::null_mut()));
                 // SAFETY: `module` was loaded above, `name` ends in a zero.
                 self.check(unsafe {
                     (self.function)(&raw mut function.0.0, module, name.as_ptr())
                 })?;
                 for (attribute, value) in [
-                    (MAX_DYNAMIC_SHARED_BYTES, shared_bytes),
+                    (MAX_DYNAMIC_SHARED_BYTES, shared_bytes.cast_signed()),
                     (SHARED_MEMORY_CARVEOUT, 100),
                 ] {
                     // SAFETY: `function` was found above.
@@ -174,6 +173,7 @@ impl Driver {
                         (self.set_function_attribute)(function.0.0, attribute, value)
                     })?;
                 }
+                functions.push(function);
             }
             Ok(functions)
         })

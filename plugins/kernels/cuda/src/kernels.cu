@@ -266,6 +266,8 @@ struct TileList {
   int4* tiles;
   int* n_tiles;
   int n_experts, group;
+  // Rows of a tile.
+  int n_rows;
 };
 
 // Lists the row tiles of all experts as (expert, first row, end of rows): `group` tiles of each expert, then the next
@@ -280,7 +282,7 @@ extern "C" __global__ void __launch_bounds__(256) list_tiles(const __grid_consta
   const auto tiles_of = [&](int expert, int& start, int& end) {
     start = expert == 0 ? 0 : ends[expert - 1];
     end = ends[expert];
-    return (end - start + TILE - 1) / TILE;
+    return (end - start + p.n_rows - 1) / p.n_rows;
   };
 
   // Tiles of earlier rounds, of this one, of all.
@@ -327,8 +329,8 @@ extern "C" __global__ void __launch_bounds__(256) list_tiles(const __grid_consta
     __syncthreads();
     before -= count;
     for (int i = 0; i < count; i++) {
-      const int row = start + int(first + i) * TILE;
-      p.tiles[at + before + i] = make_int4(expert, row, min(row + TILE, end), 0);
+      const int row = start + int(first + i) * p.n_rows;
+      p.tiles[at + before + i] = make_int4(expert, row, min(row + p.n_rows, end), 0);
     }
     at += of_all;
   }
@@ -538,6 +540,56 @@ extern "C" __global__ void __launch_bounds__(N_THREADS, 2) product_transposed(co
   plain_product<true>(p);
 }
 
+template <bool VALUE>
+struct Constant {
+  static constexpr bool value = VALUE;
+};
+
+// Calls `body(Constant)`, which says whether the activation is ReLU.
+template <typename Body>
+__device__ __forceinline__ void with_activation(const RowsProduct& p, const Body& body) {
+  if (p.activation == RELU) {
+    body(Constant<true>());
+  } else {
+    body(Constant<false>());
+  }
+}
+
+// What `up` makes of two neighboring sums; `bias` is that of the tile, or null.
+template <bool IS_RELU>
+__device__ __forceinline__ void activate_pair(const RowsProduct& p, const RowsTile& tile, const u16* bias,
+                                              u16* staged_y, u16* staged_hidden, int row, int column, float first,
+                                              float second) {
+  if (bias != nullptr && column < tile.n_columns) {
+    const float2 shift = unpack(*reinterpret_cast<const u32*>(bias + column));
+    first += shift.x;
+    second += shift.y;
+  }
+  if (p.hidden != nullptr) staged_pair(staged_hidden, row, column) = pack(first, second);
+  staged_pair(staged_y, row, column) =
+      IS_RELU ? pack(fmaxf(first, 0.f), fmaxf(second, 0.f)) : pack(gelu(first), gelu(second));
+}
+
+// What `down_backward` makes of two neighboring sums, where `staged_y` holds what `up` left; returns their part of the
+// gate's gradient.
+template <bool IS_RELU>
+__device__ __forceinline__ float differentiate_pair(const RowsProduct& p, float gate, u16* staged_y,
+                                                    u16* staged_weighted, int row, int column, float first,
+                                                    float second) {
+  const float2 hidden = unpack(staged_pair(staged_y, row, column));
+  float2 active, slope;
+  if constexpr (IS_RELU) {
+    active = hidden;
+    slope = make_float2(hidden.x > 0.f ? 1.f : 0.f, hidden.y > 0.f ? 1.f : 0.f);
+  } else {
+    active = make_float2(gelu(hidden.x), gelu(hidden.y));
+    slope = make_float2(gelu_slope(hidden.x), gelu_slope(hidden.y));
+  }
+  staged_pair(staged_y, row, column) = pack(gate * first * slope.x, gate * second * slope.y);
+  staged_pair(staged_weighted, row, column) = pack(gate * active.x, gate * active.y);
+  return active.x * first + active.y * second;
+}
+
 // hidden = x[source] · weight[expert] (+ bias[expert]),  y = act(hidden)
 extern "C" __global__ void __launch_bounds__(N_THREADS, 2) up(const __grid_constant__ RowsProduct p) {
   RowsTile tile;
@@ -548,15 +600,12 @@ extern "C" __global__ void __launch_bounds__(N_THREADS, 2) up(const __grid_const
   u16* staged_y = shared_memory;
   u16* staged_hidden = shared_memory + TILE * STAGED_PITCH;
   const u16* bias = p.bias == nullptr ? nullptr : p.bias + i64(tile.expert) * p.d_out + tile.column0;
-  each_pair(sums, [&](int row, int column, float first, float second) {
-    if (bias != nullptr && column < tile.n_columns) {
-      const float2 shift = unpack(*reinterpret_cast<const u32*>(bias + column));
-      first += shift.x;
-      second += shift.y;
-    }
-    if (p.hidden != nullptr) staged_pair(staged_hidden, row, column) = pack(first, second);
-    staged_pair(staged_y, row, column) = p.activation == RELU ? pack(fmaxf(first, 0.f), fmaxf(second, 0.f))
-                                                              : pack(gelu(first), gelu(second));
+  // One branch for the tile, not one for each pair: the unrolled code of GELU is long.
+  with_activation(p, [&](auto is_relu) {
+    constexpr bool IS_RELU = decltype(is_relu)::value;
+    each_pair(sums, [&](int row, int column, float first, float second) {
+      activate_pair<IS_RELU>(p, tile, bias, staged_y, staged_hidden, row, column, first, second);
+    });
   });
   __syncthreads();
   const i64 at = i64(tile.row0) * p.d_out + tile.column0;
@@ -591,28 +640,19 @@ extern "C" __global__ void __launch_bounds__(N_THREADS, 2) down_backward(const _
   __syncthreads();
 
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-  float dot = 0.f;
-  each_pair(sums, [&](int row, int column, float first, float second) {
-    const float2 hidden = unpack(staged_pair(staged_y, row, column));
-    const float gate = gates[row];
-    float2 active, slope;
-    if (p.activation == RELU) {
-      active = hidden;
-      slope = make_float2(hidden.x > 0.f ? 1.f : 0.f, hidden.y > 0.f ? 1.f : 0.f);
-    } else {
-      active = make_float2(gelu(hidden.x), gelu(hidden.y));
-      slope = make_float2(gelu_slope(hidden.x), gelu_slope(hidden.y));
-    }
-    staged_pair(staged_y, row, column) = pack(gate * first * slope.x, gate * second * slope.y);
-    staged_pair(staged_weighted, row, column) = pack(gate * active.x, gate * active.y);
-    dot += active.x * first + active.y * second;
-    // The last pair of a row: `each_pair` goes through a row's columns before the next row.
-    if ((column & 63) >= 56) {
-      dot += __shfl_xor_sync(0xffffffffu, dot, 1);
-      dot += __shfl_xor_sync(0xffffffffu, dot, 2);
-      if ((lane & 3) == 0) dots[(warp >> 1) * TILE + row] = dot;
-      dot = 0.f;
-    }
+  with_activation(p, [&](auto is_relu) {
+    constexpr bool IS_RELU = decltype(is_relu)::value;
+    float dot = 0.f;
+    each_pair(sums, [&](int row, int column, float first, float second) {
+      dot += differentiate_pair<IS_RELU>(p, gates[row], staged_y, staged_weighted, row, column, first, second);
+      // The last pair of a row: `each_pair` goes through a row's columns before the next row.
+      if ((column & 63) >= 56) {
+        dot += __shfl_xor_sync(0xffffffffu, dot, 1);
+        dot += __shfl_xor_sync(0xffffffffu, dot, 2);
+        if ((lane & 3) == 0) dots[(warp >> 1) * TILE + row] = dot;
+        dot = 0.f;
+      }
+    });
   });
   __syncthreads();
   store_tile(staged_y, p.y + at, p.d_out, tile.n_rows, tile.n_columns);
@@ -632,17 +672,36 @@ struct OuterProduct {
   const u16* right;
   const int* right_sources;
   const int* ends;
-  // [n_experts, d_left, d_right], in fp32 if `is_wide`.
+  // [n_splits, n_experts, d_left, d_right], in fp32 if `is_wide`.
   void* y;
   int d_left, d_right;
   int is_wide;
+  int n_experts, n_splits;
+  // Experts by their numbers of rows, most first: the longest sums start first, so that none is left alone at the end.
+  int* ranked;
 };
 
-// y[expert] = Σ left[source]ᵀ · right[source] over the expert's rows, in one fixed order
+extern "C" __global__ void __launch_bounds__(256) rank_experts(const __grid_constant__ OuterProduct p) {
+  int* counts = reinterpret_cast<int*>(shared_memory);
+  for (int e = threadIdx.x; e < p.n_experts; e += blockDim.x) counts[e] = p.ends[e] - (e == 0 ? 0 : p.ends[e - 1]);
+  __syncthreads();
+  const int expert = blockIdx.x * blockDim.x + threadIdx.x;
+  if (expert >= p.n_experts) return;
+  const int own = counts[expert];
+  int rank = 0;
+  for (int e = 0; e < p.n_experts; e++) rank += counts[e] > own || (counts[e] == own && e < expert);
+  p.ranked[rank] = expert;
+}
+
+// y[split, expert] = Σ left[source]ᵀ · right[source] over one of `n_splits` neighboring parts of the expert's rows, in
+// one fixed order
 extern "C" __global__ void __launch_bounds__(N_THREADS, 2) outer_product(const __grid_constant__ OuterProduct p) {
   const int n_down = (p.d_left + TILE - 1) / TILE, n_across = (p.d_right + TILE - 1) / TILE;
-  const int expert = blockIdx.x / (n_down * n_across), tile = blockIdx.x % (n_down * n_across);
-  const int row0 = expert == 0 ? 0 : p.ends[expert - 1], end = p.ends[expert];
+  const int split = blockIdx.x % p.n_splits, tile_of_all = blockIdx.x / p.n_splits;
+  const int expert = p.ranked[tile_of_all / (n_down * n_across)], tile = tile_of_all % (n_down * n_across);
+  const int first = expert == 0 ? 0 : p.ends[expert - 1], last = p.ends[expert];
+  const int steps_of_split = ((last - first + STEP - 1) / STEP + p.n_splits - 1) / p.n_splits;
+  const int row0 = min(first + split * steps_of_split * STEP, last), end = min(row0 + steps_of_split * STEP, last);
   const int down0 = tile / n_across * TILE, across0 = tile % n_across * TILE;
   const OuterPlace place(threadIdx.x);
   const u32 left_piece = down0 / 8 + place.piece, right_piece = across0 / 8 + place.piece;
@@ -676,7 +735,7 @@ extern "C" __global__ void __launch_bounds__(N_THREADS, 2) outer_product(const _
   contract<true, true>(sums, shared_address(shared_memory), n_steps, load);
 
   const int n_rows = min(TILE, p.d_left - down0), n_columns = min(TILE, p.d_right - across0);
-  const i64 at = (i64(expert) * p.d_left + down0) * p.d_right + across0;
+  const i64 at = ((i64(split) * p.n_experts + expert) * p.d_left + down0) * p.d_right + across0;
   if (p.is_wide) {
     float* y = static_cast<float*>(p.y) + at;
     each_pair(sums, [&](int row, int column, float first, float second) {

@@ -1,5 +1,5 @@
-//! `cuda`: the σ-MoE layer and the grouped matrix product by kernels of our own, for NVIDIA GPUs of compute capability
-//! 8.0 and later, in bf16 and f16.
+//! `cuda`: the σ-MoE layer, the grouped matrix product, routing and what happens to the residual stream between products
+//! by kernels of our own, for NVIDIA GPUs of compute capability 8.0 and later, in bf16 and f16.
 //!
 //! The kernels read rows where they are, so no gathered copy of a tensor exists; every sum has one fixed order, so two
 //! runs give the same bits. They are compiled for the GPU when they are first needed, by the compiler that comes with
@@ -11,10 +11,14 @@ mod module;
 mod nvrtc;
 mod ops;
 mod product;
+mod select;
+mod stream;
 
 use std::path::Path;
 
-use moeut_plugin_api::kernel::{Fused, FusedCall, MoeMlp};
+use moeut_plugin_api::kernel::{
+    Activation, Fused, FusedCall, MoeMlp, ResidualNorm, ResidualNormed, Rotate, Select, Selected,
+};
 use moeut_plugin_api::{
     Capabilities, DType, GroupedMatmul, Host, Kernel, PluginError, TensorHandle,
 };
@@ -48,7 +52,12 @@ impl Cuda {
 
     /// The kernels that can compute with `x`.
     fn ops_for(&self, x: &Tensor) -> Result<Ops, PluginError> {
-        let (device, kind) = (x.device(), x.kind());
+        self.ops_in(x, x.kind())
+    }
+
+    /// The kernels that compute in `kind` on the device of `x`.
+    fn ops_in(&self, x: &Tensor, kind: Kind) -> Result<Ops, PluginError> {
+        let device = x.device();
         match device {
             Device::Cuda(index) if matches!(kind, Kind::BFloat16 | Kind::Half) => Ok(Ops {
                 module: self.modules.get(index, kind)?,
@@ -87,12 +96,16 @@ impl Kernel for Cuda {
             // No call waits for the device, but none has been captured yet.
             is_graph_safe: false,
             alignment_bytes: ALIGNMENT_BYTES,
-            fused: vec![Fused {
-                call: FusedCall::MoeMlp,
-                activations: mlp::ACTIVATIONS.to_vec(),
-                cpu: Vec::new(),
-                cuda: DTYPES.to_vec(),
-            }],
+            fused: vec![
+                fused(FusedCall::MoeMlp, &mlp::ACTIVATIONS, &DTYPES),
+                fused(FusedCall::ResidualNorm, &[], &DTYPES),
+                fused(FusedCall::Rotate, &[], &DTYPES),
+                fused(
+                    FusedCall::Select,
+                    &[],
+                    &[DType::Bf16, DType::F16, DType::F32],
+                ),
+            ],
         }
     }
 
@@ -119,6 +132,35 @@ impl Kernel for Cuda {
                 activation,
             },
         )
+    }
+
+    /// Computes in the type that the options name, whatever autocast says.
+    fn residual_norm(&self, call: ResidualNorm) -> Result<ResidualNormed, PluginError> {
+        stream::residual_norm(call, |x, kind| self.ops_in(x, kind))
+    }
+
+    /// Computes in the type of `x`, whatever autocast says.
+    fn rotate(&self, call: Rotate) -> Result<TensorHandle, PluginError> {
+        stream::rotate(call, |x| self.ops_for(x))
+    }
+
+    /// Multiplies with cuBLAS in the type of `x`, whatever autocast says; logits are in fp32.
+    fn select(&self, call: Select) -> Result<Selected, PluginError> {
+        select::select(call, |x| match x.kind() {
+            // Logits are in fp32 in every module.
+            Kind::Float => self.ops_in(x, Kind::BFloat16),
+            kind => self.ops_in(x, kind),
+        })
+    }
+}
+
+/// A call that runs on GPUs.
+fn fused(call: FusedCall, activations: &[Activation], dtypes: &[DType]) -> Fused {
+    Fused {
+        call,
+        activations: activations.to_vec(),
+        cpu: Vec::new(),
+        cuda: dtypes.to_vec(),
     }
 }
 

@@ -53,12 +53,12 @@ impl Function for Mlp {
             &padded_weight(w1, kind)?,
             b1_padded.as_ref(),
             *activation,
-            &ops.tiles(ends, n_rows, Order::Windows)?,
+            &ops.tiles(ends, n_rows, x_padded.size()[1], Order::Windows)?,
         )?;
         let ys = ops.product(
             Rows::sorted(&a),
             &padded_weight(w2, kind)?,
-            &ops.tiles(ends, n_rows, Order::Experts)?,
+            &ops.tiles(ends, n_rows, a.size()[1], Order::Experts)?,
         )?;
         let y = ops.sum_rows(&ys, inverse, *top_k, Some(&wide(gate)?))?;
 
@@ -114,7 +114,7 @@ impl Function for Mlp {
                 gates: &wide(gate)?,
             },
             *activation,
-            &ops.tiles(ends, n_rows, Order::Windows)?,
+            &ops.tiles(ends, n_rows, dy.size()[1], Order::Windows)?,
         )?;
         if needs(GATE) {
             let dgate = found.gate_grads.f_view(&gate.size()[..])?;
@@ -138,7 +138,7 @@ impl Function for Mlp {
             input_grads[W1] = Some(like(&dw1, w1)?);
         }
         if needs(X) {
-            let tiles = ops.tiles(ends, n_rows, Order::Experts)?;
+            let tiles = ops.tiles(ends, n_rows, dh.x.size()[1], Order::Experts)?;
             let dxs = ops.product_transposed(dh, &padded_weight(w1, x.kind())?, &tiles)?;
             let dx = ops.sum_rows(&dxs, inverse, *top_k, None)?;
             input_grads[X] = Some(like(&dx, x)?);

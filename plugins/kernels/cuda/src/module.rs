@@ -15,7 +15,12 @@ use crate::driver::{DeviceContext, Driver, KernelFunction, driver};
 use crate::nvrtc::nvrtc;
 
 /// The kernels; an element type is chosen when they are compiled.
-const SOURCE: &str = include_str!("kernels.cu");
+const SOURCE: &str = concat!(
+    include_str!("kernels.cu"),
+    include_str!("stream.cu"),
+    include_str!("select.cu"),
+    include_str!("hopper.cu")
+);
 
 /// Compute capability that the kernels need: asynchronous copies and products of bfloat16.
 const MIN_CAPABILITY_MAJOR: i32 = 8;
@@ -24,7 +29,7 @@ const MIN_CAPABILITY_MAJOR: i32 = 8;
 pub(crate) const TILE_SHARED_BYTES: c_uint = 6 * 128 * 64 * 2;
 
 /// Names in [`SOURCE`], in the order of [`Entry`].
-const NAMES: [&CStr; 12] = [
+const NAMES: [&CStr; 26] = [
     c"list_tiles",
     c"product",
     c"product_transposed",
@@ -32,12 +37,42 @@ const NAMES: [&CStr; 12] = [
     c"product_wide_transposed",
     c"up",
     c"down_backward",
+    c"rank_experts",
     c"outer_product",
     c"sum_rows",
     c"sum_and_dot_rows",
     c"weigh_rows",
     c"dot_rows",
+    c"normalize",
+    c"normalize_odd",
+    c"normalize_backward",
+    c"normalize_backward_odd",
+    c"rotate",
+    c"rotate_odd",
+    c"select_32",
+    c"select_256",
+    c"select_512",
+    c"select_1024",
+    c"scan_chunks",
+    c"place_selections",
+    c"select_backward",
 ];
+
+/// Shared memory of a block of the kernels for warpgroups: four stages of three times 128 × 64 elements.
+pub(crate) const GROUP_SHARED_BYTES: c_uint = 4 * 3 * 128 * 64 * 2;
+
+/// Names of what else there is for GPUs of [`HOPPER`], in the order of [`Entry`], after those above.
+const GROUP_NAMES: [&CStr; 6] = [
+    c"product_in_groups",
+    c"product_transposed_in_groups",
+    c"up_in_groups",
+    c"down_backward_in_groups",
+    c"outer_product_tall",
+    c"outer_product_broad",
+];
+
+/// The compute capability whose tensor cores work for warpgroups.
+const HOPPER: (i32, i32) = (9, 0);
 
 /// The kernels of [`SOURCE`].
 #[derive(Debug, Clone, Copy)]
@@ -49,21 +84,46 @@ pub(crate) enum Entry {
     ProductWideTransposed,
     Up,
     DownBackward,
+    RankExperts,
     OuterProduct,
     SumRows,
     SumAndDotRows,
     WeighRows,
     DotRows,
+    Normalize,
+    NormalizeOdd,
+    NormalizeBackward,
+    NormalizeBackwardOdd,
+    Rotate,
+    RotateOdd,
+    Select32,
+    Select256,
+    Select512,
+    Select1024,
+    ScanChunks,
+    PlaceSelections,
+    SelectBackward,
+    ProductInGroups,
+    ProductTransposedInGroups,
+    UpInGroups,
+    DownBackwardInGroups,
+    OuterProductTall,
+    OuterProductBroad,
 }
 
 /// The kernels of one device and element type, ready to be launched.
 pub(crate) struct Module {
     pub(crate) driver: &'static Driver,
     pub(crate) context: DeviceContext,
-    functions: [KernelFunction; NAMES.len()],
+    functions: Vec<KernelFunction>,
 }
 
 impl Module {
+    /// Whether it has the kernels for warpgroups.
+    pub(crate) fn has_groups(&self) -> bool {
+        self.functions.len() > NAMES.len()
+    }
+
     pub(crate) fn function(&self, entry: Entry) -> KernelFunction {
         self.functions[entry as usize]
     }
@@ -113,7 +173,16 @@ impl Modules {
         let context = driver.context(index).map_err(wrong)?;
         let build = Build::new(capability, is_f16).map_err(wrong)?;
         let path = self.folder.join(build.file_name());
-        let load = |code: &[u8]| driver.load(context, code, NAMES, TILE_SHARED_BYTES);
+        let of_hopper = if capability == HOPPER {
+            &GROUP_NAMES[..]
+        } else {
+            &[]
+        };
+        let load = |code: &[u8]| {
+            let everywhere = NAMES.into_iter().map(|name| (name, TILE_SHARED_BYTES));
+            let in_groups = of_hopper.iter().map(|&name| (name, GROUP_SHARED_BYTES));
+            driver.load(context, code, everywhere.chain(in_groups))
+        };
         // What is on disk but does not load is made anew, like what is not there.
         let kept = read_checked(&path).map(|code| load(&code));
         let functions = if let Some(Ok(functions)) = kept {
@@ -140,9 +209,12 @@ struct Build {
 }
 
 impl Build {
-    fn new((major, minor): (i32, i32), is_f16: bool) -> Result<Self, String> {
+    fn new(capability: (i32, i32), is_f16: bool) -> Result<Self, String> {
+        let (major, minor) = capability;
+        // What only one GPU has is not compiled without its letter.
+        let letter = if capability == HOPPER { "a" } else { "" };
         let mut options = vec![
-            format!("--gpu-architecture=sm_{major}{minor}"),
+            format!("--gpu-architecture=sm_{major}{minor}{letter}"),
             "--std=c++17".to_owned(),
             "-default-device".to_owned(),
         ];
@@ -252,8 +324,10 @@ mod tests {
 
     #[test]
     fn names_and_entries_agree() {
-        assert_eq!(Entry::DotRows as usize + 1, NAMES.len());
-        for name in NAMES {
+        assert_eq!(Entry::ProductInGroups as usize, NAMES.len());
+        let n_names = NAMES.len() + GROUP_NAMES.len();
+        assert_eq!(Entry::OuterProductBroad as usize + 1, n_names);
+        for name in NAMES.into_iter().chain(GROUP_NAMES) {
             let declared = format!(" {}(const __grid_constant__ ", name.to_string_lossy());
             assert!(SOURCE.contains(&declared), "{declared}");
         }

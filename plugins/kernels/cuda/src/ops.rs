@@ -14,20 +14,25 @@ use moeut_torch::{FunctionError, cuda};
 use tch::{Device, Kind, Tensor};
 
 use crate::driver::LaunchShape;
-use crate::module::{Entry, Module, TILE_SHARED_BYTES};
+use crate::module::{Entry, GROUP_SHARED_BYTES, Module, TILE_SHARED_BYTES};
 
 /// Rows and columns of a tile of results.
 const TILE: i64 = 128;
 const TILE_THREADS: u32 = 128;
+/// The longer side of a tile, and threads, of the kernels for warpgroups.
+const GROUP_TILE: i64 = 256;
+const GROUP_THREADS: u32 = 256;
 /// Threads of a block of the kernels without tiles.
-const THREADS: u32 = 256;
+pub(crate) const THREADS: u32 = 256;
 const WARP: i64 = 32;
+/// Blocks that sum over rows at the same time on an H100, two on each multiprocessor.
+const N_SLOTS: i64 = 264;
 /// Selections of one row that [`Ops::sum_and_dot_rows`] takes.
 pub(crate) const MAX_DOTS: i64 = 16;
 /// Elements that a thread of those handles.
 const PIECE: i64 = 8;
 
-type Result<T> = std::result::Result<T, FunctionError>;
+pub(crate) type Result<T> = std::result::Result<T, FunctionError>;
 
 /// How many row tiles of an expert come before those of the next expert.
 #[derive(Debug, Clone, Copy)]
@@ -40,8 +45,9 @@ pub(crate) enum Order {
 }
 
 impl Order {
-    fn group(self) -> i32 {
+    fn group(self, is_tall: bool) -> i32 {
         match self {
+            Self::Windows if is_tall => 3,
             Self::Windows => 6,
             Self::Experts => i32::MAX,
         }
@@ -56,6 +62,8 @@ pub(crate) struct Tiles {
     /// At least as many as there are: the number itself is known to the device only.
     bound: i64,
     n_rows: i64,
+    /// Whether they are of [`GROUP_TILE`] rows, for warpgroups.
+    is_tall: bool,
 }
 
 /// The left operand of a product: rows of `[.., A]`, found by their sources or in the order of the experts.
@@ -112,6 +120,7 @@ struct RawTileList {
     n_tiles: *mut c_void,
     n_experts: i32,
     group: i32,
+    n_rows: i32,
 }
 
 /// As `RowsProduct` in the source of the kernels.
@@ -147,6 +156,9 @@ struct RawOuterProduct {
     d_left: i32,
     d_right: i32,
     is_wide: i32,
+    n_experts: i32,
+    n_splits: i32,
+    ranked: *mut c_void,
 }
 
 /// As `Pieces` in the source of the kernels.
@@ -166,25 +178,37 @@ struct RawPieces {
 }
 
 impl Ops {
-    /// The tiles of the runs that end at `ends`, int32 `[E]`.
-    pub(crate) fn tiles(&self, ends: &Tensor, n_rows: i64, order: Order) -> Result<Tiles> {
+    /// The tiles of the runs that end at `ends`, int32 `[E]`, for a product with `d_in` contracted elements: tall ones
+    /// where there are warpgroups and enough for them to contract.
+    pub(crate) fn tiles(
+        &self,
+        ends: &Tensor,
+        n_rows: i64,
+        d_in: i64,
+        order: Order,
+    ) -> Result<Tiles> {
+        let is_tall = self.module.has_groups() && d_in > TILE;
+        let height = if is_tall { GROUP_TILE } else { TILE };
+        let group = order.group(is_tall);
         let n_experts = ends.size1()?;
-        let bound = n_rows / TILE + n_experts.min(n_rows);
+        let bound = n_rows / height + n_experts.min(n_rows);
         let n_rounds = n_rows
-            .div_euclid(TILE * i64::from(order.group()))
+            .div_euclid(height * i64::from(group))
             .saturating_add(1);
         let tiles = Tiles {
             list: self.empty(&[bound, 4], Kind::Int)?,
             count: self.empty(&[1], Kind::Int)?,
             bound,
             n_rows,
+            is_tall,
         };
         let raw = RawTileList {
             ends: pointer(ends),
             tiles: tiles.list.data_ptr(),
             n_tiles: tiles.count.data_ptr(),
             n_experts: narrow(n_experts)?,
-            group: order.group(),
+            group,
+            n_rows: narrow(height)?,
         };
         self.launch(Entry::ListTiles, n_rounds, THREADS, 0, &raw)?;
         Ok(tiles)
@@ -195,7 +219,7 @@ impl Ops {
         let (_, _, d_out) = weight.size3()?;
         let y = self.empty(&[tiles.n_rows, d_out], self.kind)?;
         let raw = raw_product(rows, weight, &y, tiles, d_out)?;
-        let entries = (Entry::Product, Entry::ProductWide);
+        let entries = (Entry::Product, Entry::ProductWide, Entry::ProductInGroups);
         self.launch_product(entries, tiles, &raw)?;
         Ok(y)
     }
@@ -210,7 +234,11 @@ impl Ops {
         let (_, d_out, _) = weight.size3()?;
         let y = self.empty(&[tiles.n_rows, d_out], self.kind)?;
         let raw = raw_product(rows, weight, &y, tiles, d_out)?;
-        let entries = (Entry::ProductTransposed, Entry::ProductWideTransposed);
+        let entries = (
+            Entry::ProductTransposed,
+            Entry::ProductWideTransposed,
+            Entry::ProductTransposedInGroups,
+        );
         self.launch_product(entries, tiles, &raw)?;
         Ok(y)
     }
@@ -237,7 +265,7 @@ impl Ops {
             hidden: optional(hidden.as_ref()),
             ..raw_product(rows, weight, &y, tiles, d_out)?
         };
-        self.launch_tiles(Entry::Up, tiles, d_out, &raw)?;
+        self.launch_tiles((Entry::Up, Entry::UpInGroups), tiles, d_out, &raw)?;
         let kept = hidden.unwrap_or_else(|| y.shallow_clone());
         Ok((y, kept))
     }
@@ -272,7 +300,8 @@ impl Ops {
             weighted: weighted.data_ptr(),
             ..raw_product(rows, weight, &hidden_grads, tiles, d_out)?
         };
-        self.launch_tiles(Entry::DownBackward, tiles, d_out, &raw)?;
+        let entries = (Entry::DownBackward, Entry::DownBackwardInGroups);
+        self.launch_tiles(entries, tiles, d_out, &raw)?;
         let gate_grads = match n_parts {
             1 => parts.f_select(0, 0)?,
             _ => parts.f_sum_dim_intlist(0, false, Kind::Float)?,
@@ -294,9 +323,20 @@ impl Ops {
         kind: Kind,
     ) -> Result<Tensor> {
         let (n_experts, d_left, d_right) = (ends.size1()?, left.x.size()[1], right.x.size()[1]);
-        let is_wide = kind == Kind::Float;
+        // Warpgroups make tiles of twice the size, in the direction of the longer side.
+        let (entry, down, across) = match (self.module.has_groups(), d_left < d_right) {
+            (false, _) => (Entry::OuterProduct, TILE, TILE),
+            (true, false) => (Entry::OuterProductTall, GROUP_TILE, TILE),
+            (true, true) => (Entry::OuterProductBroad, TILE, GROUP_TILE),
+        };
+        let n_tiles = n_experts * tiles(d_left, down) * tiles(d_right, across);
+        let is_in_groups = self.module.has_groups();
+        let n_slots = if is_in_groups { N_SLOTS / 2 } else { N_SLOTS };
+        let n_splits = splits(n_tiles, n_slots);
+        let is_wide = kind == Kind::Float || n_splits > 1;
         let y_kind = if is_wide { Kind::Float } else { self.kind };
-        let y = self.empty(&[n_experts, d_left, d_right], y_kind)?;
+        let y = self.empty(&[n_splits, n_experts, d_left, d_right], y_kind)?;
+        let ranked = self.empty(&[n_experts], Kind::Int)?;
         let raw = RawOuterProduct {
             left: pointer(left.x),
             left_sources: optional(left.sources),
@@ -307,11 +347,31 @@ impl Ops {
             d_left: narrow(d_left)?,
             d_right: narrow(d_right)?,
             is_wide: i32::from(is_wide),
+            n_experts: narrow(n_experts)?,
+            n_splits: narrow(n_splits)?,
+            ranked: ranked.data_ptr(),
         };
-        let n_blocks = n_experts * tiles_across(d_left) * tiles_across(d_right);
-        let shared = TILE_SHARED_BYTES;
-        self.launch(Entry::OuterProduct, n_blocks, TILE_THREADS, shared, &raw)?;
-        Ok(y)
+        let bytes_of_counts = narrow(n_experts * 4)?.cast_unsigned();
+        let n_rankers = blocks(n_experts);
+        self.launch(
+            Entry::RankExperts,
+            n_rankers,
+            THREADS,
+            bytes_of_counts,
+            &raw,
+        )?;
+        let (n_threads, shared_bytes) = if is_in_groups {
+            (GROUP_THREADS, GROUP_SHARED_BYTES)
+        } else {
+            (TILE_THREADS, TILE_SHARED_BYTES)
+        };
+        self.launch(entry, n_tiles * n_splits, n_threads, shared_bytes, &raw)?;
+        if n_splits == 1 {
+            return Ok(y.f_squeeze_dim(0)?);
+        }
+        let sum = y.f_sum_dim_intlist(0_i64, false, Kind::Float)?;
+        let kind = if kind == Kind::Float { kind } else { self.kind };
+        Ok(sum.f_to_kind(kind)?)
     }
 
     /// `Σ_j gates[i, j] · rows[inverse[i, j]]` over `n_summed` selections each: `[M, A]` → `[M / n_summed, A]`.
@@ -408,44 +468,44 @@ impl Ops {
 
     /// `x` as the kernels read it: contiguous, aligned, its last axis padded.
     pub(crate) fn operand(&self, x: &Tensor) -> Result<Tensor> {
-        let x = padded_rows(&x.f_to_kind(self.kind)?)?.f_contiguous()?;
-        if (x.data_ptr() as usize).is_multiple_of(ALIGNMENT_BYTES as usize) {
-            Ok(x)
-        } else {
-            Ok(x.copy())
-        }
+        aligned(&padded_rows(&x.f_to_kind(self.kind)?)?)
     }
 
-    fn empty(&self, shape: &[i64], kind: Kind) -> Result<Tensor> {
+    pub(crate) fn empty(&self, shape: &[i64], kind: Kind) -> Result<Tensor> {
         Ok(Tensor::f_empty(shape, (kind, self.device))?)
     }
 
     /// One block for each tile, or for all tiles of the same rows where a short contraction lets them share the rows.
     fn launch_product(
         &self,
-        (narrow, wide): (Entry, Entry),
+        (narrow, wide, in_groups): (Entry, Entry, Entry),
         tiles: &Tiles,
         raw: &RawRowsProduct,
     ) -> Result<()> {
         if i64::from(raw.d_in) <= TILE && i64::from(raw.d_out) > TILE {
             self.launch(wide, tiles.bound, TILE_THREADS, TILE_SHARED_BYTES, raw)
         } else {
-            self.launch_tiles(narrow, tiles, raw.d_out.into(), raw)
+            self.launch_tiles((narrow, in_groups), tiles, raw.d_out.into(), raw)
         }
     }
 
     fn launch_tiles(
         &self,
-        entry: Entry,
+        (entry, in_groups): (Entry, Entry),
         tiles: &Tiles,
         d_out: i64,
         raw: &RawRowsProduct,
     ) -> Result<()> {
         let n_blocks = tiles.bound * tiles_across(d_out);
-        self.launch(entry, n_blocks, TILE_THREADS, TILE_SHARED_BYTES, raw)
+        if tiles.is_tall {
+            self.launch(in_groups, n_blocks, GROUP_THREADS, GROUP_SHARED_BYTES, raw)
+        } else {
+            self.launch(entry, n_blocks, TILE_THREADS, TILE_SHARED_BYTES, raw)
+        }
     }
 
-    fn launch<P>(
+    /// Queues `entry` with its parameters, unless it has no blocks.
+    pub(crate) fn launch<P>(
         &self,
         entry: Entry,
         n_blocks: i64,
@@ -473,6 +533,16 @@ impl Ops {
         // only for work that follows on the same stream.
         unsafe { driver.launch(*context, function, shape, stream, raw) }
             .map_err(|error| format!("cannot launch {entry:?}: {error}").into())
+    }
+}
+
+/// `x` contiguous and at an aligned address.
+pub(crate) fn aligned(x: &Tensor) -> Result<Tensor> {
+    let x = x.f_contiguous()?;
+    if (x.data_ptr() as usize).is_multiple_of(ALIGNMENT_BYTES as usize) {
+        Ok(x)
+    } else {
+        Ok(x.copy())
     }
 }
 
@@ -537,23 +607,60 @@ fn activation_code(activation: Activation) -> Result<i32> {
     }
 }
 
-fn tiles_across(width: i64) -> i64 {
-    (width + TILE - 1) / TILE
+/// Into how many parts the rows of an expert are split where there are too few tiles for the GPU: as many as make the
+/// last of its rounds of `n_slots` blocks least empty.
+fn splits(n_tiles: i64, n_slots: i64) -> i64 {
+    const MAX_SPLITS: i64 = 4;
+    if n_tiles == 0 || n_tiles > MAX_SPLITS * n_slots {
+        return 1;
+    }
+    let rounds = |n_splits: i64| (n_tiles * n_splits + n_slots - 1) / n_slots;
+    let is_shorter = |a: i64, b: i64| rounds(a) * b < rounds(b) * a;
+    (1..=MAX_SPLITS).fold(1, |best, n_splits| {
+        if is_shorter(n_splits, best) {
+            n_splits
+        } else {
+            best
+        }
+    })
 }
 
-fn blocks(n_threads: i64) -> i64 {
+fn tiles_across(width: i64) -> i64 {
+    tiles(width, TILE)
+}
+
+fn tiles(width: i64, of_tile: i64) -> i64 {
+    (width + of_tile - 1) / of_tile
+}
+
+pub(crate) fn blocks(n_threads: i64) -> i64 {
     let per_block = i64::from(THREADS);
     (n_threads + per_block - 1) / per_block
 }
 
-fn narrow(size: i64) -> Result<i32> {
+pub(crate) fn narrow(size: i64) -> Result<i32> {
     i32::try_from(size).map_err(|_| format!("a size of {size} is more than 2³¹").into())
 }
 
-fn pointer(tensor: &Tensor) -> *const c_void {
+pub(crate) fn pointer(tensor: &Tensor) -> *const c_void {
     tensor.data_ptr().cast_const()
 }
 
-fn optional(tensor: Option<&Tensor>) -> *mut c_void {
+pub(crate) fn optional(tensor: Option<&Tensor>) -> *mut c_void {
     tensor.map_or(ptr::null_mut(), Tensor::data_ptr)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rows_are_split_where_the_last_round_would_be_almost_empty() {
+        // SwitchHead's values: 40 experts of 1024 × 128, 2 rounds as they are and 5 of a quarter each when split.
+        assert_eq!(splits(320, 264), 4);
+        assert_eq!(splits(264, 264), 1);
+        assert_eq!(splits(66, 264), 4);
+        assert_eq!(splits(387 * 8, 264), 1);
+        assert_eq!(splits(0, 264), 1);
+    }
 }

@@ -30,9 +30,9 @@ impl Function for Product {
         ctx.save(&inputs.iter().collect::<Vec<_>>())?;
         let Self { ops, fanout } = self;
 
-        let tiles = ops.tiles(ends, order.size1()?, Order::Windows)?;
         let places = sources(order, fanout.per_row)?;
         let x_padded = ops.operand(x)?;
+        let tiles = ops.tiles(ends, order.size1()?, x_padded.size()[1], Order::Windows)?;
         let weight_padded = padded_weight(weight, x.kind())?;
         let ys = ops.product(Rows::of(&x_padded, &places), &weight_padded, &tiles)?;
         let gate = gate.first().map(wide).transpose()?;
@@ -73,7 +73,7 @@ impl Function for Product {
         let (x_padded, g) = (ops.operand(x)?, ops.operand(g)?);
 
         if needs_gate || ctx.needs_input_grad(X) {
-            let tiles = ops.tiles(ends, order.size1()?, Order::Windows)?;
+            let tiles = ops.tiles(ends, order.size1()?, g.size()[1], Order::Windows)?;
             let weight = padded_weight(weight, x.kind())?;
             let u = ops.product_transposed(Rows::of(&g, &g_places), &weight, &tiles)?;
             let (dx, dgate) = match &gates {

@@ -4,7 +4,7 @@ use moeut_nn::attention::{DenseAttentionConfig, LinearInit};
 use moeut_nn::lm::{self, At, BlockReport, Shell};
 use moeut_nn::{
     Activation, AttentionMaps, Context, Cost, DenseAttention, Init, LayerNorm, Linear, Params,
-    Sequence,
+    Reading, Sequence,
 };
 use moeut_plugin_api::{Chart, PluginError};
 use tch::Tensor;
@@ -152,19 +152,22 @@ impl lm::Block for Block {
         let attended = past.attended(x).map(|attended| norm1.forward(&attended));
         let maps = &mut pass.maps;
         let mut attend = |x: &Tensor| {
+            let reading = Reading::plain(x);
             let y = self
                 .attention
-                .forward(x, attended.as_ref(), past, maps, ctx)?;
+                .forward(&reading, attended.as_ref(), past, maps, ctx)?;
             Ok::<_, PluginError>(ctx.dropout(y, self.dropout))
         };
         Ok(match &self.norms {
             Norms::Pre([norm1, norm2]) => {
-                let x = x + attend(&norm1.forward(x))?;
-                &x + self.feed(&norm2.forward(&x), ctx)
+                let first = ctx.reading(x, None, Some(norm1), false)?;
+                let y = attend(&first.normed)?;
+                let second = ctx.reading(&first.stream, Some(&y), Some(norm2), false)?;
+                second.stream + self.feed(&second.normed, ctx)
             }
             Norms::PreParallel(norm1) => {
-                let normed = norm1.forward(x);
-                x + attend(&normed)? + self.feed(&normed, ctx)
+                let Reading { stream, normed, .. } = ctx.reading(x, None, Some(norm1), false)?;
+                stream + attend(&normed)? + self.feed(&normed, ctx)
             }
             Norms::Post([norm1, norm2]) => {
                 let x = norm1.forward(&(x + attend(x)?));

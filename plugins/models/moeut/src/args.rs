@@ -11,7 +11,7 @@ pub(crate) const ARGS: &[ArgSpec] =
 const OWN_ARGS: &[ArgSpec] = &[
     ArgSpec::flag("moe.nonorm", "0").field("is_peri").help("peri-layernorm: norms before routers and q/k only"),
     ArgSpec::text("moe.kernel", "auto").field("kernel").help("grouped matrix product; auto: the fastest that fits"),
-    ArgSpec::text("moe.router_dtype", "f32").field("router_dtype").choices("f32|tf32|amp").help("with -amp, routers compute in: f32; tf32, a GPU's fast single precision; amp, as everything else, like the reference's"),
+    ArgSpec::text("moe.router_dtype", "f32").field("router_dtype").choices("f32|tf32|mixed|amp").help("with -amp, routers compute in: f32; tf32, a GPU's fast single precision; mixed, amp's operands and f32 logits; amp, as everything else, like the reference's"),
     // Feed-forward experts.
     ArgSpec::int("moe.n_experts", "128").field("moe.n_experts").help("feed-forward experts"),
     ArgSpec::int("moe.expert_size", "128").field("moe.d_expert").help("hidden units of an expert"),

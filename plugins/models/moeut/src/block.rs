@@ -7,8 +7,8 @@ use moeut_nn::moe::{MoePass, MoePlace, MoeReport};
 use moeut_nn::switchhead::{SwitchHeadPass, SwitchHeadPlace};
 use moeut_nn::usage::Optimist;
 use moeut_nn::{
-    AttentionMaps, Context, Cost, DenseAttention, LayerNorm, LayerPast, Norm, Params, Sequence,
-    SigmaMoe, SwitchHead, Tally, moe_stats, switchhead_stats,
+    AttentionMaps, Context, Cost, DenseAttention, LayerNorm, LayerPast, Norm, Params, Reading,
+    Sequence, SigmaMoe, SwitchHead, Tally, moe_stats, switchhead_stats,
 };
 use moeut_plugin_api::{Chart, PluginError};
 use tch::Tensor;
@@ -114,7 +114,7 @@ impl Block {
 
     fn attend(
         &self,
-        x: &Tensor,
+        reading: &Reading,
         attended: Option<&Tensor>,
         pass: &mut BlockPass,
         earlier: &mut LayerPast,
@@ -122,19 +122,24 @@ impl Block {
     ) -> Result<Tensor, PluginError> {
         let y = match &self.attention {
             Attention::Dense(attention) => {
-                attention.forward(x, attended, earlier, &mut pass.maps, ctx)?
+                attention.forward(reading, attended, earlier, &mut pass.maps, ctx)?
             }
             Attention::Experts(attention) => {
                 let seen = (earlier, &mut pass.maps);
                 let pass = pass.attention.get_or_insert_with(|| attention.begin(ctx));
-                attention.forward(x, attended, pass, seen, ctx)?
+                attention.forward(reading, attended, pass, seen, ctx)?
             }
         };
         Ok(ctx.dropout(y, self.dropout))
     }
 
-    fn feed(&self, x: &Tensor, pass: &mut BlockPass, ctx: &Context) -> Result<Tensor, PluginError> {
-        let y = self.moe.forward(x, &mut pass.moe, ctx)?;
+    fn feed(
+        &self,
+        reading: &Reading,
+        pass: &mut BlockPass,
+        ctx: &Context,
+    ) -> Result<Tensor, PluginError> {
+        let y = self.moe.forward(reading, &mut pass.moe, ctx)?;
         Ok(ctx.dropout(y, self.dropout))
     }
 }
@@ -161,25 +166,34 @@ impl lm::Block for Block {
         } = at;
         pass.places.push(place);
         let attended = past.attended(x);
+        let is_wide = ctx.has_wide_routers();
         match &self.norms {
             Norms::Pre([norm1, norm2]) => {
                 let attended = attended.map(|attended| norm1.forward(&attended));
-                let y = self.attend(&norm1.forward(x), attended.as_ref(), pass, past, ctx)?;
-                let x = x + y;
-                let y = self.feed(&norm2.forward(&x), pass, ctx)?;
-                Ok(x + y)
+                let first = ctx.reading(x, None, Some(norm1), is_wide)?;
+                let reading = Reading::plain(&first.normed);
+                let y = self.attend(&reading, attended.as_ref(), pass, past, ctx)?;
+                let second = ctx.reading(&first.stream, Some(&y), Some(norm2), is_wide)?;
+                let y = self.feed(&Reading::plain(&second.normed), pass, ctx)?;
+                Ok(second.stream + y)
             }
             Norms::Post([norm1, norm2]) => {
                 let attended = attended.map(|attended| norm1.forward(&attended));
-                let y = self.attend(x, attended.as_ref(), pass, past, ctx)?;
+                let y = self.attend(&Reading::plain(x), attended.as_ref(), pass, past, ctx)?;
                 let x = norm1.forward(&(x + y));
-                let y = self.feed(&x, pass, ctx)?;
+                let y = self.feed(&Reading::plain(&x), pass, ctx)?;
                 Ok(norm2.forward(&(x + y)))
             }
             Norms::Peri => {
-                let x = x + self.attend(x, attended.as_ref(), pass, past, ctx)?;
-                let y = self.feed(&x, pass, ctx)?;
-                Ok(x + y)
+                let norm = match &self.attention {
+                    Attention::Dense(attention) => attention.norm(),
+                    Attention::Experts(attention) => attention.norm(),
+                };
+                let reading = ctx.reading(x, None, norm, is_wide)?;
+                let y = self.attend(&reading, attended.as_ref(), pass, past, ctx)?;
+                let reading = ctx.reading(&reading.stream, Some(&y), self.moe.norm(), is_wide)?;
+                let y = self.feed(&reading, pass, ctx)?;
+                Ok(reading.stream + y)
             }
         }
     }

@@ -17,8 +17,8 @@ use crate::{Context, Embedding, LayerNorm, LayerPast, LmHead, Params, RouterDtyp
 use memory::{Batch, Memory};
 use moeut_plugin_api::abi::client::KernelClient;
 use moeut_plugin_api::{
-    Chart, DType, ForwardInput, ForwardOutput, Host, LayerSummary, ModelAbilities, ModelSetup,
-    ModelSummary, NamedTensor, Parameter, PluginError,
+    Chart, DType, Device, ForwardInput, ForwardOutput, Host, LayerSummary, ModelAbilities,
+    ModelSetup, ModelSummary, NamedTensor, Parameter, PluginError,
 };
 use moeut_torch::{IntoHandle, IntoTensor};
 use report::{Report, Tallies};
@@ -233,7 +233,13 @@ impl<B: Block> LanguageModel<B> {
                 is_mixed: dtype != setup.dtype,
             })
         };
-        let training = precision(setup.compute_dtype, named_kernel)?;
+        let mut training = precision(setup.compute_dtype, named_kernel)?;
+        if named_kernel.is_none() && training.is_mixed && setup.device != Device::Cpu {
+            // Without experts a kernel is welcome for what it fuses, and not needed.
+            training.kernel = precision(setup.compute_dtype, Some("auto"))
+                .ok()
+                .and_then(|precision| precision.kernel);
+        }
         let evaluation = if setup.compute_dtype == setup.dtype {
             training.clone()
         } else {
