@@ -9,6 +9,7 @@ mod protobuf;
 mod sinks;
 mod tensorboard;
 mod terminal;
+mod unhurried;
 mod wandb;
 
 use std::path::PathBuf;

@@ -8,6 +8,7 @@ use std::io::{IsTerminal, Write};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use super::unhurried::Unhurried;
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 
 /// Between two lines of the same kind where there is no bar.
@@ -81,7 +82,7 @@ impl Terminal {
         let inner = if mode == TerminalMode::Auto && has_cursor {
             Inner::Bars(Bars::default())
         } else {
-            Inner::Lines(Lines::new(Box::new(stderr)))
+            Inner::Lines(Lines::new(Box::new(Unhurried::new(stderr))))
         };
         Self {
             colored: has_cursor && !no_color,
