@@ -346,7 +346,11 @@ fn feed(mut sink: Box<dyn Sink>, queue: &Queue, notices: &Notices) {
 }
 
 fn switched_off(name: &str, why: &str) -> String {
-    format!("log `{name}` is switched off for this run: {why}; `metrics.jsonl` has the numbers")
+    let rest = match name {
+        "jsonl" => "",
+        _ => "; `metrics.jsonl` has the numbers",
+    };
+    format!("log `{name}` is switched off for this run: {why}{rest}")
 }
 
 fn failure(name: &str, error: &SinkError) -> String {
@@ -521,12 +525,25 @@ mod tests {
     fn a_failing_sink_warns_once_and_catches_up() {
         let (probe, seen) = Probe::new(1..2);
         let sinks = Sinks::start(vec![Box::new(probe)]);
-        for step in 0..10 {
+        let mut notices = Vec::new();
+        for step in 0..3 {
             sinks.record(record(step));
         }
-        let notices = sinks.finish(End::Finished);
+        while notices.is_empty() {
+            std::thread::yield_now();
+            notices = sinks.take_notices();
+        }
+        for step in 3..10 {
+            sinks.record(record(step));
+        }
         let warning = "log `probe` failed, the next record tries again: no; ";
         assert!(notices[0].1.starts_with(warning), "{notices:?}");
+        let later = sinks.finish(End::Finished);
+        let warnings = notices
+            .iter()
+            .chain(&later)
+            .filter(|(level, _)| *level == Level::Warning);
+        assert_eq!(warnings.count(), 1, "{later:?}");
         assert!(seen.records.iter().map(|record| record.step).eq(0..10));
     }
 

@@ -53,7 +53,8 @@ impl Sandbox {
         sandbox
     }
 
-    fn program(&self) -> PathBuf {
+    /// The host.
+    pub fn program(&self) -> PathBuf {
         self.root.path().join("bin/moeut-host")
     }
 
@@ -130,9 +131,15 @@ impl Sandbox {
     }
 
     pub(crate) fn command(&self, args: &[&str]) -> Command {
-        let mut command = Command::new(self.program());
+        let mut command = self.foreign(&self.program());
+        command.args(args);
         command
-            .args(args)
+    }
+
+    /// Another program in the same surroundings.
+    pub fn foreign(&self, program: &Path) -> Command {
+        let mut command = Command::new(program);
+        command
             .env_clear()
             .env("HOME", self.root.path().join("home"))
             .env("XDG_DATA_HOME", self.root.path().join("home/data"))

@@ -228,7 +228,7 @@ fn arguments_without_effect_are_accepted_and_say_why() {
             "-stop_after",
             "1",
             "-log",
-            "wandb",
+            "tb",
             "-details_log_interval",
             "500",
             "-wandb_save_interval",
@@ -244,7 +244,6 @@ fn arguments_without_effect_are_accepted_and_say_why() {
     assert_snapshot!(warnings.join("\n"), @r"
     warning: `-details_log_interval` has no effect: layers report with every record; see `-log_interval`
     warning: `-wandb_save_interval` has no effect: the reference never reads it; see `-save_interval`
-    warning: Weights & Biases is not there yet: metrics go to TensorBoard and `metrics.jsonl`
     ");
     assert!(sandbox.run_folder("a").join("tensorboard").is_dir());
 }

@@ -91,6 +91,8 @@ pub struct Wandb {
     summary: BTreeMap<String, String>,
     summarized: Instant,
     drops_tables: bool,
+    is_silent: bool,
+    is_sweep: bool,
     notices: Vec<Notice>,
     uploader: Option<Uploader>,
     by_hand: String,
@@ -162,6 +164,8 @@ impl Wandb {
             summary: BTreeMap::new(),
             summarized: Instant::now(),
             drops_tables: start.drops_tables,
+            is_silent: settings.is_silent,
+            is_sweep: !settings.sweep_id.is_empty(),
             notices: Vec::new(),
             uploader: None,
             by_hand: format!("`wandb sync {}`", dir.display()),
@@ -323,8 +327,9 @@ impl Sink for Wandb {
             End::Finished => 0,
             End::Failed => 1,
             End::Stopped(ending) => {
-                // Ctrl-C is a user's decision; whoever sends the others means to start the run again.
-                if ending != Ending::Interrupted {
+                // Ctrl-C is a user's decision, and so is what an agent passes on; whoever sends other signals means to start
+                // the run again.
+                if ending != Ending::Interrupted && !self.is_sweep {
                     last.push(records::preempting());
                 }
                 128 + ending.number()
@@ -345,6 +350,7 @@ impl Sink for Wandb {
     fn take_notices(&mut self) -> Vec<Notice> {
         let mut notices = std::mem::take(&mut self.notices);
         notices.extend(self.uploader.iter().flat_map(Uploader::take_notices));
+        notices.retain(|(level, _)| !self.is_silent || *level != Level::Info);
         notices
     }
 }
@@ -459,3 +465,6 @@ fn this_process() -> Environment {
         n_cpus: std::thread::available_parallelism().map_or(0, |n| n.get() as u64),
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -15,8 +15,8 @@ use super::super::protobuf::{Message, bytes_of, integer_of};
 use super::records::repeated;
 use super::settings::Settings;
 
-/// Releases whose service this was tried with, and how one of them is installed.
-const TESTED: &str = "0.31.";
+/// Releases whose service this was tried with, and how one of them is installed. Older ones never get to the rows.
+const TESTED: [&str; 2] = ["0.30.", "0.31."];
 pub(super) const INSTALL: &str = "pip install wandb==0.31.0";
 
 /// Names a service directly.
@@ -66,7 +66,9 @@ impl Installed {
 
     /// Whether this program was tried with it.
     pub(super) fn is_tested(&self) -> bool {
-        self.version.starts_with(TESTED)
+        TESTED
+            .iter()
+            .any(|release| self.version.starts_with(release))
     }
 }
 
@@ -302,9 +304,12 @@ impl Drop for Starting {
 /// `Settings` of `wandb_settings.proto`: every value is a message of its own.
 fn encode(settings: &Settings) -> Message {
     let text = |value: &str| Message::default().bytes(1, value.as_bytes()).0;
+    // The dashboard, whose address the service shows, is beside the server for W&B's own, and at the same address for others.
+    let dashboard = settings.base_url.replace("://api.wandb.ai", "://wandb.ai");
     let mut message = Message::default()
         .bytes(55, &text(&settings.api_key))
-        .bytes(57, &text(&settings.base_url));
+        .bytes(57, &text(&settings.base_url))
+        .bytes(202, &text(&dashboard));
     if let Some(seconds) = settings.upload_interval {
         let interval = Message::default().double(1, seconds);
         message = message.bytes(175, &interval.0);

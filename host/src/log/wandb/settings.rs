@@ -23,6 +23,8 @@ pub(super) struct Settings {
     pub(super) job_type: String,
     pub(super) notes: String,
     pub(super) tags: Vec<String>,
+    /// Warnings only.
+    pub(super) is_silent: bool,
     /// `WANDB_RESUME` says that the server has the run already.
     pub(super) resumes: bool,
     /// Folder for the folder `wandb`.
@@ -140,7 +142,9 @@ impl Settings {
         let base_url = base_url.trim_end_matches('/').to_owned();
         let api_key = surroundings.get("WANDB_API_KEY");
         let api_key = api_key.or_else(|| surroundings.netrc_key(&base_url));
+        let is_set = |name| matches!(text(name).to_ascii_lowercase().as_str(), "true" | "1");
         let mode = match or_stored("WANDB_MODE", "mode").as_deref() {
+            _ if is_set("WANDB_DISABLED") => Mode::Disabled,
             Some("offline" | "dryrun") => Mode::Offline,
             Some("disabled") => Mode::Disabled,
             _ => Mode::Online,
@@ -168,6 +172,7 @@ impl Settings {
                 .map(|tag| tag.trim().to_owned())
                 .filter(|tag| !tag.is_empty())
                 .collect(),
+            is_silent: is_set("WANDB_SILENT"),
             resumes: matches!(text("WANDB_RESUME").as_str(), "allow" | "must" | "auto"),
             dir: surroundings.get("WANDB_DIR").map(PathBuf::from),
             upload_interval: text("WANDB_X_FILE_STREAM_TRANSMIT_INTERVAL").parse().ok(),
@@ -296,6 +301,8 @@ mod tests {
                 mode
             );
         }
+        let disabled = settings_of(&[("WANDB_DISABLED", "True")], &[], None, None);
+        assert_eq!(disabled.mode, Mode::Disabled);
         let files = [("wandb/settings", "[default]\nmode = offline\n")];
         assert_eq!(settings_of(&[], &files, None, None).mode, Mode::Offline);
     }

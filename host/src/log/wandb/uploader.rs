@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::super::{Level, Notice};
-use super::service::{Answer, INSTALL, Installed, Service, TICK};
+use super::service::{Answer, INSTALL, Installed, Line, Service, TICK};
 use super::settings::Settings;
 
 /// How often the service is asked for news.
@@ -140,25 +140,24 @@ fn follow(upload: &Upload, shared: &Shared) -> Result<(), String> {
             }
             Some(Answer::News(lines)) => {
                 for line in lines {
-                    let level = if line.is_error {
-                        Level::Warning
-                    } else {
-                        Level::Info
+                    let level = match line.is_error {
+                        true => Level::Warning,
+                        false => Level::Info,
                     };
                     shared.say(level, format!("W&B: {}", line.text));
                 }
             }
             Some(Answer::Done(lines)) => {
                 service.end();
-                let errors: Vec<String> = lines
-                    .into_iter()
-                    .filter(|line| line.is_error)
-                    .map(|line| line.text)
-                    .collect();
-                return if errors.is_empty() {
-                    Ok(())
-                } else {
-                    Err(errors.join("; "))
+                let (errors, news): (Vec<Line>, Vec<Line>) =
+                    lines.into_iter().partition(|line| line.is_error);
+                for line in news {
+                    shared.say(Level::Info, format!("W&B: {}", line.text));
+                }
+                let errors: Vec<String> = errors.into_iter().map(|line| line.text).collect();
+                return match errors.is_empty() {
+                    true => Ok(()),
+                    false => Err(errors.join("; ")),
                 };
             }
             Some(Answer::Refused(why)) => {
