@@ -18,6 +18,7 @@ use crate::signals::{Ending, Signals};
 use crate::train::TrainError;
 use crate::train::build::{Blueprint, Site, batch_shape, eval_batch_size, eval_stream, size};
 use crate::train::evaluate::evaluate;
+use crate::train::reporting::Observer;
 use crate::train::segments::Segments;
 use crate::train::validation::{AllScores, as_json, named};
 use crate::trained::{self, Trained};
@@ -412,7 +413,8 @@ impl Evaluator<'_> {
         let stream = eval_stream(site.stream(request)?, request)?;
         let Trained { model, device, .. } = &mut self.trained;
         let segments = Segments::new(model.abilities()?.has_memory, 0.0);
-        let scores = evaluate(model, segments, &stream, batch_size, *device, self.signals);
+        let watched = (&**self.signals, &mut Observer::default());
+        let scores = evaluate(model, segments, &stream, batch_size, *device, watched);
         scores.map_err(HostError::from)
     }
 

@@ -6,6 +6,7 @@
 
 pub mod abi;
 pub mod args;
+pub mod chart;
 pub mod choice;
 pub mod component;
 pub mod dataset;
@@ -18,6 +19,7 @@ pub mod tensor;
 pub mod testing;
 
 pub use args::{ArgDef, ArgKind, ArgSpec, Profile, joined};
+pub use chart::{AxisPart, Chart, ChartAxis, ChartKind, TokenRange};
 pub use choice::{ChoiceDataset, ChoiceInfo, Question, ScoringRule};
 pub use component::{ComponentInfo, ComponentKind};
 pub use dataset::{DocumentCount, Split, StreamInfo, StreamRequest, TokenDataset};
@@ -25,8 +27,8 @@ pub use error::PluginError;
 pub use host::{Host, HostInfo, LogLevel};
 pub use kernel::{Capabilities, GroupedMatmul, Kernel, Selection};
 pub use model::{
-    ForwardInput, ForwardOutput, LayerSummary, Model, ModelAbilities, ModelSetup, ModelSummary,
-    NamedTensor, Parameter, Past,
+    ForwardInput, ForwardOutput, LayerSummary, MapWish, Model, ModelAbilities, ModelSetup,
+    ModelSummary, NamedTensor, Parameter, Past, Wishes,
 };
 pub use task::{EvaluationRequest, RunFacts, Task, TaskPlan};
 pub use tensor::{DType, Device, TensorHandle};

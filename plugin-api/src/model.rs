@@ -1,6 +1,6 @@
 //! What a model is: named parameters, and a forward pass from token ids to logits.
 
-use crate::{ArgSpec, DType, Device, Host, PluginError, TensorHandle};
+use crate::{ArgSpec, Chart, DType, Device, Host, PluginError, TensorHandle};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
 /// A language model. The host owns the loss, backward and the optimizer; the parameters are the model's own tensors,
@@ -102,10 +102,66 @@ pub struct ForwardInput {
     pub tokens_tb: TensorHandle,
     /// Dropout and regularizers are on.
     pub is_training: bool,
-    /// Whether the statistics of this pass will be logged; they cost time.
-    pub wants_stats: bool,
+    /// What this pass should tell about itself; it costs time.
+    pub wishes: Wishes,
     /// What the tokens see of earlier ones.
     pub past: Past,
+}
+
+/// What a pass should tell about itself. A model grants what it can. No wish changes any result, nor draws a random
+/// number.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+#[expect(
+    clippy::struct_excessive_bools,
+    reason = "independent wishes, each with an interval of its own"
+)]
+pub struct Wishes {
+    /// Cheap numbers, as [`ForwardOutput::stats`].
+    pub stats: bool,
+    /// Count what this pass selects, for the charts of a later pass or of this one. Passes of training and of evaluation
+    /// are counted apart.
+    pub counts: bool,
+    /// Count what is selected together, likewise.
+    pub pairs: bool,
+    /// Costly numbers of this pass, and charts of everything counted since the last such pass, as
+    /// [`ForwardOutput::charts`].
+    pub details: bool,
+    /// Counts of this very pass, as [`ForwardOutput::selections`].
+    pub selections: bool,
+    /// Attention maps of the batch's first sequence, as [`ForwardOutput::charts`].
+    pub maps: Option<MapWish>,
+}
+
+impl Wishes {
+    /// Whether models of every version know all that is wished for.
+    pub fn is_plain(&self) -> bool {
+        let Self { stats, .. } = *self;
+        *self
+            == Self {
+                stats,
+                ..Self::default()
+            }
+    }
+
+    /// Whether selections are to be counted, for whatever purpose.
+    pub fn needs_counts(&self) -> bool {
+        self.stats || self.counts || self.details || self.selections
+    }
+
+    /// Whether what is selected together is to be counted.
+    pub fn needs_pairs(&self) -> bool {
+        self.pairs || self.selections
+    }
+}
+
+/// Which attention maps.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MapWish {
+    /// Positions shown: the last so many if negative, the first so many if positive, all of them if 0.
+    pub n_steps: i64,
+    /// Also one map for each head, with what its experts are selected for.
+    pub has_heads: bool,
 }
 
 /// What a pass sees of earlier tokens. Slots are independent of each other; a slot that was never used is empty.
@@ -175,8 +231,12 @@ pub struct ForwardOutput {
     pub logits_tbv: TensorHandle,
     /// Scalars to add to the loss, already weighted; contributions of one name are summed. Nats.
     pub regularizers: Vec<NamedTensor>,
-    /// Scalars to log.
+    /// Scalars to log, if [`Wishes::stats`]; of a batch in parts they are averaged.
     pub stats: Vec<NamedTensor>,
+    /// Charts to log.
+    pub charts: Vec<Chart>,
+    /// Counts, if [`Wishes::selections`]; of several passes they are added up.
+    pub selections: Vec<NamedTensor>,
 }
 
 /// A tensor with a name.

@@ -67,6 +67,8 @@ pub struct HostConfig {
     pub log: LogSink,
     /// Steps over which metrics are averaged.
     pub log_interval: u64,
+    /// What the model tells about itself.
+    pub reports: ReportConfig,
     /// Steps between checkpoints; only at the end if absent.
     pub save_interval: Option<u64>,
     /// Checkpoints that stay.
@@ -114,6 +116,24 @@ pub struct HostConfig {
     /// Regularizers that fall linearly to 0 over the training.
     #[serde(deserialize_with = "none_is_default")]
     pub reg_lin_decay: Vec<String>,
+}
+
+/// What the model tells about itself, and how often.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ReportConfig {
+    /// Steps between charts and costly numbers; never if absent.
+    pub details_interval: Option<u64>,
+    /// Steps between attention maps; never if absent.
+    pub map_interval: Option<u64>,
+    /// Positions of an attention map: the last so many if negative, the first if positive, all if 0.
+    pub n_map_steps: i64,
+    /// Whether each head has a map of its own.
+    pub has_head_maps: bool,
+    /// Whether validations report, too.
+    pub logs_validation: bool,
+    /// Whether the counts of each step go to a file.
+    pub dumps: bool,
 }
 
 /// What happens when the loss or the gradient of a step is not finite.

@@ -18,6 +18,8 @@ pub(super) const NOT_SAVED: &[&str] = &[
 pub(super) const MINIMUM: &[(&str, f64)] = &[
     ("adam.eps", 0.0),
     ("batch_size", 1.0),
+    ("debug_plot_interval", 1.0),
+    ("details_log_interval", 1.0),
     ("grad_clip", 0.0),
     ("keep_last", 1.0),
     ("log_interval", 1.0),
@@ -111,6 +113,29 @@ const HOST_ARGS: &[ArgSpec] = &[
     ArgSpec::int("log_interval", "20")
         .unit("steps")
         .help("Metrics are averaged over so many steps"),
+    ArgSpec::int("details_log_interval", "100")
+        .optional()
+        .field("reports.details_interval")
+        .unit("steps")
+        .help("Charts and costly statistics each so many steps"),
+    ArgSpec::int("debug_plot_interval", "none")
+        .optional()
+        .field("reports.map_interval")
+        .unit("steps")
+        .help("Attention maps each so many steps"),
+    ArgSpec::int("plot.n_steps", "-128")
+        .field("reports.n_map_steps")
+        .unit("positions")
+        .help("Size of an attention map: the last so many positions if negative, the first if positive, all if 0"),
+    ArgSpec::flag("transformer.plot_head_details", "0")
+        .field("reports.has_head_maps")
+        .help("With `-debug_plot_interval`: a map for each head, with the experts that it selects"),
+    ArgSpec::flag("val_log_details", "0")
+        .field("reports.logs_validation")
+        .help("Log what layers report during validation, below `validation/<set>/`"),
+    ArgSpec::flag("dump_logs", "0")
+        .field("reports.dumps")
+        .help("Write how often experts are selected, each step, below `export/log_dumps/`"),
     ArgSpec::int("save_interval", "5000")
         .optional()
         .unit("steps")
@@ -257,12 +282,7 @@ const HOST_ARGS: &[ArgSpec] = &[
     ArgSpec::retired(ArgKind::Int, "lm.unroll_eval", "only a task that the reference cannot start reads it"),
     ArgSpec::retired(ArgKind::Int, "lm.example_context", "the reference never shows its examples; see `-n_samples`"),
     ArgSpec::retired(ArgKind::Int, "lm.example_window", "the reference never shows its examples; see `-sample_length`"),
-    ArgSpec::retired(ArgKind::Bool, "val_log_details", "layers report nothing while the model is validated"),
-    ArgSpec::retired(ArgKind::Bool, "dump_logs", "no layer of the reference fills the files that it names"),
     ArgSpec::retired(ArgKind::Str, "dump_validation_plots", "the reference never reaches the code that reads it"),
-    ArgSpec::retired(ArgKind::Int, "debug_plot_interval", NO_PLOTS),
-    ArgSpec::retired(ArgKind::Int, "details_log_interval", "layers report with every record; see `-log_interval`"),
 ];
 
 const NO_WANDB: &str = "Weights & Biases is not there yet";
-const NO_PLOTS: &str = "attention maps are not drawn";

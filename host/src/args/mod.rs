@@ -24,7 +24,7 @@ pub use error::ArgsError;
 pub use help::help_text;
 pub use host::{
     AdamConfig, GpuChoice, HostConfig, LogSink, NanPolicy, NonFiniteConfig, OptimizerConfig,
-    OptimizerKind, SampleConfig, ScheduleConfig, ScheduleKind, Speedtest,
+    OptimizerKind, ReportConfig, SampleConfig, ScheduleConfig, ScheduleKind, Speedtest,
 };
 pub use host_table::host_args;
 pub use owner::{Owner, Role};

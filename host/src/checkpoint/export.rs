@@ -187,7 +187,7 @@ fn write_text(path: &Path, value: &Value) -> Result<(), CheckpointError> {
 }
 
 /// A file appears under its name only when it is whole.
-fn write(
+pub(crate) fn write(
     path: &Path,
     contents: impl FnOnce(&mut dyn Write, &Path) -> Result<(), CheckpointError>,
 ) -> Result<(), CheckpointError> {

@@ -36,6 +36,7 @@ use tch::{Device, Tensor};
 
 pub use convert::{Converted, convert};
 pub use error::CheckpointError;
+pub(crate) use export::write as write_whole;
 pub use export::{Exported, Layout, export};
 pub use folder::load_latest;
 pub use info::info;

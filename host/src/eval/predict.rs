@@ -14,7 +14,7 @@ use super::item::Item;
 use super::metrics::Predicted;
 use crate::train::{inputs_and_targets, stream::BEHIND_END, token_losses};
 use moeut_plugin_api::abi::client::ModelClient;
-use moeut_plugin_api::{ForwardInput, Past, PluginError};
+use moeut_plugin_api::{ForwardInput, Past, PluginError, Wishes};
 use moeut_torch::{IntoHandle, IntoTensor, OrPluginError};
 use std::collections::BTreeMap;
 use tch::{Device, Kind, TchError, Tensor};
@@ -55,7 +55,7 @@ impl Predictor for Client<'_> {
         let output = self.model.forward(ForwardInput {
             tokens_tb: tokens_tb.share(),
             is_training: false,
-            wants_stats: false,
+            wishes: Wishes::default(),
             past,
         })?;
         Ok(output.logits_tbv.into_tensor())

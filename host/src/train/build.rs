@@ -4,13 +4,16 @@
 use super::TrainError;
 use super::batches::{BatchShape, Batches};
 use super::device::{Placement, place};
+use super::dumps::Dumps;
 use super::evaluate::EvalStream;
 use super::generate::Sampling;
+use super::labels::Follower;
 use super::monitor::{Monitor, Watch};
 use super::non_finite::{Guard, Inspector};
 use super::optimizer::Optimizer;
 use super::pretrained;
 use super::regularizers::Regularizers;
+use super::reporting::{Intervals, weight_counts};
 use super::run::{Named, RNG_CPU, RNG_CUDA, Run, Samples};
 use super::sampler::Sampler;
 use super::sampling::Choice;
@@ -122,7 +125,11 @@ pub fn build(
         plan.train.seq_len,
         n_steps,
     )?;
-    let mut monitor = Monitor::new(sinks, Arc::clone(terminal), watch, &state);
+    let tokenizer = Arc::clone(&data.tokenizer);
+    let text = move |id| tokenizer.decode(&[id]).unwrap_or_default();
+    let follower = Follower::new(text, watch.intervals.has_maps());
+    let files = (follower, Dumps::new(&blueprint.folder));
+    let mut monitor = Monitor::new(sinks, Arc::clone(terminal), watch, files, &state);
     if blueprint.config.non_finite.is_traced {
         moeut_torch::anomaly::detect(true).or_plugin_error("`-nan_detect 1` is refused")?;
         monitor
@@ -209,7 +216,7 @@ fn watch(
     let flops_per_token = throughput::flops_per_token(&summary, seq_len, subject.n_trained);
     let is_16_bit = matches!(placement.compute_dtype, DType::Bf16 | DType::F16);
     Ok(Watch {
-        log_interval: config.log_interval,
+        intervals: Intervals::new(config),
         n_steps,
         device,
         throughput: Throughput::new(flops_per_token, config.peak_tflops, device, is_16_bit),
@@ -248,6 +255,8 @@ struct Subject {
     model: ModelClient,
     parameters: Named,
     n_trained: usize,
+    /// The layers' numbers, by kind.
+    weight_counts: Vec<(String, f64)>,
     optimizer: Optimizer,
     scaler: Scaler,
     segments: Segments,
@@ -425,6 +434,7 @@ impl Site<'_> {
             name: component.info.name.clone(),
             model,
             parameters,
+            weight_counts: weight_counts(&trained),
             n_trained: trained.iter().map(|(_, tensor)| tensor.numel()).sum(),
             optimizer,
             scaler,
@@ -713,7 +723,9 @@ fn announce(
     info: &StreamInfo,
 ) {
     let n_params = subject.n_trained;
-    monitor.once(state.step, vec![("n_params".into(), n_params as f64)]);
+    let mut counts = subject.weight_counts.clone();
+    counts.push(("n_params".into(), n_params as f64));
+    monitor.once(state.step, counts);
     monitor.message(&format!(
         "model `{}`: {n_params} parameters on {} ({} parameters, {} products); {} training tokens, vocabulary {}",
         subject.name, placement.device, placement.dtype, placement.compute_dtype, info.n_tokens, info.vocab_size

@@ -1,6 +1,7 @@
 //! Validation: token-exact loss over every window of a stream, in the parameters' own precision.
 
 use super::loss::{inputs_and_targets, token_losses};
+use super::reporting::Observer;
 use super::segments::Segments;
 use super::stream::Stream;
 use super::{TrainError, forward, int};
@@ -40,7 +41,8 @@ impl Scores {
     }
 }
 
-/// Scores a model on a stream; no scores if a signal ends it. What the model remembers of the training stays.
+/// Scores a model on a stream; no scores if a signal ends it. What the model remembers of the training stays. The
+/// `observer` gets what the passes tell.
 ///
 /// # Errors
 /// If the data cannot be read or the model fails.
@@ -50,11 +52,12 @@ pub fn evaluate(
     stream: &EvalStream,
     batch_size: usize,
     device: Device,
-    signals: &Signals,
+    (signals, observer): (&Signals, &mut Observer),
 ) -> Result<Option<Scores>, TrainError> {
     // The validation has a slot of its own, but its states are of no use afterwards.
     let of_training = segments.tensors(model)?;
-    let scores = score(model, segments, stream, batch_size, device, signals)?;
+    let watched = (signals, observer);
+    let scores = score(model, segments, stream, batch_size, device, watched)?;
     segments.restore(model, &of_training)?;
     Ok(scores)
 }
@@ -65,7 +68,7 @@ fn score(
     stream: &EvalStream,
     batch_size: usize,
     device: Device,
-    signals: &Signals,
+    (signals, observer): (&Signals, &mut Observer),
 ) -> Result<Option<Scores>, TrainError> {
     let _no_grad = tch::no_grad_guard();
     let order = Order::new(
@@ -90,7 +93,7 @@ fn score(
             ForwardInput {
                 tokens_tb: inputs.share(),
                 is_training: false,
-                wants_stats: false,
+                wishes: observer.wishes(index + 1 == order.n_batches),
                 past: segments.validation(index == 0),
             },
         )?;
@@ -102,6 +105,7 @@ fn score(
             .double_value(&[]);
         let right = logits.argmax(-1, false).eq_tensor(&targets);
         n_right += right.sum(Kind::Double).double_value(&[]);
+        observer.add(batch.n_scored, output);
         n_tokens += stream.stream.n_targets(&batch.windows[..batch.n_scored]) as u64;
     }
     let loss = loss / n_tokens as f64;

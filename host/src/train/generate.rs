@@ -12,7 +12,7 @@ use super::TrainError;
 use super::sampling::Choice;
 pub use super::sampling::Uniform;
 use moeut_plugin_api::abi::client::{ModelClient, TokenDatasetClient};
-use moeut_plugin_api::{ForwardInput, Past, PluginError};
+use moeut_plugin_api::{ForwardInput, Past, PluginError, Wishes};
 use moeut_torch::{IntoHandle, IntoTensor, OrPluginError};
 use std::ops::ControlFlow;
 use std::time::{Duration, Instant};
@@ -158,7 +158,7 @@ impl Predictor for Client<'_> {
         let output = self.model.forward(ForwardInput {
             tokens_tb: tokens_tb.share(),
             is_training: false,
-            wants_stats: false,
+            wishes: Wishes::default(),
             past,
         })?;
         let logits_tbv = output.logits_tbv.into_tensor();

@@ -2,10 +2,13 @@
 
 pub mod batches;
 pub mod build;
+pub mod charts;
 pub mod device;
 pub mod dry_run;
+pub mod dumps;
 pub mod evaluate;
 pub mod generate;
+pub mod labels;
 mod loss;
 pub mod memory;
 pub mod monitor;
@@ -14,6 +17,7 @@ pub mod optimizer;
 mod post_mortem;
 pub mod pretrained;
 pub mod regularizers;
+pub mod reporting;
 pub mod run;
 pub mod sampler;
 pub mod sampling;
@@ -29,9 +33,10 @@ pub mod validation;
 
 use crate::checkpoint::CheckpointError;
 use batches::Microbatch;
+use charts::Sketch;
 use loss::mean_loss;
 use moeut_plugin_api::abi::client::ModelClient;
-use moeut_plugin_api::{ForwardInput, NamedTensor, PluginError};
+use moeut_plugin_api::{Chart, ForwardInput, NamedTensor, PluginError};
 use moeut_torch::autocast::Autocast;
 use moeut_torch::error::OrPluginError;
 use moeut_torch::handle::{IntoHandle, IntoTensor};
@@ -111,14 +116,19 @@ fn forward_backward(run: &mut Run, batch: &[Microbatch]) -> Result<StepStats, Tr
     for (index, microbatch) in batch.iter().enumerate() {
         let tokens = microbatch.tokens.to_device(run.device);
         let (inputs, targets) = inputs_and_targets(&tokens);
+        let past = run.segments.training(index, forgets || microbatch.is_start);
+        let part = (index, batch.len());
+        let wishes = run
+            .monitor
+            .wishes(&run.state, part, &microbatch.tokens, past);
         let output = {
             let _mixed =
                 Autocast::new(run.device, run.autocast).or_plugin_error("mixed precision")?;
             let input = ForwardInput {
                 tokens_tb: inputs.share(),
                 is_training: true,
-                wants_stats: run.monitor.wants_stats(&run.state),
-                past: run.segments.training(index, forgets || microbatch.is_start),
+                wishes,
+                past,
             };
             forward(&mut run.model, input)?
         };
@@ -145,6 +155,10 @@ pub struct Output {
     pub regularizers: Vec<(String, Tensor)>,
     /// Scalars to log.
     pub stats: Vec<(String, Tensor)>,
+    /// Charts to log.
+    pub charts: Vec<(Sketch, Tensor)>,
+    /// Counts of selections.
+    pub selections: Vec<(String, Tensor)>,
 }
 
 /// Calls the model.
@@ -158,10 +172,21 @@ pub fn forward(model: &mut ModelClient, input: ForwardInput) -> Result<Output, T
             .collect()
     };
     let output = model.forward(input)?;
+    let sketched = |chart: Chart| {
+        let values = chart.values.into_tensor();
+        let sketch = Sketch {
+            name: chart.name,
+            kind: chart.kind,
+            size: values.size(),
+        };
+        (sketch, values)
+    };
     Ok(Output {
         logits: output.logits_tbv.into_tensor(),
         regularizers: named(output.regularizers),
         stats: named(output.stats),
+        charts: output.charts.into_iter().map(sketched).collect(),
+        selections: named(output.selections),
     })
 }
 

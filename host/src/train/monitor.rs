@@ -1,11 +1,17 @@
 //! Turns the tensors of finished steps into log records, a step late so that no step waits for the device.
 
+use super::charts::{Shown, Sketch};
+use super::dumps::Dumps;
+use super::labels::{Follower, Labels};
 use super::non_finite::NonFinite;
+use super::reporting::{self, Intervals, Observer};
 use super::state::TrainState;
 use super::throughput::Throughput;
 use super::timing::{Phase, Timing};
 use super::{StepStats, TrainError, memory};
 use crate::log::{Record, Sinks, StepLine, Terminal};
+use moeut_plot::Plot;
+use moeut_plugin_api::{Past, Wishes};
 use moeut_torch::OrPluginError;
 use moeut_torch::readback::Readback;
 use std::sync::Arc;
@@ -18,8 +24,8 @@ const LR_INTERVAL: u64 = 100;
 /// What a monitor is told once.
 #[derive(Debug, Clone, Copy)]
 pub struct Watch {
-    /// Steps over which metrics are averaged.
-    pub log_interval: u64,
+    /// What is reported when.
+    pub intervals: Intervals,
     /// Last step.
     pub n_steps: u64,
     /// Where the model lives.
@@ -39,6 +45,8 @@ pub struct Monitor {
     sinks: Sinks,
     terminal: Arc<Terminal>,
     watch: Watch,
+    follower: Follower,
+    dumps: Dumps,
     pending: Option<Pending>,
     timing: Timing,
     clock: Clock,
@@ -53,6 +61,8 @@ struct Pending {
     lr: f64,
     readback: Readback,
     names: Vec<Metric>,
+    /// Of its attention maps.
+    labels: Option<Labels>,
 }
 
 /// What a number of a step is.
@@ -63,11 +73,22 @@ enum Metric {
     Single(String),
     GradNorm,
     IsBad,
+    Chart(Sketch),
+    /// Counts of this shape.
+    Selections(String, Vec<i64>),
+}
+
+/// What is logged of a step besides averages.
+#[derive(Default)]
+struct Details {
+    scalars: Vec<(String, f64)>,
+    plots: Vec<(String, Plot)>,
 }
 
 /// Since the last record.
 struct Clock {
     n_steps: u64,
+    n_microbatches: u64,
     tokens_at_start: u64,
     /// Time of steps that the device was waited for.
     exact: Duration,
@@ -77,6 +98,7 @@ impl Clock {
     fn new(tokens_at_start: u64) -> Self {
         Self {
             n_steps: 0,
+            n_microbatches: 0,
             tokens_at_start,
             exact: Duration::ZERO,
         }
@@ -85,11 +107,19 @@ impl Clock {
 
 impl Monitor {
     /// Observes from the state a run starts in.
-    pub fn new(sinks: Sinks, terminal: Arc<Terminal>, watch: Watch, state: &TrainState) -> Self {
+    pub fn new(
+        sinks: Sinks,
+        terminal: Arc<Terminal>,
+        watch: Watch,
+        (follower, dumps): (Follower, Dumps),
+        state: &TrainState,
+    ) -> Self {
         Self {
             sinks,
             terminal,
             watch,
+            follower,
+            dumps,
             pending: None,
             timing: Timing::default(),
             clock: Clock::new(state.n_tokens),
@@ -98,14 +128,31 @@ impl Monitor {
         }
     }
 
-    /// Whether the coming step's statistics will be logged.
-    pub fn wants_stats(&self, state: &TrainState) -> bool {
-        (state.step + 1).is_multiple_of(self.watch.log_interval)
+    /// What the model should tell about a microbatch of the coming step, the part `index` of `n`; `past` is what it sees
+    /// of earlier ones.
+    pub fn wishes(
+        &mut self,
+        state: &TrainState,
+        (index, n): (usize, usize),
+        tokens_tb: &Tensor,
+        past: Past,
+    ) -> Wishes {
+        self.clock.n_microbatches += 1;
+        if index == 0 {
+            self.follower.follow(tokens_tb, past);
+        }
+        self.watch.intervals.training(state.step + 1, index, n)
+    }
+
+    /// For the validation of a stream.
+    pub fn observer(&self) -> Observer {
+        self.watch.intervals.observer()
     }
 
     /// Whether the norms of the coming step's gradients will be logged, one by one.
     pub fn wants_grad_norms(&self, state: &TrainState) -> bool {
-        self.watch.logs_grad_norms && self.wants_stats(state)
+        let step = state.step + 1;
+        self.watch.logs_grad_norms && step.is_multiple_of(self.watch.intervals.record)
     }
 
     /// Says what the host does from now on, for the time split.
@@ -150,7 +197,9 @@ impl Monitor {
         self.synchronize();
         self.clock.exact += self.step_began.elapsed();
         self.enter(Phase::Log);
-        let current = Pending::start(state.step, lr, results)?;
+        let has_tokens = results.charts.iter().any(|(sketch, _)| sketch.has_tokens());
+        let labels = has_tokens.then(|| self.follower.labels());
+        let current = Pending::start(state.step, lr, results, labels)?;
         // The time up to now is that of all steps up to this one, also where the one before is logged.
         self.clock.n_steps += 1;
         self.settle(state)?;
@@ -173,14 +222,22 @@ impl Monitor {
         let (step, lr) = (pending.step, pending.lr);
         let (mut averaged, mut single) = (Vec::new(), Vec::new());
         let (mut grad_norm, mut is_bad) = (0.0, false);
-        for (metric, value) in pending.read()? {
+        let (mut details, mut selections) = (Details::default(), Vec::new());
+        let (labels, read) = pending.read()?;
+        for (metric, values) in read {
+            let value = values.first().copied().unwrap_or(f64::NAN);
             match metric {
                 Metric::Averaged(name) => averaged.push((name, value)),
                 Metric::Single(name) => single.push((name, value)),
                 Metric::GradNorm => grad_norm = value,
                 Metric::IsBad => is_bad = value > 0.0,
+                Metric::Chart(sketch) => self.draw(sketch, &values, labels.as_ref(), &mut details),
+                Metric::Selections(name, size) => {
+                    selections.push((name, reporting::counts(&values, &size)));
+                }
             }
         }
+        self.dump(step, None, &selections);
         if is_bad {
             self.note_bad(state, step, loss_of(&averaged), grad_norm)?;
         } else {
@@ -192,10 +249,33 @@ impl Monitor {
             };
             state.window.add(&averaged, grad_norm);
         }
-        if step.is_multiple_of(self.watch.log_interval) || step == self.watch.n_steps {
-            self.log(state, step, lr, single);
+        if step.is_multiple_of(self.watch.intervals.record) || step == self.watch.n_steps {
+            details.scalars.extend(single);
+            self.log(state, step, lr, details);
+        } else {
+            self.once(step, details.scalars);
+            self.plots(step, details.plots);
         }
         Ok(())
+    }
+
+    /// A chart that is none is left out: it is no reason to end a training.
+    fn draw(&self, sketch: Sketch, values: &[f64], labels: Option<&Labels>, details: &mut Details) {
+        match sketch.draw(values, labels) {
+            Ok((name, Shown::Number(value))) => details.scalars.push((name, value)),
+            Ok((name, Shown::Plot(plot))) => details.plots.push((name, plot)),
+            Err(error) => self.warn(&format!("{}: {}; {}", error.what, error.why, error.fix)),
+        }
+    }
+
+    /// Writes counts of selections to a file, if there are any: those of a step, or of a stream's validation.
+    pub fn dump(&self, step: u64, stream: Option<&str>, selections: &[(String, Tensor)]) {
+        if selections.is_empty() {
+            return;
+        }
+        if let Err(error) = self.dumps.write(step, stream, selections) {
+            self.warn(&format!("{error}; {}", error.help()));
+        }
     }
 
     /// A step was not finite, and its update was dropped.
@@ -223,9 +303,9 @@ impl Monitor {
         })))
     }
 
-    fn log(&mut self, state: &mut TrainState, step: u64, lr: f64, single: Vec<(String, f64)>) {
+    fn log(&mut self, state: &mut TrainState, step: u64, lr: f64, details: Details) {
         let mut scalars = state.window.take();
-        scalars.extend(single);
+        scalars.extend(details.scalars);
         let spent = self.timing.take();
         let seconds = spent.training();
         let tokens_per_s = (state.n_tokens - self.clock.tokens_at_start) as f64 / seconds;
@@ -235,7 +315,20 @@ impl Monitor {
             let name = format!("timing/ms_per_{}", phase.name());
             (name, spent.of(phase) * per_step)
         }));
+        // The reference's name for the time that logs take.
+        scalars.push(("timing/ms_per_plot".into(), spent.of(Phase::Log) * per_step));
         scalars.push(("timing/tokens_per_s".into(), tokens_per_s));
+        let computing = spent.of(Phase::ForwardBackward) + spent.of(Phase::Optimizer);
+        let ms_per_token = 1e3 / tokens_per_s;
+        scalars.extend([
+            ("timing/total_ms_per_token".into(), ms_per_token),
+            (
+                "timing/ms_per_token".into(),
+                ms_per_token * computing / seconds,
+            ),
+        ]);
+        let n_parts = self.clock.n_microbatches as f64 / self.clock.n_steps.max(1) as f64;
+        scalars.push(("average_num_chunks".into(), n_parts));
         let mfu = self.watch.throughput.mfu(tokens_per_s);
         scalars.extend(mfu.map(|mfu| ("timing/mfu".into(), mfu)));
         if self.watch.is_speedtest {
@@ -258,6 +351,7 @@ impl Monitor {
         self.sinks.record(Record {
             step,
             scalars,
+            plots: details.plots,
             ..Record::default()
         });
         self.clock = Clock::new(state.n_tokens);
@@ -275,9 +369,24 @@ impl Monitor {
 
     /// Logs numbers that are not averaged: of a validation, or known once.
     pub fn once(&mut self, step: u64, scalars: Vec<(String, f64)>) {
+        if scalars.is_empty() {
+            return;
+        }
         self.sinks.record(Record {
             step,
             scalars,
+            ..Record::default()
+        });
+    }
+
+    /// Logs charts.
+    pub fn plots(&mut self, step: u64, plots: Vec<(String, Plot)>) {
+        if plots.is_empty() {
+            return;
+        }
+        self.sinks.record(Record {
+            step,
+            plots,
             ..Record::default()
         });
     }
@@ -306,10 +415,17 @@ impl Monitor {
 
 impl Pending {
     /// Starts to read a step's results.
-    fn start(step: u64, lr: f64, stats: StepStats) -> Result<Self, TrainError> {
+    fn start(
+        step: u64,
+        lr: f64,
+        stats: StepStats,
+        labels: Option<Labels>,
+    ) -> Result<Self, TrainError> {
         let StepStats {
             averaged,
             single,
+            charts,
+            selections,
             grad_norm,
             is_bad,
             ..
@@ -320,8 +436,16 @@ impl Pending {
         let single = single
             .into_iter()
             .map(|(name, t)| (Metric::Single(name), t));
+        let charts = charts
+            .into_iter()
+            .map(|(sketch, t)| (Metric::Chart(sketch), t));
+        let selections = selections
+            .into_iter()
+            .map(|(name, t)| (Metric::Selections(name, t.size()), t));
         let (names, tensors): (Vec<Metric>, Vec<Tensor>) = averaged
             .chain(single)
+            .chain(charts)
+            .chain(selections)
             .chain(grad_norm.map(|norm| (Metric::GradNorm, norm)))
             .chain(is_bad.map(|is_bad| (Metric::IsBad, is_bad)))
             .unzip();
@@ -332,19 +456,135 @@ impl Pending {
             lr,
             readback,
             names,
+            labels,
         })
     }
 
-    /// The numbers, once they have arrived.
-    fn read(self) -> Result<impl Iterator<Item = (Metric, f64)>, TrainError> {
+    /// The labels, and the numbers once they have arrived.
+    fn read(
+        self,
+    ) -> Result<(Option<Labels>, impl Iterator<Item = (Metric, Vec<f64>)>), TrainError> {
         let values = self.readback.wait();
         let values = values.or_plugin_error("the results of a step cannot be read")?;
-        let first = |value: Vec<f64>| value.first().copied().unwrap_or(f64::NAN);
-        Ok(self.names.into_iter().zip(values.into_iter().map(first)))
+        Ok((self.labels, self.names.into_iter().zip(values)))
     }
 }
 
 fn loss_of(scalars: &[(String, f64)]) -> f64 {
     let loss = scalars.iter().find(|(name, _)| name == "train/loss");
     loss.map_or(f64::NAN, |(_, value)| *value)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::log::{Sink, SinkError, TerminalMode};
+    use crate::train::reporting::tests::intervals;
+    use moeut_plugin_api::{AxisPart, ChartAxis, ChartKind, TokenRange};
+    use std::sync::{Mutex, PoisonError};
+
+    /// Keeps the records.
+    #[derive(Default, Clone)]
+    struct Memory(Arc<Mutex<Vec<Record>>>);
+
+    impl Sink for Memory {
+        #[expect(clippy::unnecessary_literal_bound, reason = "the trait's signature")]
+        fn name(&self) -> &str {
+            "memory"
+        }
+
+        fn write(&mut self, record: &Record) -> Result<(), SinkError> {
+            let mut records = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+            records.push(record.clone());
+            Ok(())
+        }
+
+        fn flush(&mut self) -> Result<(), SinkError> {
+            Ok(())
+        }
+    }
+
+    fn chart(name: &str, kind: ChartKind, values: &Tensor) -> (Sketch, Tensor) {
+        let sketch = Sketch {
+            name: name.to_owned(),
+            kind,
+            size: values.size(),
+        };
+        (sketch, values.shallow_clone())
+    }
+
+    /// A step that is no record by itself tells a number, a map of tokens, a chart that is none, and counts.
+    #[test]
+    fn what_a_model_tells_is_logged_a_step_later() {
+        let folder = tempfile::tempdir().unwrap();
+        let memory = Memory::default();
+        let watch = Watch {
+            intervals: intervals(None),
+            n_steps: 100,
+            device: Device::Cpu,
+            throughput: Throughput {
+                flops_per_token: 1.0,
+                peak_flops: None,
+            },
+            nan_budget: 0,
+            is_speedtest: false,
+            logs_grad_norms: false,
+        };
+        let follower = Follower::new(|id| format!("<{id}>"), true);
+        let mut state = TrainState::default();
+        let mut monitor = Monitor::new(
+            Sinks::start(vec![Box::new(memory.clone())]),
+            Arc::new(Terminal::new(TerminalMode::Quiet)),
+            watch,
+            (follower, Dumps::new(folder.path())),
+            &state,
+        );
+
+        let tokens_tb = Tensor::from_slice(&[5i64, 6, 7]).unsqueeze(1);
+        let _ = monitor.wishes(&state, (0, 1), &tokens_tb, Past::None);
+        let tokens = |part: fn(TokenRange) -> AxisPart| ChartAxis {
+            label: String::new(),
+            parts: vec![part(TokenRange { from_end: 2, n: 2 })],
+        };
+        let map = ChartKind::Frames {
+            x: tokens(AxisPart::Inputs),
+            y: tokens(AxisPart::Targets),
+            range: None,
+            titles: vec!["layer 0".to_owned()],
+        };
+        let square = Tensor::from_slice(&[1.0, 0.0, 0.5, 0.5]).view([1, 2, 2]);
+        let results = StepStats {
+            charts: vec![
+                chart("out_diff_0", ChartKind::Number, &Tensor::from(0.25)),
+                chart("activations/map", map, &square),
+                chart("broken", ChartKind::Number, &square),
+            ],
+            selections: [("counts".to_owned(), Tensor::from_slice2(&[[3i64, 4]]))].into(),
+            ..StepStats::default()
+        };
+        state.step = 3;
+        monitor.observe(&mut state, 0.1, results).unwrap();
+        monitor.settle(&mut state).unwrap();
+        monitor.finish();
+
+        let records = memory.0.lock().unwrap();
+        assert!(records.iter().all(|record| record.step == 3));
+        let scalars: Vec<_> = records.iter().flat_map(|record| &record.scalars).collect();
+        assert_eq!(scalars, [&("out_diff_0".to_owned(), 0.25)]);
+        let plots: Vec<_> = records.iter().flat_map(|record| &record.plots).collect();
+        let [(name, Plot::Frames(frames))] = &plots[..] else {
+            panic!("{plots:?}");
+        };
+        assert_eq!(name, "activations/map");
+        assert_eq!(frames.x.names, ["<5>", "<6>"]);
+        assert_eq!(frames.y.names, ["<6>", "<7>"]);
+        assert_eq!(frames.frames[0].1.values, [1.0, 0.0, 0.5, 0.5]);
+
+        let path = folder
+            .path()
+            .join("export/log_dumps/3/selections.safetensors");
+        let dumped = crate::checkpoint::read_tensors(&path).unwrap();
+        assert_eq!(dumped[0].0, "counts");
+        assert_eq!(dumped[0].1, Tensor::from_slice2(&[[3i64, 4]]));
+    }
 }

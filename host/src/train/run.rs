@@ -104,6 +104,7 @@ impl Run {
     /// # Errors
     /// If a save or a validation fails.
     pub fn begin(&mut self) -> Result<(), TrainError> {
+        self.log_epoch();
         if self.job.is_some() {
             self.save()?;
             self.wait_for_save()?;
@@ -136,7 +137,11 @@ impl Run {
     pub fn advance(&mut self) {
         self.state.step += 1;
         self.state.n_tokens += self.batches.n_targets() as u64;
+        let epoch = self.state.position.epoch;
         self.state.position = self.batches.position();
+        if self.state.position.epoch != epoch {
+            self.log_epoch();
+        }
         for warning in self
             .checkpoints
             .iter_mut()
@@ -144,6 +149,12 @@ impl Run {
         {
             self.monitor.warn(&warning);
         }
+    }
+
+    fn log_epoch(&mut self) {
+        let epoch = self.state.position.epoch as f64;
+        self.monitor
+            .once(self.state.step, vec![("epoch".into(), epoch)]);
     }
 
     /// Whether something that happens every `interval` steps, and at the end, happens now.

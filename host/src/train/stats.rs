@@ -1,7 +1,9 @@
 //! What a step leaves behind for the logs, as tensors that nobody has waited for.
 
 use super::Output;
+use super::charts::Sketch;
 use super::optimizer::GradNorms;
+use super::reporting::accumulate;
 use std::collections::BTreeMap;
 use tch::Tensor;
 
@@ -12,6 +14,10 @@ pub struct StepStats {
     pub averaged: BTreeMap<String, Tensor>,
     /// The same of metrics that are logged as they are.
     pub single: BTreeMap<String, Tensor>,
+    /// Charts of one of the microbatches.
+    pub charts: Vec<(Sketch, Tensor)>,
+    /// Counts, sums over the microbatches.
+    pub selections: BTreeMap<String, Tensor>,
     /// Loss and regularizers of the whole batch.
     pub objective: Option<Tensor>,
     /// Norm of all gradients before clipping.
@@ -34,6 +40,10 @@ impl StepStats {
         for (name, value) in output.stats {
             accumulate(&mut self.single, name, value.detach() * weight);
         }
+        for (name, value) in output.selections {
+            accumulate(&mut self.selections, name, value);
+        }
+        self.charts.extend(output.charts);
         let share = share.detach();
         self.objective = Some(match self.objective.take() {
             Some(sum) => sum + share,
@@ -52,12 +62,4 @@ impl StepStats {
         let loss_scale = loss_scale.map(|scale| ("amp/loss_scale".to_owned(), scale));
         self.single.extend(loss_scale);
     }
-}
-
-fn accumulate(sums: &mut BTreeMap<String, Tensor>, name: String, share: Tensor) {
-    let sum = match sums.remove(&name) {
-        Some(sum) => sum + share,
-        None => share,
-    };
-    sums.insert(name, sum);
 }

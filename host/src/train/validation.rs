@@ -5,15 +5,18 @@
 //! load_validation/<name>/<metric>   after `-load_pretrained_model`
 //! <name>/<metric>                   `-test_only`, which prints them, too
 //! ```
+//! With `-val_log_details`, what the model's layers tell about a stream is among its metrics, under their own names.
 //! A name is that of a stream or of an evaluation set; some sets are scored at the end only, and by `-test_only`. How a
 //! stream is scored is in [`super::evaluate`], and how a set is in [`crate::eval`].
 
 use super::TrainError;
 use super::evaluate::{Scores, evaluate};
+use super::reporting::Seen;
 use super::run::Run;
 use super::state::TrainState;
 use super::timing::Phase;
 use crate::eval::metrics::SetScores;
+use moeut_plot::Plot;
 use moeut_plugin_api::PluginError;
 
 /// All scores, in the task's order.
@@ -23,6 +26,8 @@ pub struct AllScores {
     pub streams: Vec<(String, Scores)>,
     /// Of evaluation sets.
     pub sets: Vec<SetScores>,
+    /// What the model tells about the streams, with `-val_log_details`.
+    pub seen: Vec<(String, Seen)>,
 }
 
 impl AllScores {
@@ -49,6 +54,8 @@ pub fn validate(run: &mut Run) -> Result<(), TrainError> {
         run.state.owes_validation = false;
         let metrics = with_bests(&mut run.state, "validation/", &all);
         run.monitor.once(run.state.step, metrics);
+        let plots = plots("validation/", all.seen);
+        run.monitor.plots(run.state.step, plots);
     }
     Ok(())
 }
@@ -61,6 +68,8 @@ pub fn validate_pretrained(run: &mut Run) -> Result<(), TrainError> {
     if let Some(all) = score(run, false)? {
         let metrics = named("load_validation/", &all);
         run.monitor.once(run.state.step, metrics);
+        let plots = plots("load_validation/", all.seen);
+        run.monitor.plots(run.state.step, plots);
     }
     Ok(())
 }
@@ -78,6 +87,7 @@ pub fn test_only(run: &mut Run) -> Result<Option<String>, TrainError> {
     let metrics = with_bests(&mut run.state, "", &all);
     let json = as_json(&metrics)?;
     run.monitor.once(run.state.step, metrics);
+    run.monitor.plots(run.state.step, plots("", all.seen));
     Ok(Some(format!(
         "Validate returned:\n{json}\n{}\n",
         "-".repeat(80)
@@ -89,17 +99,22 @@ fn score(run: &mut Run, is_end: bool) -> Result<Option<AllScores>, TrainError> {
     run.monitor.enter(Phase::Validate);
     let mut all = AllScores::default();
     for stream in &run.validation {
+        let mut observer = run.monitor.observer();
         let result = evaluate(
             &mut run.model,
             run.segments,
             stream,
             run.eval_batch_size,
             run.device,
-            &run.signals,
+            (&run.signals, &mut observer),
         )?;
         let Some(scores) = result else {
             return Ok(None);
         };
+        let selections = observer.take_selections();
+        run.monitor
+            .dump(run.state.step, Some(&stream.name), &selections);
+        all.seen.push((stream.name.clone(), observer.finish()?));
         run.monitor
             .message(&sentence(run.state.step, &stream.name, &scores));
         all.streams.push((stream.name.clone(), scores));
@@ -161,6 +176,10 @@ pub fn named(prefix: &str, all: &AllScores) -> Vec<(String, f64)> {
                 .map(|bits| (name("bits_per_byte"), bits)),
         );
     }
+    for (stream, seen) in &all.seen {
+        let below = |(name, value): &(String, f64)| (format!("{prefix}{stream}/{name}"), *value);
+        metrics.extend(seen.scalars.iter().map(below));
+    }
     for set in &all.sets {
         let of_set = set.metrics.iter();
         metrics.extend(of_set.map(|metric| {
@@ -179,6 +198,15 @@ pub fn named(prefix: &str, all: &AllScores) -> Vec<(String, f64)> {
         ]);
     }
     metrics
+}
+
+/// The charts under their names.
+fn plots(prefix: &str, seen: Vec<(String, Seen)>) -> Vec<(String, Plot)> {
+    let of_stream = |(stream, seen): (String, Seen)| {
+        let plots = seen.plots.into_iter();
+        plots.map(move |(name, plot)| (format!("{prefix}{stream}/{name}"), plot))
+    };
+    seen.into_iter().flat_map(of_stream).collect()
 }
 
 /// As [`named`], and how many steps ago each of what counts in the averages was at its best.
@@ -230,7 +258,7 @@ mod tests {
             streams: streams
                 .map(|&(name, scores)| (name.to_owned(), scores))
                 .collect(),
-            sets: Vec::new(),
+            ..AllScores::default()
         }
     }
 

@@ -3,9 +3,9 @@
 //! The host uses all of it; a model plugin uses [`KernelClient`], which the host hands on from another plugin.
 
 use super::{
-    ChoiceDatasetObject, HostObject, KernelObject, ModelObject, PluginModuleRef, RawForwardInput,
-    RawGroupedMatmul, RawHost, RawHost_TO, RawMoeMlp, RawMoeProject, RawNamed, RawResult, RawRoute,
-    RawRouted, TaskObject, TokenDatasetObject, older_dataset,
+    ChoiceDatasetObject, HostObject, KernelObject, ModelObject, PluginModuleRef, RawChart,
+    RawForwardInput, RawGroupedMatmul, RawHost, RawHost_TO, RawMoeMlp, RawMoeProject, RawNamed,
+    RawReport, RawResult, RawRoute, RawRouted, TaskObject, TokenDatasetObject, older_dataset,
 };
 use crate::host::{HostInfo, LogLevel};
 use crate::kernel::{
@@ -17,8 +17,8 @@ use crate::model::{
     Past,
 };
 use crate::{
-    ChoiceInfo, ComponentInfo, DType, Device, DocumentCount, PluginError, Question, RunFacts,
-    StreamInfo, StreamRequest, TaskPlan, TensorHandle,
+    Chart, ChoiceInfo, ComponentInfo, DType, Device, DocumentCount, PluginError, Question,
+    RunFacts, StreamInfo, StreamRequest, TaskPlan, TensorHandle,
 };
 use abi_stable::StableAbi;
 use abi_stable::abi_stability::abi_checking::{
@@ -26,7 +26,7 @@ use abi_stable::abi_stability::abi_checking::{
 };
 use abi_stable::library::{LibraryError, lib_header_from_path};
 use abi_stable::sabi_trait::TD_Opaque;
-use abi_stable::std_types::{RResult, RStr, RString};
+use abi_stable::std_types::{RResult, RStr, RString, RVec};
 use serde::{Serialize, de::DeserializeOwned};
 use std::cell::OnceCell;
 use std::path::Path;
@@ -398,19 +398,28 @@ impl ModelClient {
         let raw = RawForwardInput {
             tokens_tb: input.tokens_tb,
             is_training: input.is_training,
-            wants_stats: input.wants_stats,
+            wants_stats: input.wishes.stats,
         };
-        let raw = result(match input.past {
-            Past::None => self.object.forward(raw),
-            past => {
-                let past = encode(&past)?;
-                self.object.forward_with_past(raw, past.as_str().into())
-            }
-        })?;
-        Ok(ForwardOutput {
-            logits_tbv: raw.logits_tbv,
-            regularizers: raw.regularizers.into_iter().map(named).collect(),
-            stats: raw.stats.into_iter().map(named).collect(),
+        let past = match input.past {
+            Past::None => String::new(),
+            past => encode(&past)?,
+        };
+        if !input.wishes.is_plain() {
+            let wishes = encode(&input.wishes)?;
+            let call = (past.as_str().into(), wishes.as_str().into());
+            return forward_output(result(
+                self.object.forward_with_report(raw, call.0, call.1),
+            )?);
+        }
+        let output = if past.is_empty() {
+            self.object.forward(raw)
+        } else {
+            self.object.forward_with_past(raw, past.as_str().into())
+        };
+        forward_output(RawReport {
+            output: result(output)?,
+            charts: RVec::new(),
+            selections: RVec::new(),
         })
     }
 
@@ -461,6 +470,31 @@ impl ModelClient {
     pub fn summary(&self, seq_len: u64) -> Result<ModelSummary, PluginError> {
         decode_or_default(&result(self.object.summary(seq_len))?)
     }
+}
+
+fn forward_output(raw: RawReport) -> Result<ForwardOutput, PluginError> {
+    let chart = |raw: RawChart| {
+        Ok(Chart {
+            kind: decode(&raw.kind_json)?,
+            name: raw.name.into(),
+            values: raw.values,
+        })
+    };
+    let RawReport {
+        output,
+        charts,
+        selections,
+    } = raw;
+    Ok(ForwardOutput {
+        logits_tbv: output.logits_tbv,
+        regularizers: output.regularizers.into_iter().map(named).collect(),
+        stats: output.stats.into_iter().map(named).collect(),
+        charts: charts
+            .into_iter()
+            .map(chart)
+            .collect::<Result<_, PluginError>>()?,
+        selections: selections.into_iter().map(named).collect(),
+    })
 }
 
 /// A kernel in a plugin, usually another one than the caller.

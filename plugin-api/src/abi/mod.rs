@@ -37,7 +37,7 @@ use std::ffi::c_void;
 /// Major version of the ABI: another one is refused.
 pub const ABI_MAJOR: u32 = 1;
 /// Minor version of the ABI: raised when something is appended.
-pub const ABI_MINOR: u32 = 2;
+pub const ABI_MINOR: u32 = 3;
 
 /// One `at::Tensor` of the process's libtorch, owned; opaque outside `moeut-torch`.
 #[repr(C)]
@@ -135,6 +135,24 @@ pub struct RawForwardOutput {
     logits_tbv: TensorHandle,
     regularizers: RVec<RawNamed>,
     stats: RVec<RawNamed>,
+}
+
+/// [`crate::Chart`] on its way across.
+#[repr(C)]
+#[derive(Debug, StableAbi)]
+pub struct RawChart {
+    name: RString,
+    kind_json: RString,
+    values: TensorHandle,
+}
+
+/// All of [`crate::model::ForwardOutput`], where [`RawForwardOutput`] has what ABI 1.0 knew of it.
+#[repr(C)]
+#[derive(Debug, StableAbi)]
+pub struct RawReport {
+    output: RawForwardOutput,
+    charts: RVec<RawChart>,
+    selections: RVec<RawNamed>,
 }
 
 /// [`crate::kernel::GroupedMatmul`] on its way across.
@@ -253,7 +271,8 @@ pub trait RawChoiceDataset: Send + Sync {
     fn read(&self, first: u64, n: u64) -> RawResult<RString>;
 }
 
-/// A model inside a plugin. What follows `graph_safe` came with ABI 1.1; the bodies are what older plugins do.
+/// A model inside a plugin. What follows `graph_safe` came with ABI 1.1, and `forward_with_report` with ABI 1.3; the
+/// bodies are what older plugins do.
 #[sabi_trait]
 pub trait RawModel {
     fn parameters(&self) -> RawResult<RVec<RawNamed>>;
@@ -284,6 +303,24 @@ pub trait RawModel {
     /// JSON of [`crate::ModelSummary`]; empty: the default.
     fn summary(&self, _seq_len: u64) -> RawResult<RString> {
         RResult::ROk(RString::new())
+    }
+    /// `past_json` is a [`crate::Past`], empty for `None`; `wishes_json` is a [`crate::Wishes`].
+    fn forward_with_report(
+        &mut self,
+        input: RawForwardInput,
+        past_json: RStr<'_>,
+        _wishes_json: RStr<'_>,
+    ) -> RawResult<RawReport> {
+        let output = if past_json.is_empty() {
+            self.forward(input)
+        } else {
+            self.forward_with_past(input, past_json)
+        };
+        output.map(|output| RawReport {
+            output,
+            charts: RVec::new(),
+            selections: RVec::new(),
+        })
     }
 }
 
@@ -439,6 +476,8 @@ mod tests {
                 "memory",
                 "set_memory",
                 "summary",
+                // ABI 1.3.
+                "forward_with_report",
             ]
         );
         assert_eq!(
@@ -480,16 +519,113 @@ mod tests {
         }
     }
 
-    /// What [`client::PluginClient::open`] asks of a plugin of version 1.0, and of one that is not of this version.
+    /// The model as version 1.2 had it.
+    mod version_1_2 {
+        use crate::abi::{RawForwardInput, RawForwardOutput, RawNamed, RawResult, older_than_1_1};
+        use abi_stable::sabi_trait;
+        use abi_stable::std_types::{RResult, RStr, RString, RVec};
+
+        #[sabi_trait]
+        pub(super) trait RawModel {
+            fn parameters(&self) -> RawResult<RVec<RawNamed>>;
+            fn forward(&mut self, input: RawForwardInput) -> RawResult<RawForwardOutput>;
+            #[sabi(last_prefix_field)]
+            fn graph_safe(&self) -> RawResult<bool>;
+            fn forward_with_past(
+                &mut self,
+                _input: RawForwardInput,
+                _past_json: RStr<'_>,
+            ) -> RawResult<RawForwardOutput> {
+                RResult::RErr(older_than_1_1("see earlier tokens"))
+            }
+            fn abilities(&self) -> RawResult<RString> {
+                RResult::ROk(RString::new())
+            }
+            fn memory(&self) -> RawResult<RVec<RawNamed>> {
+                RResult::ROk(RVec::new())
+            }
+            fn set_memory(&mut self, _memory: RVec<RawNamed>) -> RawResult<()> {
+                RResult::ROk(())
+            }
+            fn summary(&self, _seq_len: u64) -> RawResult<RString> {
+                RResult::ROk(RString::new())
+            }
+        }
+    }
+
+    /// What [`client::PluginClient::open`] asks of a plugin of an older version, and of one that is not of this version.
     #[test]
-    fn objects_of_version_1_0_are_accepted() {
+    fn objects_of_older_versions_are_accepted() {
         type Model = version_1_0::RawModel_TO<'static, RBox<()>>;
+        type Model1_2 = version_1_2::RawModel_TO<'static, RBox<()>>;
         type Kernel = version_1_0::RawKernel_TO<'static, RBox<()>>;
         let fits = |plugin, host| check_layout_compatibility(plugin, host).is_ok();
         assert!(fits(Model::LAYOUT, ModelObject::LAYOUT));
+        assert!(fits(Model1_2::LAYOUT, ModelObject::LAYOUT));
+        assert!(!fits(ModelObject::LAYOUT, Model1_2::LAYOUT));
         assert!(fits(Kernel::LAYOUT, KernelObject::LAYOUT));
         assert!(!fits(ModelObject::LAYOUT, Model::LAYOUT));
         assert!(!fits(Kernel::LAYOUT, ModelObject::LAYOUT));
+    }
+
+    /// A model of ABI 1.1 or 1.2: it knows the past and no wishes.
+    struct Older;
+
+    fn handle() -> TensorHandle {
+        extern "C" fn keep(_: *mut c_void) {}
+        // SAFETY: nobody opens the handle, and there is nothing to free.
+        unsafe { TensorHandle::from_raw(std::ptr::null_mut(), keep) }
+    }
+
+    fn answer(name: &str) -> RawForwardOutput {
+        RawForwardOutput {
+            logits_tbv: handle(),
+            regularizers: RVec::new(),
+            stats: RVec::from(vec![RawNamed {
+                name: name.into(),
+                tensor: handle(),
+                is_trainable: false,
+            }]),
+        }
+    }
+
+    impl RawModel for Older {
+        fn parameters(&self) -> RawResult<RVec<RawNamed>> {
+            RResult::ROk(RVec::new())
+        }
+
+        fn forward(&mut self, _: RawForwardInput) -> RawResult<RawForwardOutput> {
+            RResult::ROk(answer("alone"))
+        }
+
+        fn graph_safe(&self) -> RawResult<bool> {
+            RResult::ROk(false)
+        }
+
+        fn forward_with_past(
+            &mut self,
+            _: RawForwardInput,
+            past_json: RStr<'_>,
+        ) -> RawResult<RawForwardOutput> {
+            RResult::ROk(answer(past_json.as_str()))
+        }
+    }
+
+    #[test]
+    fn an_older_model_grants_what_it_knows() {
+        let report = |past: &str| {
+            let input = RawForwardInput {
+                tokens_tb: handle(),
+                is_training: true,
+                wants_stats: true,
+            };
+            let report = Older.forward_with_report(input, past.into(), "{\"details\":true}".into());
+            let report = report.into_result().map_err(PluginError::from).unwrap();
+            assert!(report.charts.is_empty() && report.selections.is_empty());
+            report.output.stats[0].name.to_string()
+        };
+        assert_eq!(report(""), "alone");
+        assert_eq!(report("{\"Cache\":1}"), "{\"Cache\":1}");
     }
 
     /// The frozen layout of what the calls carry.
@@ -546,6 +682,14 @@ mod tests {
             ["name", "tensor", "is_trainable"]
         );
         assert_eq!(
+            fields(<RawReport as StableAbi>::LAYOUT),
+            ["output", "charts", "selections"]
+        );
+        assert_eq!(
+            fields(<RawChart as StableAbi>::LAYOUT),
+            ["name", "kind_json", "values"]
+        );
+        assert_eq!(
             fields(<TensorHandle as StableAbi>::LAYOUT),
             ["ptr", "release"]
         );
@@ -559,6 +703,8 @@ mod tests {
             (<RawForwardInput as StableAbi>::LAYOUT, 24),
             (<RawForwardOutput as StableAbi>::LAYOUT, 80),
             (<RawNamed as StableAbi>::LAYOUT, 56),
+            (<RawReport as StableAbi>::LAYOUT, 144),
+            (<RawChart as StableAbi>::LAYOUT, 80),
             (<RawError as StableAbi>::LAYOUT, 96),
         ] {
             assert_eq!(layout.size(), size, "{}", layout.name());

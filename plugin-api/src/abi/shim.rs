@@ -1,16 +1,18 @@
 //! The plugin's side of the boundary: author traits in, guarded objects out.
 
 use super::{
-    ChoiceDatasetObject, HostObject, KernelObject, ModelObject, RawChoiceDataset,
+    ChoiceDatasetObject, HostObject, KernelObject, ModelObject, RawChart, RawChoiceDataset,
     RawChoiceDataset_TO, RawError, RawForwardInput, RawForwardOutput, RawGroupedMatmul, RawKernel,
     RawKernel_TO, RawModel, RawModel_TO, RawMoeMlp, RawMoeProject, RawNamed, RawProjected,
-    RawResult, RawRoute, RawRouted, RawTask, RawTask_TO, RawTokenDataset, RawTokenDataset_TO,
-    TaskObject, TensorHandle, TokenDatasetObject,
+    RawReport, RawResult, RawRoute, RawRouted, RawTask, RawTask_TO, RawTokenDataset,
+    RawTokenDataset_TO, TaskObject, TensorHandle, TokenDatasetObject,
 };
 use crate::args::read_configuration;
 use crate::kernel::{GroupedMatmul, Kernel, MoeMlp, MoeProject, Route, Routed, Selection};
-use crate::model::{ForwardInput, ForwardOutput, Model, NamedTensor, Past};
-use crate::{ChoiceDataset, ComponentInfo, ComponentKind, Host, PluginError, Task, TokenDataset};
+use crate::model::{ForwardInput, ForwardOutput, Model, NamedTensor, Past, Wishes};
+use crate::{
+    Chart, ChoiceDataset, ComponentInfo, ComponentKind, Host, PluginError, Task, TokenDataset,
+};
 use abi_stable::sabi_trait::TD_Opaque;
 use abi_stable::std_types::{RResult, RSlice, RSliceMut, RStr, RString, RVec};
 use serde::{Serialize, de::DeserializeOwned};
@@ -451,9 +453,8 @@ impl<M: Model> RawModel for Shim<M> {
 
     fn forward(&mut self, input: RawForwardInput) -> RawResult<RawForwardOutput> {
         guard(self.origin, "forward", || {
-            Ok(raw_output(
-                self.inner.forward(full_input(input, Past::None))?,
-            ))
+            let input = full_input(input, Past::None, None);
+            Ok(raw_report(self.inner.forward(input)?)?.output)
         })
     }
 
@@ -468,7 +469,8 @@ impl<M: Model> RawModel for Shim<M> {
     ) -> RawResult<RawForwardOutput> {
         guard(self.origin, "forward", || {
             let past = decode(past_json.as_str(), "past")?;
-            Ok(raw_output(self.inner.forward(full_input(input, past))?))
+            let input = full_input(input, past, None);
+            Ok(raw_report(self.inner.forward(input)?)?.output)
         })
     }
 
@@ -497,23 +499,56 @@ impl<M: Model> RawModel for Shim<M> {
             encode(&self.inner.summary(seq_len))
         })
     }
+
+    fn forward_with_report(
+        &mut self,
+        input: RawForwardInput,
+        past_json: RStr<'_>,
+        wishes_json: RStr<'_>,
+    ) -> RawResult<RawReport> {
+        guard(self.origin, "forward", || {
+            let past = match past_json.as_str() {
+                "" => Past::None,
+                past => decode(past, "past")?,
+            };
+            let wishes = decode(wishes_json.as_str(), "wishes")?;
+            let input = full_input(input, past, Some(wishes));
+            raw_report(self.inner.forward(input)?)
+        })
+    }
 }
 
-fn full_input(raw: RawForwardInput, past: Past) -> ForwardInput {
+/// Callers of older versions wish for statistics or for nothing.
+fn full_input(raw: RawForwardInput, past: Past, wishes: Option<Wishes>) -> ForwardInput {
     ForwardInput {
         tokens_tb: raw.tokens_tb,
         is_training: raw.is_training,
-        wants_stats: raw.wants_stats,
+        wishes: wishes.unwrap_or(Wishes {
+            stats: raw.wants_stats,
+            ..Wishes::default()
+        }),
         past,
     }
 }
 
-fn raw_output(output: ForwardOutput) -> RawForwardOutput {
-    RawForwardOutput {
-        logits_tbv: output.logits_tbv,
-        regularizers: output.regularizers.into_iter().map(named).collect(),
-        stats: output.stats.into_iter().map(named).collect(),
-    }
+fn raw_report(output: ForwardOutput) -> Result<RawReport, PluginError> {
+    let chart = |chart: Chart| {
+        Ok(RawChart {
+            name: chart.name.into(),
+            kind_json: encode(&chart.kind)?,
+            values: chart.values,
+        })
+    };
+    let charts = output.charts.into_iter().map(chart);
+    Ok(RawReport {
+        charts: charts.collect::<Result<_, PluginError>>()?,
+        output: RawForwardOutput {
+            logits_tbv: output.logits_tbv,
+            regularizers: output.regularizers.into_iter().map(named).collect(),
+            stats: output.stats.into_iter().map(named).collect(),
+        },
+        selections: output.selections.into_iter().map(named).collect(),
+    })
 }
 
 impl<K: Kernel> RawKernel for Shim<K> {

@@ -3,7 +3,8 @@
 use crate::cost::{Cost, Sequence, count};
 use crate::norm::normed;
 use crate::past::Mask;
-use crate::{Context, Init, LayerNorm, LayerPast, Params, Rope, RopeConfig};
+use crate::{AttentionMaps, Context, Init, LayerNorm, LayerPast, Params, Rope, RopeConfig};
+use moeut_plugin_api::PluginError;
 use tch::Tensor;
 
 /// `softmax(q·kᵀ/√d + mask) · v` per head; `[B, T, H, d]` for queries, `[B, S, H, d]` for keys and values; v may have its
@@ -130,13 +131,17 @@ impl DenseAttention {
     }
 
     /// `[B, T, D]` → `[B, T, D]`; keys and values are made from `attended_bsd`, if given, else from `x`.
+    ///
+    /// # Errors
+    /// If an attention map is wished for and cannot be made.
     pub fn forward(
         &self,
         x_btd: &Tensor,
         attended_bsd: Option<&Tensor>,
         past: &mut LayerPast,
+        maps: &mut AttentionMaps,
         ctx: &Context,
-    ) -> Tensor {
+    ) -> Result<Tensor, PluginError> {
         let Heads { n_heads, d_head } = self.heads;
         let width = n_heads * d_head;
         let split = |x: Tensor| {
@@ -156,9 +161,11 @@ impl DenseAttention {
         let q = self.rope.forward(&q, past.query_offset());
         let k = self.rope.forward(&k, past.key_offset());
         let (k, v) = past.joined(k, v);
+        maps.add(&q, &k, past.mask(), Vec::new(), ctx)?;
         let mixed = attention(&q, &k, &v, past.mask());
         let size = x_btd.size();
-        linear(&mixed.reshape([size[0], size[1], width]), &self.out)
+        let mixed = mixed.reshape([size[0], size[1], width]);
+        Ok(linear(&mixed, &self.out))
     }
 
     /// Of one application: `2·H·d·T·S` for scores and values, `4·D·H·d·T` for projections.

@@ -4,8 +4,8 @@ use crate::Routing;
 use crate::router::{self, RouterDtype};
 use moeut_plugin_api::abi::client::KernelClient;
 use moeut_plugin_api::kernel::{Activation, FusedCall, MoeMlp, MoeMlpOptions};
-use moeut_plugin_api::{Device, GroupedMatmul, PluginError};
-use moeut_torch::{IntoHandle, IntoTensor, OrPluginError, dtype};
+use moeut_plugin_api::{Device, GroupedMatmul, PluginError, Wishes};
+use moeut_torch::{Autocast, IntoHandle, IntoTensor, OrPluginError, dtype};
 use std::rc::Rc;
 use tch::{Kind, Tensor};
 
@@ -22,8 +22,10 @@ pub struct Context {
     pub router_dtype: RouterDtype,
     /// Dropout and regularizers are on.
     pub is_training: bool,
-    /// Statistics are wanted.
-    pub wants_stats: bool,
+    /// What the pass should tell about itself.
+    pub wishes: Wishes,
+    /// Statistics have the reference's definitions where those are wrong.
+    pub is_compat: bool,
 }
 
 impl Context {
@@ -111,6 +113,17 @@ impl Context {
     ) -> Result<Tensor, PluginError> {
         router::logits(x, weight, bias, self.router_dtype, self.is_mixed)
             .or_plugin_error("cannot compute router logits")
+    }
+
+    /// Suspends autocast while it lives: for statistics, whose rounding would show.
+    ///
+    /// # Errors
+    /// If the device has no autocast.
+    pub fn full_precision(&self, device: tch::Device) -> Result<Option<Autocast>, PluginError> {
+        self.is_mixed
+            .then(|| Autocast::new(device, None))
+            .transpose()
+            .or_plugin_error("mixed precision cannot be suspended")
     }
 
     /// Whether routers compute in autocast's type, with its rounding of scores.

@@ -11,7 +11,9 @@
 
 pub mod activation;
 pub mod attention;
+pub mod attention_maps;
 pub mod balance;
+pub mod charts;
 pub mod context;
 pub mod cost;
 pub mod embedding;
@@ -20,6 +22,7 @@ pub mod linear;
 pub mod lm;
 pub mod lm_head;
 pub mod moe;
+pub mod moe_stats;
 pub mod norm;
 pub mod params;
 pub mod past;
@@ -28,11 +31,14 @@ pub mod router;
 pub mod routing;
 pub mod sharing;
 pub mod switchhead;
+pub mod switchhead_stats;
+pub mod tally;
 pub mod testing;
 pub mod usage;
 
 pub use activation::Activation;
 pub use attention::DenseAttention;
+pub use attention_maps::AttentionMaps;
 pub use balance::{Balance, BalanceConfig, BalanceMode};
 pub use context::Context;
 pub use cost::{Cost, Sequence};
@@ -49,3 +55,4 @@ pub use router::RouterDtype;
 pub use routing::{Routing, Scoring};
 pub use sharing::Sharing;
 pub use switchhead::{Side, SwitchHead, SwitchHeadConfig};
+pub use tally::Tally;

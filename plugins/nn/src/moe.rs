@@ -2,6 +2,7 @@
 
 use crate::balance::Applications;
 use crate::cost::{Cost, ROUTER_BYTES, Sequence, count};
+use crate::moe_stats::{MoeStats, MoeWatch};
 use crate::norm::normed;
 use crate::routing::top_k;
 use crate::{
@@ -87,16 +88,16 @@ pub struct MoePass {
     keys_eds: Tensor,
     values_esd: Tensor,
     balance: Balance,
-    counts_e: Option<Tensor>,
+    watch: MoeWatch,
 }
 
-/// What a pass leaves: the weighted regularizer and the selection counts int64 `[E]`, if wanted.
+/// What a pass leaves.
 #[derive(Debug)]
 pub struct MoeReport {
-    /// Scalar.
+    /// The weighted regularizer, a scalar.
     pub balance: Option<Tensor>,
-    /// Named statistics.
-    pub stats: Vec<(&'static str, Tensor)>,
+    /// What was wished for.
+    pub stats: MoeStats,
 }
 
 impl SigmaMoe {
@@ -152,7 +153,7 @@ impl SigmaMoe {
             keys_eds: self.keys_eds.to_kind(ctx.compute),
             values_esd: self.values_esd.to_kind(ctx.compute),
             balance: Balance::new(self.config.balance, Applications::Summed),
-            counts_e: None,
+            watch: MoeWatch::new(ctx),
         }
     }
 
@@ -168,16 +169,14 @@ impl SigmaMoe {
     ) -> Result<Tensor, PluginError> {
         let d_model = self.router_ed.size()[1];
         let (ids_nk, gate_nk) = self.route(x_btd, pass, ctx)?;
-        let routing = Routing::new(&ids_nk, self.config.n_experts);
-        if ctx.wants_stats {
-            let counts_e = routing.counts();
-            pass.counts_e = Some(match pass.counts_e.take() {
-                Some(sum_e) => sum_e + counts_e,
-                None => counts_e,
-            });
-        }
-
+        let n_experts = self.config.n_experts;
+        let routing = Routing::new(&ids_nk, n_experts);
         let x_nd = x_btd.reshape([-1, d_model]);
+        if pass.watch.is_detailed() {
+            tch::no_grad(|| self.look(&x_nd, &ids_nk, pass, ctx))?;
+        }
+        pass.watch
+            .selected(&ids_nk, &gate_nk, &routing, (n_experts, ctx))?;
         let y_nd = match self.fused(&x_nd, &gate_nk, &routing, pass, ctx)? {
             Some(y_nd) => y_nd,
             None => self.composed(&x_nd, (&ids_nk, &gate_nk), &routing, pass, ctx)?,
@@ -227,24 +226,50 @@ impl SigmaMoe {
         format!("{name} ({top_k} of {n_experts}, width {d_expert})")
     }
 
-    /// Ends a forward pass.
-    pub fn finish(pass: MoePass) -> MoeReport {
-        let stats = pass.counts_e.map_or_else(Vec::new, |counts_e| {
-            vec![
-                (
-                    "usag_rel_perplexity_all_layers",
-                    usage::relative_perplexity(&counts_e),
-                ),
-                (
-                    "dead_expert_proportion_all_layers",
-                    usage::dead_share(&counts_e),
-                ),
-            ]
-        });
+    /// Ends a forward pass; `places` are those of the applications in the stack.
+    pub fn finish(pass: MoePass, places: &[usize]) -> MoeReport {
         MoeReport {
             balance: pass.balance.finish(),
-            stats,
+            stats: pass.watch.finish(places),
         }
+    }
+
+    /// Notes what only the layer itself can measure: the share of hidden units above zero, and how alike the weights are,
+    /// which is the same for all applications.
+    fn look(
+        &self,
+        x_nd: &Tensor,
+        ids_nk: &Tensor,
+        pass: &mut MoePass,
+        ctx: &Context,
+    ) -> Result<(), PluginError> {
+        /// Tokens are alike enough that more of them would change nothing but the cost.
+        const SAMPLE: i64 = 4096;
+        let n = x_nd.size()[0].min(SAMPLE);
+        let (x_nd, ids_nk) = (x_nd.narrow(0, 0, n), ids_nk.narrow(0, 0, n));
+        let routing = Routing::new(&ids_nk, self.config.n_experts);
+        let hidden_ms = self.hidden(&x_nd, &ids_nk, &routing, pass, ctx)?;
+        let pass_rate = hidden_ms.gt(0).to_kind(Kind::Float).mean(None);
+        pass.watch.detail("relu_pass_rate", pass_rate);
+        if !pass.watch.is_first() {
+            return Ok(());
+        }
+        let _exact = ctx.full_precision(x_nd.device())?;
+        let router = self.router_ed.unsqueeze(0);
+        // The reference compares the router's columns, one for each channel, which says little about experts.
+        let router_axis = if ctx.is_compat { 1 } else { 2 };
+        for (name, weights, axis) in [
+            ("ani/keys", &self.keys_eds, 1),
+            ("ani/values", &self.values_esd, 2),
+            ("ani/expert_sel", &router, router_axis),
+        ] {
+            pass.watch.detail(name, usage::mean_cosine(weights, axis));
+        }
+        if let Some(bias_e) = &self.router_bias_e {
+            pass.watch.detail("sel_bias_min", bias_e.min());
+            pass.watch.detail("sel_bias_max", bias_e.max());
+        }
+        Ok(())
     }
 
     /// The experts' output `[N, D]` in one call, if the kernel has it.
@@ -279,15 +304,27 @@ impl SigmaMoe {
         pass: &MoePass,
         ctx: &Context,
     ) -> Result<Tensor, PluginError> {
+        let hidden_ms = self.hidden(x_nd, ids_nk, routing, pass, ctx)?;
+        ctx.grouped_matmul(&hidden_ms, &pass.values_esd, routing, Some(gate_nk))
+    }
+
+    /// `act(x · W₁[e] + b₁[e])` of all selections, `[M, S]`.
+    fn hidden(
+        &self,
+        x_nd: &Tensor,
+        ids_nk: &Tensor,
+        routing: &Routing,
+        pass: &MoePass,
+        ctx: &Context,
+    ) -> Result<Tensor, PluginError> {
         let product_ms = ctx.grouped_matmul(x_nd, &pass.keys_eds, routing, None)?;
-        let hidden_ms = self.activation.forward(match &self.hidden_bias_es {
+        Ok(self.activation.forward(match &self.hidden_bias_es {
             Some(bias_es) => {
                 let of_selection = bias_es.index_select(0, &ids_nk.reshape([-1]));
                 product_ms + of_selection.to_kind(ctx.compute)
             }
             None => product_ms,
-        });
-        ctx.grouped_matmul(&hidden_ms, &pass.values_esd, routing, Some(gate_nk))
+        }))
     }
 
     /// Ids int64 `[N, K]` and gates `[N, K]`.
@@ -320,6 +357,9 @@ impl SigmaMoe {
         };
         let ids_btk = top_k(&scores, k, drop);
         let picked_btk = scores.gather(-1, &ids_btk, false);
+        if scoring == Scoring::Softmax && !scores_after_top_k {
+            pass.watch.competed(&scores);
+        }
         if ctx.is_training {
             let balanced = if self.balances_selected {
                 &picked_btk
@@ -331,7 +371,11 @@ impl SigmaMoe {
         let gate_btk = match scoring {
             Scoring::Sigmoid if ctx.is_router_rounded() && !scores_after_top_k => picked_btk,
             Scoring::Sigmoid => picked_btk.sigmoid(),
-            Scoring::Softmax if scores_after_top_k => picked_btk.softmax(-1, None),
+            Scoring::Softmax if scores_after_top_k => {
+                let gate_btk = picked_btk.softmax(-1, None);
+                pass.watch.competed(&gate_btk);
+                gate_btk
+            }
             Scoring::Softmax => picked_btk,
         };
         Ok((ids_btk.reshape([-1, k]), gate_btk.reshape([-1, k])))

@@ -1,14 +1,16 @@
 //! SwitchHead: multi-head attention whose projections are mixtures of experts, with rotary positions.
 
 use crate::attention::{Heads, KEPT, PROJECTIONS, SCORES, attention, kept_bytes, linear};
+use crate::attention_maps::Gates;
 use crate::balance::Applications;
 use crate::context::at_least_f32;
 use crate::cost::{Cost, ROUTER_BYTES, Sequence, count};
 use crate::norm::normed;
 use crate::routing::top_k;
+use crate::switchhead_stats::{SwitchHeadStats, SwitchHeadWatch};
 use crate::{
-    Balance, BalanceConfig, Context, Init, LayerNorm, LayerPast, Params, Rope, RopeConfig, Routing,
-    Scoring, usage,
+    AttentionMaps, Balance, BalanceConfig, Context, Init, LayerNorm, LayerPast, Params, Rope,
+    RopeConfig, Routing, Scoring,
 };
 use moeut_plugin_api::PluginError;
 use std::collections::BTreeMap;
@@ -43,7 +45,7 @@ impl Side {
     }
 
     /// Whether it reads what is attended to.
-    fn is_attended(self) -> bool {
+    pub(crate) fn is_attended(self) -> bool {
         matches!(self, Self::K | Self::V)
     }
 }
@@ -167,7 +169,7 @@ pub struct SwitchHead {
 pub struct SwitchHeadPass {
     experts: BTreeMap<Side, Tensor>,
     balances: BTreeMap<Side, Balance>,
-    counts: BTreeMap<Side, Tensor>,
+    watch: SwitchHeadWatch,
 }
 
 /// What a pass leaves, by the side under which a selection is reported: the first of q, v, k, o that uses it.
@@ -175,15 +177,18 @@ pub struct SwitchHeadPass {
 pub struct SwitchHeadReport {
     /// Weighted regularizers, scalars.
     pub balances: Vec<(Side, Tensor)>,
-    /// Relative perplexity of the experts' use, 1 = even.
-    pub usage: Vec<(Side, Tensor)>,
+    /// What was wished for.
+    pub stats: SwitchHeadStats,
 }
 
 /// One selection of one application.
-struct Route {
-    routing: Routing,
-    /// `[N·H, k]`.
-    gate: Tensor,
+#[derive(Debug)]
+pub(crate) struct Route {
+    pub(crate) routing: Routing,
+    /// Which experts, each head's own numbers, `[B, T, H, k]`.
+    pub(crate) ids_bthk: Tensor,
+    /// Likewise.
+    pub(crate) gate_bthk: Tensor,
 }
 
 impl SwitchHead {
@@ -256,7 +261,7 @@ impl SwitchHead {
         SwitchHeadPass {
             experts: self.sources.keys().map(cast).collect(),
             balances: self.selections.keys().map(balance).collect(),
-            counts: BTreeMap::new(),
+            watch: SwitchHeadWatch::new(ctx),
         }
     }
 
@@ -270,7 +275,7 @@ impl SwitchHead {
         x_btd: &Tensor,
         attended_bsd: Option<&Tensor>,
         pass: &mut SwitchHeadPass,
-        earlier: &mut LayerPast,
+        (earlier, maps): (&mut LayerPast, &mut AttentionMaps),
         ctx: &Context,
     ) -> Result<Tensor, PluginError> {
         let Heads { n_heads, d_head } = self.config.heads;
@@ -289,10 +294,15 @@ impl SwitchHead {
                 place.insert(self.route(scored, source, pass, ctx)?);
             }
         }
+        let shape = [n_heads, self.config.n_experts];
+        pass.watch.selected(&routes, shape);
         let route = |side: Side| {
             let source = *self.sources.get(&side)?;
             routes.get(&(source, is_apart && side.is_attended()))
         };
+        if let (Some(v), Some(o)) = (route(Side::V), route(Side::O)) {
+            pass.watch.selected_both(v, o, shape, ctx)?;
+        }
 
         // Both cast alike, so that libtorch neither casts twice nor adds their gradients in single precision.
         let q_in_btd = scored_btd.to_kind(ctx.compute);
@@ -311,13 +321,27 @@ impl SwitchHead {
         let q = self.rope.forward(&q, earlier.query_offset());
         let k = self.rope.forward(&k, earlier.key_offset());
         let (k, v) = earlier.joined(k, v);
+        if maps.is_on() {
+            let gates = self.sources.keys().filter_map(|&side| {
+                let gates_tha = route(side)?.of_first_sequence(self.config.n_experts);
+                Some(Gates {
+                    side: side.name(),
+                    is_attended: side.is_attended(),
+                    gates_tha,
+                })
+            });
+            maps.add(&q, &k, earlier.mask(), gates.collect(), ctx)?;
+        }
         let mixed_bthd = attention(&q, &k, &v, earlier.mask());
 
-        let Some(Route { routing, gate }) = route(Side::O) else {
+        let Some(Route {
+            routing, gate_bthk, ..
+        }) = route(Side::O)
+        else {
             let joined = mixed_bthd.reshape([size[0], size[1], n_heads * d_value]);
             return Ok(linear(&joined, &self.projections[&Side::O]));
         };
-        let gate = gate.view([-1, n_heads * self.config.top_k]);
+        let gate = gate_bthk.reshape([-1, n_heads * self.config.top_k]);
         let mixed = mixed_bthd.reshape([-1, d_value]);
         let y_nd = ctx.grouped_matmul(&mixed, &pass.experts[&Side::O], routing, Some(&gate))?;
         Ok(y_nd.view_as(x_btd))
@@ -330,14 +354,11 @@ impl SwitchHead {
             users.next().map_or(source, |(&side, _)| side)
         };
         let balances = pass.balances.into_iter();
-        let counts = pass.counts.into_iter();
         SwitchHeadReport {
             balances: balances
                 .filter_map(|(source, balance)| Some((reported(source), balance.finish()?)))
                 .collect(),
-            usage: counts
-                .map(|(source, counts)| (reported(source), usage::relative_perplexity(&counts)))
-                .collect(),
+            stats: pass.watch.finish(reported),
         }
     }
 
@@ -417,9 +438,12 @@ impl SwitchHead {
     ) -> Result<Tensor, PluginError> {
         match route {
             None => Ok(linear(x_btd, &self.projections[&side])),
-            Some(Route { routing, gate }) => {
+            Some(Route {
+                routing, gate_bthk, ..
+            }) => {
                 let x_nd = x_btd.reshape([-1, x_btd.size()[2]]);
-                ctx.grouped_matmul(&x_nd, &pass.experts[&side], routing, Some(gate))
+                let gate = gate_bthk.reshape([-1, self.config.top_k]);
+                ctx.grouped_matmul(&x_nd, &pass.experts[&side], routing, Some(&gate))
             }
         }
     }
@@ -463,20 +487,22 @@ impl SwitchHead {
         // Experts are numbered through all heads: expert a of head h is row h·A + a.
         let first_of_head =
             Tensor::arange(heads.n_heads, (Kind::Int64, x_btd.device())) * n_experts;
-        let ids = ids_bthk + first_of_head.unsqueeze(-1);
-        let routing = Routing::new(&ids, heads.n_heads * n_experts);
-        if ctx.wants_stats {
-            let counts = routing.counts();
-            let sum = match pass.counts.remove(&source) {
-                Some(sum) => sum + counts,
-                None => counts,
-            };
-            pass.counts.insert(source, sum);
-        }
+        let ids = &ids_bthk + first_of_head.unsqueeze(-1);
         Ok(Route {
-            routing,
-            gate: gate_bthk.reshape([-1, k]),
+            routing: Routing::new(&ids, heads.n_heads * n_experts),
+            ids_bthk,
+            gate_bthk,
         })
+    }
+}
+
+impl Route {
+    /// The gates of the batch's first sequence, 0 where an expert is not selected, `[T, H, A]`.
+    fn of_first_sequence(&self, n_experts: i64) -> Tensor {
+        let (ids_thk, gate_thk) = (self.ids_bthk.get(0), self.gate_bthk.get(0).detach());
+        let size = ids_thk.size();
+        let options = (gate_thk.kind(), gate_thk.device());
+        Tensor::zeros([size[0], size[1], n_experts], options).scatter(-1, &ids_thk, &gate_thk)
     }
 }
 

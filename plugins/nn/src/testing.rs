@@ -6,7 +6,7 @@ use moeut_plugin_api::abi::client::{HostServices, KernelClient, host_in_process}
 pub use moeut_plugin_api::testing::config;
 use moeut_plugin_api::{
     Capabilities, DType, Device, ForwardInput, GroupedMatmul, Host, HostInfo, Kernel, LogLevel,
-    Model, ModelSetup, Past, PluginError, TensorHandle,
+    MapWish, Model, ModelSetup, Past, PluginError, TensorHandle, Wishes,
 };
 use moeut_torch::{IntoHandle, IntoTensor};
 use std::rc::Rc;
@@ -128,7 +128,8 @@ pub fn context(is_training: bool) -> Context {
         is_mixed: false,
         router_dtype: crate::RouterDtype::F32,
         is_training,
-        wants_stats: false,
+        wishes: Wishes::default(),
+        is_compat: false,
     }
 }
 
@@ -149,7 +150,7 @@ pub fn logits(
     let input = ForwardInput {
         tokens_tb: tokens_tb.share(),
         is_training: false,
-        wants_stats: false,
+        wishes: Wishes::default(),
         past,
     };
     let output = tch::no_grad(|| model.forward(input))?;
@@ -249,6 +250,76 @@ pub fn check_segments(model: &mut impl Model) {
     let same = piece(model, 1, 2, false);
     assert_close(&same, &whole.narrow(0, 8, 4), "restored");
     assert!(!other.allclose(&same, 1e-6, 1e-6, false));
+}
+
+/// Everything that a pass can be asked for.
+pub const EVERYTHING: Wishes = Wishes {
+    stats: true,
+    counts: true,
+    pairs: true,
+    details: true,
+    selections: true,
+    maps: Some(MapWish {
+        n_steps: -4,
+        has_heads: true,
+    }),
+};
+
+/// Checks that no wish changes a result of a model without dropout, in evaluation and in training; returns the names of
+/// everything that is told, those of evaluation first, then those of a training pass behind it.
+///
+/// # Panics
+/// With what is off.
+pub fn check_wishes(model: &mut impl Model) -> [Vec<String>; 2] {
+    let tokens_tb = tokens(9, 2);
+    let mut told = [Vec::new(), Vec::new()];
+    for (is_training, told) in [false, true].into_iter().zip(&mut told) {
+        let mut pass = |wishes| {
+            let input = ForwardInput {
+                tokens_tb: tokens_tb.share(),
+                is_training,
+                wishes,
+                past: Past::None,
+            };
+            let output = model
+                .forward(input)
+                .unwrap_or_else(|error| panic!("{error}"));
+            let mut results = vec![output.logits_tbv.into_tensor()];
+            let terms = output.regularizers.into_iter();
+            results.extend(terms.map(|term| term.tensor.into_tensor()));
+            let mut names = Vec::new();
+            for named in output.stats.into_iter().chain(output.selections) {
+                let value = named.tensor.into_tensor();
+                assert!(
+                    bool::try_from(value.isfinite().all()).is_ok_and(|is| is),
+                    "{}",
+                    named.name
+                );
+                names.push(named.name);
+            }
+            for chart in output.charts {
+                let values = chart.values.into_tensor();
+                assert!(!values.requires_grad(), "{} is in the graph", chart.name);
+                assert!(
+                    bool::try_from(values.isfinite().all()).is_ok_and(|is| is),
+                    "{}",
+                    chart.name
+                );
+                names.push(chart.name);
+            }
+            (results, names)
+        };
+        let (plain, nothing) = pass(Wishes::default());
+        assert!(nothing.is_empty(), "nobody asked for {nothing:?}");
+        let (watched, names) = pass(EVERYTHING);
+        assert_eq!(plain.len(), watched.len());
+        for (plain, watched) in plain.iter().zip(&watched) {
+            assert!(plain.equal(watched), "a wish changes a result");
+        }
+        *told = names;
+        told.sort();
+    }
+    told
 }
 
 /// Parameters, and multiply-accumulates of one sequence of 1024 tokens, of a model of the paper with its vocabulary; no

@@ -150,7 +150,8 @@ fn run<const IS_FUSED: bool>(
         is_mixed: false,
         router_dtype: moeut_nn::RouterDtype::F32,
         is_training: true,
-        wants_stats: false,
+        wishes: moeut_plugin_api::Wishes::default(),
+        is_compat: false,
     };
     let x = values(&SHAPE).set_requires_grad(true);
     let mut pass = layer.begin(&ctx);

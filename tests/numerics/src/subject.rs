@@ -5,7 +5,7 @@ use crate::fixture::Fixture;
 use crate::plugins::{self, KernelPlugin};
 use moeut_plugin_api::abi::client::{ModelClient, PluginClient};
 use moeut_plugin_api::{
-    ArgDef, ComponentKind, DType, Device, ForwardInput, ModelSetup, Past, args,
+    ArgDef, ComponentKind, DType, Device, ForwardInput, ModelSetup, Past, Wishes, args,
 };
 use moeut_torch::{IntoHandle, IntoTensor};
 use serde_json::Value;
@@ -146,7 +146,10 @@ impl Subject {
         let output = self.model.forward(ForwardInput {
             tokens_tb: tokens_tb.share(),
             is_training: true,
-            wants_stats: true,
+            wishes: Wishes {
+                stats: true,
+                ..Wishes::default()
+            },
             past,
         })?;
         let regularizers = output.regularizers.into_iter();

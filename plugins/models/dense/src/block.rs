@@ -3,9 +3,10 @@
 use moeut_nn::attention::{DenseAttentionConfig, LinearInit};
 use moeut_nn::lm::{self, At, BlockReport, Shell};
 use moeut_nn::{
-    Activation, Context, Cost, DenseAttention, Init, LayerNorm, Linear, Params, Sequence,
+    Activation, AttentionMaps, Context, Cost, DenseAttention, Init, LayerNorm, Linear, Params,
+    Sequence,
 };
-use moeut_plugin_api::PluginError;
+use moeut_plugin_api::{Chart, PluginError};
 use tch::Tensor;
 
 /// `f(x) = W₂ · act(W₁ · x + b₁) + b₂`, hidden width `int(D · ff_multiplier)`, and one of
@@ -123,39 +124,65 @@ impl Block {
     }
 }
 
+/// What a block gathers over its applications in one forward pass.
+pub(crate) struct BlockPass {
+    maps: AttentionMaps,
+    /// Of the applications, in the stack.
+    places: Vec<usize>,
+}
+
 impl lm::Block for Block {
-    type Pass = ();
+    type Pass = BlockPass;
     type Carry = ();
 
-    fn begin(&self, _ctx: &Context) {}
+    fn begin(&self, ctx: &Context) -> BlockPass {
+        BlockPass {
+            maps: AttentionMaps::new(ctx),
+            places: Vec::new(),
+        }
+    }
 
     fn forward(&self, x: &Tensor, at: At<'_, Self>, ctx: &Context) -> Result<Tensor, PluginError> {
-        let past = at.past;
+        let At {
+            place, pass, past, ..
+        } = at;
+        pass.places.push(place);
         let (Norms::Pre([norm1, _]) | Norms::PreParallel(norm1) | Norms::Post([norm1, _])) =
             &self.norms;
         let attended = past.attended(x).map(|attended| norm1.forward(&attended));
+        let maps = &mut pass.maps;
         let mut attend = |x: &Tensor| {
-            let y = self.attention.forward(x, attended.as_ref(), past, ctx);
-            ctx.dropout(y, self.dropout)
+            let y = self
+                .attention
+                .forward(x, attended.as_ref(), past, maps, ctx)?;
+            Ok::<_, PluginError>(ctx.dropout(y, self.dropout))
         };
         Ok(match &self.norms {
             Norms::Pre([norm1, norm2]) => {
-                let x = x + attend(&norm1.forward(x));
+                let x = x + attend(&norm1.forward(x))?;
                 &x + self.feed(&norm2.forward(&x), ctx)
             }
             Norms::PreParallel(norm1) => {
                 let normed = norm1.forward(x);
-                x + attend(&normed) + self.feed(&normed, ctx)
+                x + attend(&normed)? + self.feed(&normed, ctx)
             }
             Norms::Post([norm1, norm2]) => {
-                let x = norm1.forward(&(x + attend(x)));
+                let x = norm1.forward(&(x + attend(x)?));
                 norm2.forward(&(&x + self.feed(&x, ctx)))
             }
         })
     }
 
-    fn finish(&self, (): ()) -> BlockReport {
-        BlockReport::default()
+    fn finish(&self, pass: BlockPass) -> BlockReport {
+        let maps = pass.maps.finish(&pass.places).into_iter();
+        let below = |map: Chart| Chart {
+            name: format!("self_attn/{}", map.name),
+            ..map
+        };
+        BlockReport {
+            maps: maps.map(below).collect(),
+            ..BlockReport::default()
+        }
     }
 
     fn describe(&self) -> String {

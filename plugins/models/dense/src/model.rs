@@ -48,7 +48,9 @@ impl Model for Dense {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use moeut_nn::testing::{VOCAB, build, check_cache, check_segments, logits, size, tokens};
+    use moeut_nn::testing::{
+        VOCAB, build, check_cache, check_segments, check_wishes, logits, size, tokens,
+    };
     use moeut_plugin_api::{NamedTensor, Past};
     use moeut_torch::{IntoHandle, IntoTensor};
     use std::collections::BTreeMap;
@@ -73,6 +75,17 @@ mod tests {
         for variant in VARIANTS {
             check_cache(&mut dense(variant, &[("lm.trafo.context_blocks", "0")]));
             check_cache(&mut dense(variant, &[]));
+        }
+    }
+
+    #[test]
+    fn no_wish_changes_a_result_and_maps_are_told() {
+        for variant in VARIANTS {
+            let [evaluation, training] = check_wishes(&mut dense(variant, &[]));
+            for names in [evaluation, training] {
+                let map = "activations/unique_layers.1.self_attn/head_3";
+                assert!(names.iter().any(|name| name == map), "{variant}: {names:?}");
+            }
         }
     }
 

@@ -2,14 +2,15 @@
 
 use crate::config::Blueprint;
 use moeut_nn::attention::{DenseAttentionConfig, LinearInit};
-use moeut_nn::lm::{self, At, BlockReport};
+use moeut_nn::lm::{self, At, BlockReport, Counted};
 use moeut_nn::moe::{MoePass, MoePlace, MoeReport};
 use moeut_nn::switchhead::{SwitchHeadPass, SwitchHeadPlace};
+use moeut_nn::usage::Optimist;
 use moeut_nn::{
-    Context, Cost, DenseAttention, LayerNorm, LayerPast, Norm, Params, Sequence, SigmaMoe,
-    SwitchHead,
+    AttentionMaps, Context, Cost, DenseAttention, LayerNorm, LayerPast, Norm, Params, Sequence,
+    SigmaMoe, SwitchHead, Tally, moe_stats, switchhead_stats,
 };
-use moeut_plugin_api::PluginError;
+use moeut_plugin_api::{Chart, PluginError};
 use tch::Tensor;
 
 /// | norm | attention reads | feed-forward reads | residual |
@@ -50,7 +51,14 @@ enum Norms {
 pub(crate) struct BlockPass {
     attention: Option<SwitchHeadPass>,
     moe: MoePass,
+    maps: AttentionMaps,
+    /// Of the applications, in the stack.
+    places: Vec<usize>,
 }
+
+/// Names of what the parts report begin so, as those of their parameters.
+const ATTENTION: &str = "self_attn/";
+const MOE: &str = "pkm/";
 
 impl Block {
     pub(crate) fn new(
@@ -113,10 +121,13 @@ impl Block {
         ctx: &Context,
     ) -> Result<Tensor, PluginError> {
         let y = match &self.attention {
-            Attention::Dense(attention) => attention.forward(x, attended, earlier, ctx),
+            Attention::Dense(attention) => {
+                attention.forward(x, attended, earlier, &mut pass.maps, ctx)?
+            }
             Attention::Experts(attention) => {
+                let seen = (earlier, &mut pass.maps);
                 let pass = pass.attention.get_or_insert_with(|| attention.begin(ctx));
-                attention.forward(x, attended, pass, earlier, ctx)?
+                attention.forward(x, attended, pass, seen, ctx)?
             }
         };
         Ok(ctx.dropout(y, self.dropout))
@@ -139,11 +150,16 @@ impl lm::Block for Block {
                 Attention::Experts(attention) => Some(attention.begin(ctx)),
             },
             moe: self.moe.begin(ctx),
+            maps: AttentionMaps::new(ctx),
+            places: Vec::new(),
         }
     }
 
     fn forward(&self, x: &Tensor, at: At<'_, Self>, ctx: &Context) -> Result<Tensor, PluginError> {
-        let At { pass, past, .. } = at;
+        let At {
+            place, pass, past, ..
+        } = at;
+        pass.places.push(place);
         let attended = past.attended(x);
         match &self.norms {
             Norms::Pre([norm1, norm2]) => {
@@ -176,19 +192,37 @@ impl lm::Block for Block {
                 let name = format!("moe_att/{}/entropy", side.name());
                 report.regularizers.push((name, term));
             }
-            for (side, value) in of_attention.usage {
-                let name = format!("self_attn/usag_rel_perplexity/{}", side.name());
+            let stats = of_attention.stats;
+            for (side, value) in stats.usage {
+                let name = format!("{ATTENTION}usag_rel_perplexity/{}", side.name());
                 report.stats.push((name, value));
             }
+            report.counts.extend(below(ATTENTION, stats.counts));
+            report.pairs.extend(below(ATTENTION, stats.pairs));
         }
-        let MoeReport { balance, stats } = SigmaMoe::finish(pass.moe);
+        let MoeReport { balance, stats } = SigmaMoe::finish(pass.moe, &pass.places);
         let balance = balance.map(|term| ("moe".to_owned(), term));
         report.regularizers.extend(balance);
-        let named = stats
-            .into_iter()
-            .map(|(name, value)| (format!("pkm/{name}"), value));
-        report.stats.extend(named);
+        report.stats.extend(below(MOE, stats.stats));
+        report.counts.extend(below(MOE, stats.counts));
+        report.pairs.extend(below(MOE, stats.pairs));
+        report.charts = named(MOE, stats.charts);
+        report.maps = named(ATTENTION, pass.maps.finish(&pass.places));
         report
+    }
+
+    fn usage(&self, counted: Counted, tally: &Tally, optimist: Optimist) -> Vec<Chart> {
+        match counted {
+            Counted::InTraining => {
+                let mut charts = moe_stats::usage_charts(tally, MOE, optimist);
+                charts.extend(switchhead_stats::usage_charts(tally, ATTENTION));
+                charts
+            }
+            Counted::InEvaluation => moe_stats::evaluation_chart(tally, MOE)
+                .into_iter()
+                .collect(),
+            Counted::Together => moe_stats::pairs_chart(tally, MOE).into_iter().collect(),
+        }
     }
 
     fn describe(&self) -> String {
@@ -211,4 +245,23 @@ impl lm::Block for Block {
         };
         attention.plus(&self.moe.cost(of))
     }
+}
+
+/// Values of a part, under the block's names for them.
+fn below<N: std::fmt::Display>(
+    part: &str,
+    values: Vec<(N, Tensor)>,
+) -> impl Iterator<Item = (String, Tensor)> {
+    values
+        .into_iter()
+        .map(move |(name, value)| (format!("{part}{name}"), value))
+}
+
+/// Charts of a part, likewise.
+fn named(part: &str, charts: Vec<Chart>) -> Vec<Chart> {
+    let named = charts.into_iter().map(|chart| Chart {
+        name: format!("{part}{}", chart.name),
+        ..chart
+    });
+    named.collect()
 }

@@ -36,7 +36,10 @@ impl Model for Moeut {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use moeut_nn::testing::{build, check_cache, check_segments, size};
+    use moeut_nn::testing::{build, check_cache, check_segments, check_wishes, size, tokens};
+    use moeut_plugin_api::{Chart, ForwardInput, Past, Wishes};
+    use moeut_torch::{IntoHandle, IntoTensor};
+    use tch::Kind;
 
     const SMALL: [(&str, &str); 9] = [
         ("state_size", "16"),
@@ -81,6 +84,145 @@ mod tests {
     #[test]
     fn segments_that_are_all_kept_give_the_logits_of_the_whole_text() {
         all().for_each(|mut model| check_segments(&mut model));
+    }
+
+    #[test]
+    fn no_wish_changes_a_result() {
+        all().for_each(|mut model| {
+            check_wishes(&mut model);
+        });
+    }
+
+    /// Two distinct layers of two applications each.
+    #[test]
+    fn everything_has_the_name_that_the_reference_gave_it() {
+        let paper = [
+            ("moe.nonorm", "1"),
+            ("moe.att.enable", "1"),
+            ("moe.att.q_expert", "0"),
+            ("moe.att.k_expert", "0"),
+            ("moe.selection_mode", "gate"),
+            ("moe.sel_bias", "1"),
+        ];
+        let mut model: Moeut = build(&[&SMALL[..], &paper].concat()).unwrap();
+        let [evaluation, training] = check_wishes(&mut model);
+        let of_layers = |names: &[String], stack: &[&str], layer: &[&str]| {
+            let mut expected: Vec<String> = stack.iter().map(|&name| name.to_owned()).collect();
+            for index in 0..2 {
+                expected.extend(layer.iter().map(|name| match name.strip_prefix('^') {
+                    Some(map) => format!("activations/unique_layers.{index}.{map}"),
+                    None => format!("unique_layers.{index}.{name}"),
+                }));
+            }
+            expected.extend((0..4).flat_map(|place| {
+                [
+                    "abs_update_layer",
+                    "in_layer",
+                    "rel_update_layer",
+                    "io_cossim",
+                ]
+                .map(|what| format!("activation_norm/{what}_{place}"))
+            }));
+            expected.sort();
+            assert_eq!(names, expected);
+        };
+        let always = [
+            "pkm/expert_rel_perplexity_per_selection",
+            "pkm/usag_rel_perplexity_all_layers",
+            "pkm/dead_expert_proportion_all_layers",
+            "pkm/counts",
+            "pkm/pairs",
+            "self_attn/usag_rel_perplexity/o",
+            "self_attn/usag_rel_perplexity/v",
+            "self_attn/counts/o",
+            "self_attn/counts/v",
+            "self_attn/sel_correlation",
+            "^self_attn/attention_max",
+            "^self_attn/head_0",
+            "^self_attn/head_1",
+        ];
+        of_layers(
+            &evaluation,
+            &[],
+            &[&always[..], &["pkm/expert_coocurence"]].concat(),
+        );
+        let (overlaps, own): (Vec<String>, Vec<String>) = training
+            .into_iter()
+            .partition(|name| name.contains("layer_sel_overlap"));
+        // Each layer runs at places that the other does not run at.
+        let expected = ["0.pkm/layer_sel_overlap_2", "1.pkm/layer_sel_overlap_3"];
+        assert_eq!(
+            overlaps,
+            expected.map(|name| format!("unique_layers.{name}"))
+        );
+        let details = [
+            "pkm/min_sel_score",
+            "pkm/max_sel_score",
+            "pkm/relu_pass_rate",
+            "pkm/sel_bias_min",
+            "pkm/sel_bias_max",
+            "pkm/ani/keys",
+            "pkm/ani/values",
+            "pkm/ani/expert_sel",
+            "pkm/usag_rel_perplexity_100",
+            "pkm/dead_expert_proportion_100",
+            "pkm/usage_counts_100",
+            "pkm/moe_per_layer_100",
+            "pkm/layer_sel_similarity_100",
+            "pkm/universal_score",
+            "pkm/universal_score_optimist",
+            "pkm/test_exert_channel_usage",
+            "self_attn/usag_rel_perplexity_100",
+            "self_attn/sel_counts/o",
+            "self_attn/sel_counts/v",
+            "self_attn/moe_per_layer_100/o_h0",
+            "self_attn/moe_per_layer_100/o_h1",
+            "self_attn/moe_per_layer_100/v_h0",
+            "self_attn/moe_per_layer_100/v_h1",
+        ];
+        let stack = [
+            "feature_cossim",
+            "out_dist_cossim",
+            "out_diff_0",
+            "out_diff_1",
+            "out_diff_2",
+            "out_diff_3",
+        ];
+        of_layers(&own, &stack, &[&always[..], &details].concat());
+    }
+
+    /// Counts of several passes are shown by the next one that shows anything, and then begin anew.
+    #[test]
+    fn charts_are_of_everything_counted_since_the_last_ones() {
+        let mut model: Moeut = build(&SMALL).unwrap();
+        let mut shown = |is_training, is_shown| {
+            let input = ForwardInput {
+                tokens_tb: tokens(5, 2).share(),
+                is_training,
+                wishes: Wishes {
+                    counts: true,
+                    details: is_shown,
+                    ..Wishes::default()
+                },
+                past: Past::None,
+            };
+            let charts = model.forward(input).unwrap().charts.into_iter();
+            let total = |chart: Chart| {
+                let what = chart.name.strip_prefix("unique_layers.0.pkm/")?.to_owned();
+                let n = chart.values.into_tensor().sum(Kind::Int64).int64_value(&[]);
+                what.contains("usage").then_some((what, n))
+            };
+            charts.filter_map(total).collect::<Vec<_>>()
+        };
+        let bars = |n| ("usage_counts_100".to_owned(), n);
+        // Ten tokens, two applications, two experts each.
+        assert_eq!(shown(true, false), []);
+        assert_eq!(shown(true, true), [bars(80)]);
+        assert_eq!(shown(false, true), []);
+        assert_eq!(shown(false, true), []);
+        let of_evaluation = ("test_exert_channel_usage".to_owned(), 80);
+        assert_eq!(shown(true, true), [bars(40), of_evaluation]);
+        assert_eq!(shown(true, true), [bars(40)]);
     }
 
     /// Multiply-accumulates of a whole training, 100,000 steps of 64 sequences, are those of the paper's plots.

@@ -118,7 +118,7 @@ impl lm::Block for Block {
             feed_forward: self.feed_forward.begin(tally(), ctx),
             depth: None,
             last_depth: None,
-            wants_stats: ctx.wants_stats,
+            wants_stats: ctx.wishes.stats,
         }
     }
 

@@ -39,7 +39,7 @@ impl Model for Sut {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use moeut_nn::testing::{build, check_cache, check_segments};
+    use moeut_nn::testing::{build, check_cache, check_segments, check_wishes};
     use moeut_plugin_api::ModelSummary;
 
     fn sut(variant: &str, n_segments: &str) -> Sut {
@@ -70,6 +70,22 @@ mod tests {
     }
 
     /// One token, by hand: two experts of width 16 with q and o each, and k and v: 6 · 10 · 16.
+    #[test]
+    fn no_wish_changes_a_result_and_the_stack_is_told() {
+        for variant in ["preln_sut_universal", "actsut_universal"] {
+            let [evaluation, training] = check_wishes(&mut sut(variant, "0"));
+            let is_told = |names: &[String], name: &str| names.iter().any(|told| told == name);
+            assert!(is_told(&evaluation, "activation_norm/io_cossim_2"));
+            for name in [
+                "unique_layers.0.moe/usag_rel_perplexity_all_layers",
+                "feature_cossim",
+                "out_diff_2",
+            ] {
+                assert!(is_told(&training, name), "{name}");
+            }
+        }
+    }
+
     #[test]
     fn counts_by_hand() {
         let one = summary("actsut_universal", 1).macs;

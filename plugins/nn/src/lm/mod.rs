@@ -5,20 +5,24 @@
 
 pub mod args;
 mod memory;
+mod report;
+mod stack_stats;
 
 pub use args::{SHELL_ARGS, Shell, ShellConfig, Variant, check_positive, check_probabilities};
 
 use crate::cost::{Cost, Sequence, element_bytes};
 use crate::params::InitStyle;
-use crate::{Context, Embedding, LayerNorm, LayerPast, LmHead, Params, RouterDtype};
+use crate::usage::Optimist;
+use crate::{Context, Embedding, LayerNorm, LayerPast, LmHead, Params, RouterDtype, Tally};
 use memory::{Batch, Memory};
 use moeut_plugin_api::abi::client::KernelClient;
 use moeut_plugin_api::{
-    DType, ForwardInput, ForwardOutput, Host, LayerSummary, ModelAbilities, ModelSetup,
+    Chart, DType, ForwardInput, ForwardOutput, Host, LayerSummary, ModelAbilities, ModelSetup,
     ModelSummary, NamedTensor, Parameter, PluginError,
 };
 use moeut_torch::{IntoHandle, IntoTensor};
-use std::collections::BTreeMap;
+use report::{Report, Tallies};
+use stack_stats::{Features, update_stats};
 use std::rc::Rc;
 use tch::{Kind, Tensor};
 
@@ -93,6 +97,13 @@ pub trait Block {
     /// Ends a forward pass.
     fn finish(&self, pass: Self::Pass) -> BlockReport;
 
+    /// Charts of what was counted since the last time, below the names that [`BlockReport::counts`] and
+    /// [`BlockReport::pairs`] have.
+    fn usage(&self, counted: Counted, tally: &Tally, optimist: Optimist) -> Vec<Chart> {
+        let _ = (counted, tally, optimist);
+        Vec::new()
+    }
+
     /// What it is made of, in a few words.
     fn describe(&self) -> String {
         String::new()
@@ -123,8 +134,27 @@ pub struct At<'a, B: Block + ?Sized> {
 pub struct BlockReport {
     /// Weighted scalars for the loss; those of equal names are summed over distinct layers.
     pub regularizers: Vec<(String, Tensor)>,
-    /// Scalars to log, below `unique_layers.<index>.`.
+    /// Scalars to log, below `unique_layers.<index>.` as everything that follows.
     pub stats: Vec<(String, Tensor)>,
+    /// Selections of this pass, to be added up, for instance int64 `[L, E]`; `L` applications.
+    pub counts: Vec<(String, Tensor)>,
+    /// Counts of what is selected together.
+    pub pairs: Vec<(String, Tensor)>,
+    /// Costly numbers and charts of this pass.
+    pub charts: Vec<Chart>,
+    /// Attention maps, below `activations/`, too.
+    pub maps: Vec<Chart>,
+}
+
+/// What a tally holds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Counted {
+    /// [`BlockReport::counts`] of training.
+    InTraining,
+    /// [`BlockReport::counts`] of evaluation.
+    InEvaluation,
+    /// [`BlockReport::pairs`] of evaluation.
+    Together,
 }
 
 /// Which kernel a model with experts wants, and how its routers compute.
@@ -149,6 +179,8 @@ pub struct LanguageModel<B: Block> {
     evaluation: Precision,
     router_dtype: RouterDtype,
     memory: Memory,
+    tallies: Tallies,
+    is_compat: bool,
     shell: Shell,
 }
 
@@ -239,6 +271,8 @@ impl<B: Block> LanguageModel<B> {
             evaluation,
             router_dtype: experts.map_or(RouterDtype::F32, |experts| experts.router_dtype),
             memory: Memory::new(shell.config.memory, order.len()),
+            tallies: Tallies::new(n_blocks),
+            is_compat: setup.compat,
             order,
             params,
             shell,
@@ -277,6 +311,7 @@ impl<B: Block> LanguageModel<B> {
         }
 
         let mut stats = Vec::new();
+        let mut features = Features::new(&x, &ctx);
         let mut carry = B::Carry::default();
         let mut passes: Vec<_> = self.blocks.iter().map(|block| block.begin(&ctx)).collect();
         for (place, &index) in self.order.iter().enumerate() {
@@ -289,21 +324,32 @@ impl<B: Block> LanguageModel<B> {
             };
             let y = self.blocks[index].forward(&x, at, &ctx)?;
             past.leave(place, layer_past);
-            let y = self.drop_layer(&x, y, &ctx);
-            if ctx.wants_stats {
-                stats.extend(update_stats(place, &x, &y));
+            features.add(&y);
+            if ctx.wishes.stats {
+                stats.extend(update_stats(place, &x, &y, &ctx)?);
             }
-            x = y;
+            x = self.drop_layer(&x, y, &ctx);
         }
         self.memory.close(past, &x);
         let logits_tbv = self.head.forward(&x, &ctx);
 
-        let (regularizers, of_blocks) = self.reports(passes);
-        stats.extend(of_blocks);
+        let finish = |(block, pass): (_, B::Pass)| (block, B::finish(block, pass));
+        let of_blocks = self.blocks.iter().zip(passes).map(finish).collect();
+        let mut report = self.tallies.report(of_blocks, &ctx);
+        report.stats.splice(0..0, stats);
+        report.charts.extend(features.charts(&self.head, &ctx)?);
+        let Report {
+            regularizers,
+            stats,
+            charts,
+            selections,
+        } = report;
         Ok(ForwardOutput {
             logits_tbv: logits_tbv.into_handle(),
             regularizers: regularizers.into_iter().map(named).collect(),
             stats: stats.into_iter().map(named).collect(),
+            charts,
+            selections: selections.into_iter().map(named).collect(),
         })
     }
 
@@ -394,7 +440,8 @@ impl<B: Block> LanguageModel<B> {
             is_mixed: precision.is_mixed,
             router_dtype: self.router_dtype,
             is_training: input.is_training,
-            wants_stats: input.wants_stats,
+            wishes: input.wishes,
+            is_compat: self.is_compat,
         }
     }
 
@@ -407,46 +454,6 @@ impl<B: Block> LanguageModel<B> {
         let skips_bt1 = y_btd.narrow(2, 0, 1).rand_like().lt(p);
         x_btd.where_self(&skips_bt1, &y_btd)
     }
-
-    /// Regularizers, summed over distinct layers, and statistics.
-    fn reports(&self, passes: Vec<B::Pass>) -> (BTreeMap<String, Tensor>, Vec<(String, Tensor)>) {
-        let mut regularizers: BTreeMap<String, Tensor> = BTreeMap::new();
-        let mut stats = Vec::new();
-        for (index, (block, pass)) in self.blocks.iter().zip(passes).enumerate() {
-            let report = block.finish(pass);
-            for (name, term) in report.regularizers {
-                let sum = match regularizers.remove(&name) {
-                    Some(sum) => sum + term,
-                    None => term,
-                };
-                regularizers.insert(name, sum);
-            }
-            let below = |(name, value)| (format!("unique_layers.{index}.{name}"), value);
-            stats.extend(report.stats.into_iter().map(below));
-        }
-        (regularizers, stats)
-    }
-}
-
-/// How much a layer changes the residual stream: mean norms of update and input, their ratio, and the mean absolute
-/// cosine of input and output at the same position.
-///
-/// The reference takes the cosine over all pairs of positions, a T×T product per layer for one number.
-fn update_stats(place: usize, x_btd: &Tensor, y_btd: &Tensor) -> [(String, Tensor); 4] {
-    tch::no_grad(|| {
-        let norm = |x: &Tensor| x.norm_scalaropt_dim(2, -1, false).mean(Kind::Float);
-        let (update, input) = (norm(&(y_btd - x_btd)), norm(x_btd));
-        let cosine = Tensor::cosine_similarity(x_btd, y_btd, -1, 1e-8)
-            .abs()
-            .mean(Kind::Float);
-        let name = |what: &str| format!("activation_norm/{what}_{place}");
-        [
-            (name("rel_update_layer"), &update / &input),
-            (name("abs_update_layer"), update),
-            (name("in_layer"), input),
-            (name("io_cossim"), cosine),
-        ]
-    })
 }
 
 fn named((name, tensor): (String, Tensor)) -> NamedTensor {
