@@ -9,6 +9,9 @@ use moeut_host::error::HostError;
 use moeut_host::sweep::file::SweepFile;
 use std::path::{Path, PathBuf};
 
+/// Flags of the command.
+pub(crate) const FLAGS: [&str; 2] = ["out", "plugin_dir"];
+
 const COLUMNS: [&str; 9] = [
     "Run",
     "Dataset",

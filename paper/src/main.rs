@@ -9,6 +9,7 @@
 //! ```
 //! [`make`] goes this way, and [`stamp`] remembers what is done. [`reproduce`] trains small models first.
 
+mod child;
 mod configurations;
 mod files;
 mod form;
@@ -16,10 +17,15 @@ mod make;
 mod model;
 mod product;
 mod products;
+mod reproduce;
 mod roster;
 mod run;
+mod run_tests;
+mod selections;
 mod stamp;
 mod table;
+mod trace;
+mod wandb;
 mod words;
 
 use moeut_host::error::{EXIT_USER_ERROR, HostError};
@@ -28,15 +34,25 @@ use std::process::ExitCode;
 use words::{Words, misuse};
 
 const USAGE: &str = "\
-usage: moeut-paper all | <name> …      makes every table and figure, or those named
-       moeut-paper list                their names
-       moeut-paper configurations <sweep file or folder> …
+usage: moeut-paper all | <name> …                         makes every table and figure, or those named
+       moeut-paper list                                   their names
+       moeut-paper configurations <sweep file, folder> …  sizes and cost of the models of sweep files
+       moeut-paper fetch [-config config.json]            finished runs of Weights & Biases, into paper/wandb
+       moeut-paper run-tests [<run> …]                    scores trained models, as result.json in their folders
+       moeut-paper trace <run> …                          which experts a model selects for each token, for figures
+       moeut-paper reproduce [-scale small|gpu|smoke]     trains small models, then makes everything from them
 
-  -out <folder>         Where the files go; default paper_out
+  -out <folder>         Where the files go; default paper_out, of reproduce reproduction
   -save_dir <folders>   Where runs are, with commas between; default
                         save,paper/moe_universal/checkpoints,paper/wandb
   -runs <file>          Which runs a table or figure is made of, as JSON; default: the paper's
   -plugin_dir <folders> Further plugins, with commas between
+  -sets, -data.dir, -data.cache_dir, -gpu, -threads, -test_batch_size
+                        Of run-tests: as for `moeut-host eval`
+  -n_tokens <number>    Of trace: tokens of the held-out text; default 4096
+  -code, -data.dir, -jobs
+                        Of reproduce: a folder with source files, default the current one; a folder with evaluation
+                        sets, default none; runs at once
 ";
 
 fn main() -> ExitCode {
@@ -71,13 +87,30 @@ fn dispatch(argv: &[String]) -> Result<u8, HostError> {
             }
             Ok(0)
         }
-        Some("configurations") => configurations::command(&Words::read(
-            &without(argv, "configurations"),
-            &["out", "plugin_dir"],
-        )?),
-        Some(_) => make::command(&Words::read(argv, &make::FLAGS)?),
+        Some(name) => {
+            let found = COMMANDS.iter().find(|(command, ..)| *command == name);
+            let Some((_, flags, run)) = found else {
+                return make::command(&Words::read(argv, &make::FLAGS)?);
+            };
+            run(&Words::read(&without(argv, name), flags)?)
+        }
     }
 }
+
+type Command = fn(&Words) -> Result<u8, HostError>;
+
+/// Commands that are no name of a table or figure, and their flags.
+const COMMANDS: &[(&str, &[&str], Command)] = &[
+    (
+        "configurations",
+        &configurations::FLAGS,
+        configurations::command,
+    ),
+    ("fetch", &wandb::FLAGS, wandb::command),
+    ("run-tests", &run_tests::FLAGS, run_tests::command),
+    ("trace", &trace::FLAGS, trace::command),
+    ("reproduce", &reproduce::FLAGS, reproduce::command),
+];
 
 /// The words without the command.
 fn without(argv: &[String], command: &str) -> Vec<String> {

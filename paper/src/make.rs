@@ -18,22 +18,16 @@ use std::path::{Path, PathBuf};
 /// Flags of the commands that need runs.
 pub(crate) const FLAGS: [&str; 4] = ["out", "save_dir", "runs", "plugin_dir"];
 /// Where runs are looked for: trained here, checkpoints of others, taken from Weights & Biases.
-const PLACES: &str = "save,paper/moe_universal/checkpoints,paper/wandb";
+pub(crate) const PLACES: &str = "save,paper/moe_universal/checkpoints,paper/wandb";
 
-/// Makes what is named, or all.
+/// Makes what is named, or all. Returns 1 if something has not a single run.
 ///
 /// # Errors
-/// If a name is unknown, a file cannot be written, or what was named on its own has not a single run.
+/// If a name is unknown, or a file cannot be written.
 pub(crate) fn command(words: &Words) -> Result<u8, HostError> {
     let products = named(&words.names)?;
-    let mut workshop = Workshop::new(words)?;
-    let mut n_missing = 0;
-    for product in &products {
-        if !workshop.make(product)? {
-            n_missing += 1;
-        }
-    }
-    Ok(u8::from(n_missing > 0))
+    let mut workshop = Workshop::new(words, Roster::open(words.get("runs").map(Path::new))?)?;
+    workshop.make_all(&products)
 }
 
 /// The products of these names.
@@ -70,10 +64,8 @@ impl Workshop {
     /// With the flags of the command line.
     ///
     /// # Errors
-    /// If the list of runs cannot be read, or is about products that do not exist.
-    pub(crate) fn new(words: &Words) -> Result<Self, HostError> {
-        let path = words.get("runs").map(Path::new);
-        let roster = Roster::open(path)?;
+    /// If the list of runs is about products that do not exist.
+    pub(crate) fn new(words: &Words, roster: Roster) -> Result<Self, HostError> {
         let known: Vec<&str> = ALL.iter().map(|product| product.name).collect();
         if let Some(name) = roster.strangers(&known).first() {
             return Err(misuse(format!(
@@ -94,12 +86,26 @@ impl Workshop {
         })
     }
 
+    /// Makes products; returns 1 if one of them has not a single run.
+    ///
+    /// # Errors
+    /// If a file cannot be written.
+    pub(crate) fn make_all(&mut self, products: &[&Product]) -> Result<u8, HostError> {
+        let mut n_missing = 0;
+        for product in products {
+            if !self.make(product)? {
+                n_missing += 1;
+            }
+        }
+        Ok(u8::from(n_missing > 0))
+    }
+
     /// Makes a product unless it is as it would be made now. Whether there is one.
     fn make(&mut self, product: &Product) -> Result<bool, HostError> {
         let names = self.roster.of(product.name).to_vec();
         let mut inputs = Vec::new();
         for name in &names {
-            let folder = self.folder(name);
+            let folder = folder(&self.places, name);
             inputs.extend(run::sources(&folder));
             inputs.extend((product.sources)(&folder));
         }
@@ -146,13 +152,6 @@ impl Workshop {
         Ok(is_made)
     }
 
-    /// The folder of a run: the first place that has it, or where it would be.
-    fn folder(&self, name: &str) -> PathBuf {
-        let mut folders = self.places.iter().map(|place| place.join(name));
-        let first = folders.clone().next().unwrap_or_default();
-        folders.find(|folder| folder.is_dir()).unwrap_or(first)
-    }
-
     /// Reads a run if it has not been read.
     fn read(&mut self, name: &str) -> Result<(), HostError> {
         if self.runs.contains_key(name) {
@@ -163,7 +162,7 @@ impl Workshop {
             let _ = self.catalog.set(Catalog::open(&self.plugin_dirs)?);
         }
         if let Some(catalog) = self.catalog.get() {
-            let run = Run::read(&self.folder(name), catalog);
+            let run = Run::read(&folder(&self.places, name), catalog);
             self.runs.insert(name.to_owned(), run);
         }
         Ok(())
@@ -195,6 +194,13 @@ impl Workshop {
         }
         Ok(names)
     }
+}
+
+/// The folder of a run: the first place that has it, or where it would be.
+pub(crate) fn folder(places: &[PathBuf], name: &str) -> PathBuf {
+    let mut folders = places.iter().map(|place| place.join(name));
+    let first = folders.clone().next().unwrap_or_default();
+    folders.find(|folder| folder.is_dir()).unwrap_or(first)
 }
 
 fn unreadable(name: &str, error: &form::Unreadable) -> HostError {

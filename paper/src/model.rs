@@ -17,12 +17,12 @@
 use moeut_host::error::HostError;
 use moeut_host::log::{Terminal, TerminalMode};
 use moeut_host::model_show::overview;
-use moeut_host::plan::resolve;
+use moeut_host::plan::{candidates, resolve};
 use moeut_host::plugins::{Gate, Registry, search_path};
 use moeut_host::sweep::file::SweepFile;
 use moeut_host::sweep::runs::{Sweep, Wish};
 use serde_json::Value;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 /// Families of models in the order of tables and legends.
@@ -189,8 +189,8 @@ impl Model {
 
 /// All plugins that are installed.
 pub(crate) struct Catalog {
-    registry: Arc<Registry>,
-    terminal: Arc<Terminal>,
+    pub(crate) registry: Arc<Registry>,
+    pub(crate) terminal: Arc<Terminal>,
 }
 
 impl Catalog {
@@ -204,6 +204,18 @@ impl Catalog {
             registry: Arc::new(registry),
             terminal: Arc::new(Terminal::new(TerminalMode::Auto)),
         })
+    }
+
+    /// Names of all arguments that a run of this task may have.
+    ///
+    /// # Errors
+    /// If there is no such task.
+    pub(crate) fn known(&self, task: &str) -> Result<BTreeSet<String>, HostError> {
+        let owners = candidates(&[format!("-task={task}")], &self.registry)?;
+        let names = owners
+            .iter()
+            .flat_map(|owner| owner.defs.iter().map(|def| def.name.clone()));
+        Ok(names.collect())
     }
 
     /// The runs of a sweep file.

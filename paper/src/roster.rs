@@ -55,14 +55,6 @@ impl Roster {
         self.0.get(product).map_or(&[], Vec::as_slice)
     }
 
-    /// All runs, sorted.
-    pub(crate) fn all(&self) -> Vec<String> {
-        let mut all: Vec<String> = self.0.values().flatten().cloned().collect();
-        all.sort();
-        all.dedup();
-        all
-    }
-
     /// Names of products that are none of `known`.
     pub(crate) fn strangers(&self, known: &[&str]) -> Vec<&str> {
         let names = self.0.keys().map(String::as_str);

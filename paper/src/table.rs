@@ -6,17 +6,30 @@ use std::fmt::Write;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Column {
     pub(crate) plain: &'static str,
-    latex: Option<&'static str>,
+    /// None if it is not for print.
+    latex: Option<Title>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Title {
+    Plain,
+    Math(&'static str),
 }
 
 impl Column {
     pub(crate) const fn new(plain: &'static str) -> Self {
-        Self { plain, latex: None }
+        let latex = Some(Title::Plain);
+        Self { plain, latex }
     }
 
     pub(crate) const fn math(plain: &'static str, latex: &'static str) -> Self {
-        let latex = Some(latex);
+        let latex = Some(Title::Math(latex));
         Self { plain, latex }
+    }
+
+    /// Says where a row is from, which no paper prints.
+    pub(crate) const fn origin(plain: &'static str) -> Self {
+        Self { plain, latex: None }
     }
 }
 
@@ -35,12 +48,15 @@ const NONE: &str = "–";
 
 impl Table {
     pub(crate) fn latex(&self) -> String {
-        let titles = self.columns.iter().map(|column| match column.latex {
-            Some(latex) => latex.to_owned(),
-            None => escaped(column.plain),
-        });
+        let titles = self
+            .columns
+            .iter()
+            .filter_map(|column| match column.latex? {
+                Title::Plain => Some(escaped(column.plain)),
+                Title::Math(latex) => Some(latex.to_owned()),
+            });
         let titles: Vec<String> = titles.collect();
-        let alignment: String = (0..self.columns.len())
+        let alignment: String = (0..titles.len())
             .map(|index| if index <= self.n_headings { 'l' } else { 'r' })
             .collect();
         let mut text = format!(
@@ -49,21 +65,22 @@ impl Table {
         );
         for (index, row) in self.rows.iter().enumerate() {
             if index > 0 {
-                text.push_str(&self.rule(index));
+                text.push_str(&self.rule(index, titles.len()));
             }
-            let cells = row.iter().enumerate().map(|(column, cell)| {
+            let cells = row.iter().enumerate().filter_map(|(column, cell)| {
+                self.columns[column].latex?;
                 if column >= self.n_headings {
-                    return if cell.is_empty() {
+                    return Some(if cell.is_empty() {
                         "--".to_owned()
                     } else {
                         escaped(cell)
-                    };
+                    });
                 }
-                match self.n_alike(index, column) {
+                Some(match self.n_alike(index, column) {
                     0 => String::new(),
                     1 => escaped(cell),
                     n => format!("\\multirow{{{n}}}{{*}}{{{}}}", escaped(cell)),
-                }
+                })
             });
             let cells: Vec<String> = cells.collect();
             let _ = writeln!(text, "{} \\\\", cells.join(" & "));
@@ -116,11 +133,11 @@ impl Table {
     }
 
     /// The line above a row: over everything where the first heading changes, else from the heading on that does.
-    fn rule(&self, index: usize) -> String {
+    fn rule(&self, index: usize, n_columns: usize) -> String {
         let changed = (0..self.n_headings).find(|&column| self.n_alike(index, column) > 0);
         match changed {
             Some(0) => "\\midrule\n".to_owned(),
-            Some(column) => format!("\\cmidrule{{{}-{}}}\n", column + 1, self.columns.len()),
+            Some(column) => format!("\\cmidrule{{{}-{n_columns}}}\n", column + 1),
             None => String::new(),
         }
     }
@@ -159,17 +176,18 @@ mod tests {
     use super::*;
 
     fn table() -> Table {
-        let row = |cells: [&str; 3]| cells.map(str::to_owned).to_vec();
+        let row = |cells: [&str; 4]| cells.map(str::to_owned).to_vec();
         Table {
             columns: vec![
                 Column::new("Dataset"),
                 Column::new("Model"),
                 Column::math("d_model", "$d_\\text{model}$"),
+                Column::origin("Run"),
             ],
             rows: vec![
-                row(["C4", "σ-MoE", "1,5"]),
-                row(["C4", "A_B", ""]),
-                row(["peS2o", "a|b", "3"]),
+                row(["C4", "σ-MoE", "1,5", "x"]),
+                row(["C4", "A_B", "", "y"]),
+                row(["peS2o", "a|b", "3", "z"]),
             ],
             n_headings: 1,
         }
@@ -200,12 +218,12 @@ mod tests {
     fn separators_in_cells_do_not_separate() {
         assert_eq!(
             table().csv(),
-            "Dataset,Model,d_model\nC4,σ-MoE,\"1,5\"\nC4,A_B,\npeS2o,a|b,3\n"
+            "Dataset,Model,d_model,Run\nC4,σ-MoE,\"1,5\",x\nC4,A_B,,y\npeS2o,a|b,3,z\n"
         );
         assert_eq!(
             table().markdown(),
-            "| Dataset | Model | d_model |\n| --- | --- | --: |\n| C4 | σ-MoE | 1,5 |\n\
-             | C4 | A_B | – |\n| peS2o | a\\|b | 3 |\n"
+            "| Dataset | Model | d_model | Run |\n| --- | --- | --: | --: |\n| C4 | σ-MoE | 1,5 | x |\n\
+             | C4 | A_B | – | y |\n| peS2o | a\\|b | 3 | z |\n"
         );
     }
 }

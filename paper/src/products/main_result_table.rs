@@ -35,7 +35,7 @@ pub(super) fn results(name: &str, runs: &[&Run]) -> Made {
         .map(Column::new);
     let columns = columns.chain(titles).chain([Column::new("Average")]);
     let table = Table {
-        columns: columns.chain([Column::new("Run")]).collect(),
+        columns: columns.chain([Column::origin("Run")]).collect(),
         rows: rows.into_iter().map(|(_, row)| row).collect(),
         n_headings: 2,
     };

@@ -1,7 +1,10 @@
 //! All tables and figures, one file each.
 
+mod experts_per_token;
 mod group_size;
+mod layer_similarity;
 mod main_result_table;
+mod plot_analysis;
 mod plot_code;
 mod plot_compute;
 mod plot_expert_size;
@@ -14,6 +17,7 @@ mod plot_scaling;
 mod plot_update_magnitude;
 mod sut;
 mod sut_result_table;
+mod token_experts;
 
 use crate::product::Product;
 
@@ -30,6 +34,10 @@ pub(crate) const ALL: &[Product] = &[
     group_size::PRODUCT,
     sut::PRODUCT,
     plot_layernorm::PRODUCT,
+    plot_analysis::PRODUCT,
+    experts_per_token::PRODUCT,
+    layer_similarity::PRODUCT,
+    token_experts::PRODUCT,
     plot_update_magnitude::PRODUCT,
     plot_expert_size::PRODUCT,
     plot_k::PRODUCT,

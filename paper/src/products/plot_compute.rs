@@ -11,7 +11,7 @@ pub(super) const PRODUCT: Product = Product {
     sources: nothing_else,
 };
 
-const COLUMNS: [&str; 8] = [
+const COLUMNS: [&str; 7] = [
     "Dataset",
     "Model",
     "#params",
@@ -19,7 +19,6 @@ const COLUMNS: [&str; 8] = [
     "GPU",
     "CPU",
     "Duration (h:mm)",
-    "Run",
 ];
 
 fn make(runs: &[&Run]) -> Made {
@@ -27,7 +26,11 @@ fn make(runs: &[&Run]) -> Made {
     let rows = made.gather(runs, row);
     if !rows.is_empty() {
         let table = Table {
-            columns: COLUMNS.map(Column::new).to_vec(),
+            columns: COLUMNS
+                .map(Column::new)
+                .into_iter()
+                .chain([Column::origin("Run")])
+                .collect(),
             rows: rows.into_iter().map(|(_, row)| row).collect(),
             n_headings: 1,
         };

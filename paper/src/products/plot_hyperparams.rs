@@ -26,7 +26,7 @@ const COLUMNS: [Column; 14] = [
     Column::math("K", "$K$"),
     Column::math("N_warmup", "$N_\\text{warmup}$"),
     Column::math("κ", "$\\kappa$"),
-    Column::new("Run"),
+    Column::origin("Run"),
 ];
 
 fn make(runs: &[&Run]) -> Made {

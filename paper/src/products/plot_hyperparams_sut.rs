@@ -28,7 +28,7 @@ const COLUMNS: [Column; 16] = [
     Column::math("L_ACT", "$\\mathcal{L}_\\text{ACT}$"),
     Column::math("N_warmup", "$N_\\text{warmup}$"),
     Column::math("κ", "$\\kappa$"),
-    Column::new("Run"),
+    Column::origin("Run"),
 ];
 
 fn make(runs: &[&Run]) -> Made {
