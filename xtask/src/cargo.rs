@@ -23,6 +23,9 @@ use crate::{
 /// The package with the executable, and the executable.
 const HOST: &str = "moeut-host";
 
+/// The package with the program for the paper's tables and figures, built together with the host's library.
+const PAPER: &str = "moeut-paper";
+
 /// The package with the harness for recorded runs, and its program.
 const NUMERICS: &str = "moeut-numerics";
 
@@ -71,7 +74,7 @@ pub(crate) fn build(repo: &Path, profile: Profile, args: &[String]) -> Result<Pa
         profile.name(),
         "--message-format=json-render-diagnostics",
     ]);
-    command.args(["--package", HOST]);
+    command.args(["--package", HOST, "--package", PAPER]);
     for plugin in &workspace.plugins {
         command.args(["--package", plugin]);
     }

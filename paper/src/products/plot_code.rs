@@ -1,0 +1,29 @@
+//! Figure: perplexity on code by size and model.
+
+use crate::product::{Bar, Made, Product, nothing_else, perplexity};
+use crate::run::{Reason, Run};
+use moeut_plot::Scale;
+
+pub(super) const PRODUCT: Product = Product {
+    name: "plot_code",
+    summary: "perplexity on code by size and model",
+    make,
+    sources: nothing_else,
+};
+
+fn make(runs: &[&Run]) -> Made {
+    let mut made = Made::default();
+    let bars = made.gather(runs, bar);
+    let bars: Vec<Bar> = bars.into_iter().map(|(_, bar)| bar).collect();
+    made.bars("code", "", &bars, Scale::Linear);
+    made
+}
+
+fn bar(run: &Run) -> Result<Bar, Reason> {
+    Ok(Bar {
+        place: run.model.size(),
+        series: run.model.family().name().to_owned(),
+        value: perplexity(run)?,
+        run: run.name.clone(),
+    })
+}

@@ -1,0 +1,263 @@
+//! One run: what it was, what it reached, and where that stands.
+//!
+//! A run is a folder in the form that `moeut-host` leaves behind. Other sources are brought into this form first:
+//! [`crate::wandb`] writes such folders, [`crate::run_tests`] completes those of bare checkpoints.
+//!
+//! ```text
+//! args.json                      the arguments as typed
+//! metrics.jsonl                  one record a line; may be absent if there are results
+//! startup_log.txt                each start, with the machine
+//! eval.json, result.json, …      scores of evaluation sets, as `moeut-host eval` writes them
+//! ```
+//! A run counts only if it is whole: nothing is averaged over, guessed, or taken from an earlier validation.
+
+use crate::files;
+use crate::model::{Catalog, Model};
+use moeut_host::run_folder::read_args;
+use serde_json::Value;
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::{BufRead, BufReader};
+use std::path::{Path, PathBuf};
+
+/// Files with scores of evaluation sets, those of the reference's scripts included; later ones win.
+const RESULTS: [&str; 4] = ["eval.json", "result.json", "result2.json", "result3.json"];
+/// Where scores are in a record, as in the reference's dashboards.
+const VALIDATION: &str = "validation/";
+/// What every table and figure shows.
+pub(crate) const PERPLEXITY: &str = "validation/val/perplexity";
+
+/// A run that is whole.
+#[derive(Debug)]
+pub(crate) struct Run {
+    /// Name of its folder.
+    pub(crate) name: String,
+    /// Where it is.
+    pub(crate) folder: PathBuf,
+    /// Its model and the arguments behind it.
+    pub(crate) model: Model,
+    /// The last value of each number; NaN for what was no number.
+    metrics: BTreeMap<String, f64>,
+    /// Seconds since 1970 of each start, and of the last record.
+    times: (Vec<u64>, Vec<f64>),
+    /// The text of all starts.
+    starts: String,
+}
+
+/// Why a run is left out, in one line.
+pub(crate) type Reason = String;
+
+impl Run {
+    /// Reads a folder.
+    ///
+    /// # Errors
+    /// If it is not there, damaged, or of a run that has not reached its end.
+    pub(crate) fn read(folder: &Path, catalog: &Catalog) -> Result<Self, Reason> {
+        let shown = folder.display();
+        if !folder.is_dir() {
+            return Err(format!("there is no folder `{shown}`"));
+        }
+        let args = read_args(folder)
+            .map_err(|error| one_line(&error))?
+            .ok_or_else(|| format!("`{shown}` has no `args.json`: it was never trained"))?;
+        let model = catalog.model(&args).map_err(|error| one_line(&error))?;
+        let mut records = Records::default();
+        let path = folder.join("metrics.jsonl");
+        if path.is_file() {
+            records.read(&path)?;
+            let end = model
+                .integer("stop_after")
+                .ok_or_else(|| format!("`{shown}` has no `stop_after`, and so no end"))?;
+            if records.validated < Some(end) {
+                let reached = records.validated.map_or_else(
+                    || "never".to_owned(),
+                    |step| format!("last at step {step} of {end}"),
+                );
+                return Err(format!("`{shown}` is half-finished: validated {reached}"));
+            }
+        }
+        let has_results = merge_results(folder, &mut records.last)?;
+        if !path.is_file() && !has_results {
+            return Err(format!(
+                "`{shown}` has neither `metrics.jsonl` nor `result.json`"
+            ));
+        }
+        let starts = std::fs::read_to_string(folder.join("startup_log.txt")).unwrap_or_default();
+        Ok(Self {
+            name: name_of(folder),
+            folder: folder.to_owned(),
+            model,
+            metrics: records.last,
+            times: (start_times(&starts), records.times),
+            starts,
+        })
+    }
+
+    /// The last value of a number.
+    ///
+    /// # Errors
+    /// If it was never logged, or is NaN or infinite.
+    pub(crate) fn metric(&self, name: &str) -> Result<f64, Reason> {
+        match self.metrics.get(name) {
+            Some(value) if value.is_finite() => Ok(*value),
+            Some(_) => Err(format!("`{name}` is not finite")),
+            None => Err(format!("it has no `{name}`")),
+        }
+    }
+
+    /// Metrics whose names are `beginning` and a number, by number.
+    ///
+    /// # Errors
+    /// If one of them is NaN or infinite.
+    pub(crate) fn numbered(&self, beginning: &str) -> Result<Vec<(u64, f64)>, Reason> {
+        let names = self.metrics.keys().filter_map(|name| {
+            let number = name.strip_prefix(beginning)?.parse().ok()?;
+            Some((number, name))
+        });
+        let mut found = names
+            .map(|(number, name)| Ok((number, self.metric(name)?)))
+            .collect::<Result<Vec<(u64, f64)>, Reason>>()?;
+        found.sort_by_key(|(number, _)| *number);
+        Ok(found)
+    }
+
+    /// Seconds of work: from each start to the last record before the next one. None if nothing tells.
+    pub(crate) fn seconds(&self) -> Option<f64> {
+        let (starts, records) = &self.times;
+        let mut sum = 0.0;
+        for (index, &start) in starts.iter().enumerate() {
+            let end = starts
+                .get(index + 1)
+                .map_or(f64::INFINITY, |&next| next as f64);
+            let start = start as f64;
+            let of_start = records.iter().filter(|&&time| (start..end).contains(&time));
+            sum += of_start.fold(0.0, |longest, time| f64::max(longest, time - start));
+        }
+        (sum > 0.0).then_some(sum)
+    }
+
+    /// What follows a word at the beginning of a line about the last start.
+    pub(crate) fn machine(&self, word: &str) -> Option<&str> {
+        let lines = self.starts.lines().rev();
+        let mut found = lines.filter_map(|line| line.strip_prefix(word)?.strip_prefix(' '));
+        found.next().map(str::trim)
+    }
+}
+
+/// The files that a run is read from, whether they are there or not.
+pub(crate) fn sources(folder: &Path) -> Vec<PathBuf> {
+    let own = ["args.json", "metrics.jsonl", "startup_log.txt"];
+    own.iter()
+        .chain(&RESULTS)
+        .map(|name| folder.join(name))
+        .collect()
+}
+
+pub(crate) fn name_of(folder: &Path) -> String {
+    folder
+        .file_name()
+        .unwrap_or_default()
+        .to_string_lossy()
+        .into_owned()
+}
+
+/// An error of the host as part of a sentence.
+pub(crate) fn one_line(error: &moeut_host::error::HostError) -> Reason {
+    let why = std::error::Error::source(error).map(|why| format!(": {why}"));
+    format!("{error}{}", why.unwrap_or_default())
+}
+
+#[derive(Default)]
+struct Records {
+    last: BTreeMap<String, f64>,
+    /// Step of the last validation.
+    validated: Option<u64>,
+    /// Of each record.
+    times: Vec<f64>,
+}
+
+impl Records {
+    fn read(&mut self, path: &Path) -> Result<(), Reason> {
+        let shown = path.display();
+        let file = File::open(path).map_err(|error| format!("`{shown}`: {error}"))?;
+        for (index, line) in BufReader::new(file).split(b'\n').enumerate() {
+            let line = line.map_err(|error| format!("`{shown}`: {error}"))?;
+            let Ok(Value::Object(record)) = serde_json::from_slice::<Value>(&line) else {
+                return Err(format!("line {} of `{shown}` is damaged", index + 1));
+            };
+            let step = record.get("step").and_then(Value::as_u64);
+            self.times
+                .extend(record.get("time").and_then(Value::as_f64));
+            for (name, value) in record {
+                if name.starts_with(VALIDATION) && step.is_some() {
+                    self.validated = step;
+                }
+                match value {
+                    Value::Number(number) => {
+                        self.last.insert(name, number.as_f64().unwrap_or(f64::NAN));
+                    }
+                    // JSON has no NaN and no infinity.
+                    Value::Null => {
+                        self.last.insert(name, f64::NAN);
+                    }
+                    _ => {}
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Adds the scores of result files; whether there was one.
+fn merge_results(folder: &Path, metrics: &mut BTreeMap<String, f64>) -> Result<bool, Reason> {
+    let mut is_any = false;
+    for path in RESULTS.map(|name| folder.join(name)) {
+        let Some(text) = files::read_if_there(&path)? else {
+            continue;
+        };
+        let results: BTreeMap<String, Option<f64>> = serde_json::from_str(&text)
+            .map_err(|error| format!("`{}` is damaged: {error}", path.display()))?;
+        is_any = true;
+        for (name, value) in results {
+            metrics.insert(format!("{VALIDATION}{name}"), value.unwrap_or(f64::NAN));
+        }
+    }
+    Ok(is_any)
+}
+
+/// `start        1700000000 s after 1970, …` of each start.
+fn start_times(log: &str) -> Vec<u64> {
+    let lines = log.lines().filter_map(|line| line.strip_prefix("start "));
+    lines
+        .filter_map(|line| line.trim_start().split(' ').next()?.parse().ok())
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_torn_or_foreign_line_is_damage_and_the_last_value_counts() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("metrics.jsonl");
+        let whole = "{\"step\":10,\"time\":5.5,\"validation/val/loss\":3.0}\n\
+                     {\"step\":20,\"time\":7.5,\"validation/val/loss\":null,\"train/loss\":2}\n";
+        std::fs::write(&path, whole).unwrap();
+        let mut records = Records::default();
+        records.read(&path).unwrap();
+        assert_eq!(records.validated, Some(20));
+        assert_eq!(records.times, [5.5, 7.5]);
+        assert!(records.last["validation/val/loss"].is_nan());
+        assert!((records.last["train/loss"] - 2.0).abs() < f64::EPSILON);
+        std::fs::write(&path, format!("{whole}{{\"step\":30,\"vali")).unwrap();
+        let reason = Records::default().read(&path).unwrap_err();
+        assert!(reason.starts_with("line 3 of `"), "{reason}");
+    }
+
+    #[test]
+    fn starts_are_read_from_the_start_up_log() {
+        let log = "start        1700000000 s after 1970, host, process 3, in /x\ncommand a\n\nstart  5 s\n";
+        assert_eq!(start_times(log), [1_700_000_000, 5]);
+    }
+}

@@ -1,0 +1,219 @@
+//! `trace`: which experts a trained model selects for each token of the held-out text, layer by layer.
+//!
+//! The host's tokens and the model's plugin are used as they are. A pass can be asked how often each expert is selected
+//! in it; here a pass is a single token, which sees the earlier ones in the cache of keys and values, so that the counts
+//! say which experts it selects. That takes as many passes as there are tokens, and needs nothing of a plugin that
+//! training does not need.
+
+use crate::files;
+use crate::model::Catalog;
+use crate::selections::{self, Selections};
+use crate::words::{Words, misuse};
+use moeut_host::error::HostError;
+use moeut_host::log::Terminal;
+use moeut_host::plugins::Registry;
+use moeut_host::signals::Signals;
+use moeut_host::train::build::Blueprint;
+use moeut_host::trained::{self, Trained};
+use moeut_plugin_api::abi::client::TokenDatasetClient;
+use moeut_plugin_api::{ComponentKind, ForwardInput, Past, PluginError, StreamRequest, Wishes};
+use moeut_torch::{IntoHandle, IntoTensor, OrPluginError};
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::sync::Arc;
+use tch::{Kind, Tensor};
+
+/// Flags of the command.
+pub(crate) const FLAGS: [&str; 3] = ["save_dir", "n_tokens", "plugin_dir"];
+/// Tokens that are looked at, unless the command line says otherwise.
+const N_TOKENS: u64 = 4096;
+
+/// Writes the selections of each run that is named into its folder; what is there and of the same checkpoint stays.
+///
+/// # Errors
+/// If a run has no checkpoint, its data are not there, or its model selects no experts.
+pub(crate) fn command(words: &Words) -> Result<u8, HostError> {
+    if words.names.is_empty() {
+        return Err(misuse("no run is named"));
+    }
+    let n_tokens = match words.get("n_tokens") {
+        None => N_TOKENS,
+        Some(text) => text
+            .parse()
+            .ok()
+            .filter(|&n| n > 0)
+            .ok_or_else(|| misuse(format!("`-n_tokens {text}` is no whole number above 0")))?,
+    };
+    let catalog = Catalog::open(&words.list("plugin_dir", ""))?;
+    for name in &words.names {
+        let folder = words.path("save_dir", "save").join(name);
+        trace(&folder, n_tokens, &catalog)?;
+    }
+    Ok(0)
+}
+
+/// Traces one run, if that is not done.
+pub(crate) fn trace(folder: &Path, n_tokens: u64, catalog: &Catalog) -> Result<(), HostError> {
+    let (registry, terminal) = (&catalog.registry, &catalog.terminal);
+    let checkpoints = folder.join("checkpoint");
+    let checkpoints = if checkpoints.is_dir() {
+        checkpoints
+    } else {
+        folder.to_owned()
+    };
+    let blueprint = trained::blueprint(&[], checkpoints, &[], registry, terminal)?;
+    let step = blueprint
+        .restored
+        .as_ref()
+        .map_or(0, |loaded| loaded.snapshot.step);
+    let path = selections::path(folder);
+    let earlier: Option<Selections> = files::remembered(&path);
+    if earlier.is_some_and(|earlier| earlier.step == step && earlier.n_wanted == n_tokens) {
+        crate::make::say(&format!("{}: nothing has changed", path.display()));
+        return Ok(());
+    }
+    let mut trained = Trained::open(
+        &blueprint,
+        registry,
+        terminal,
+        &Arc::new(Signals::default()),
+    )?;
+    let stream = held_out(&trained, &blueprint, registry, n_tokens)?;
+    let selections = follow(&mut trained, &stream, (step, n_tokens), terminal)?;
+    terminal.finish();
+    let text = serde_json::to_vec(&selections).unwrap_or_default();
+    files::write(&path, &text)?;
+    crate::make::say(&format!(
+        "{}: {} tokens",
+        path.display(),
+        selections.tokens.len()
+    ));
+    Ok(())
+}
+
+/// The beginning of the first validation stream.
+fn held_out(
+    trained: &Trained,
+    blueprint: &Blueprint,
+    registry: &Registry,
+    n_tokens: u64,
+) -> Result<TokenDatasetClient, PluginError> {
+    let first = trained.plan.validation.first().ok_or_else(|| {
+        PluginError::new("there is no held-out text").why("the task of this run does not validate")
+    })?;
+    let limit = first.token_limit.unwrap_or(u64::MAX);
+    let wanted = n_tokens.next_multiple_of(first.seq_len.max(1));
+    let request = StreamRequest {
+        token_limit: Some(limit.min(wanted)),
+        ..first.clone()
+    };
+    let dataset = registry.find(ComponentKind::Dataset, &request.dataset)?;
+    let arguments = blueprint.arguments.config_for(&dataset.info.args)?;
+    let client = dataset.client();
+    client.new_token_dataset(&dataset.info.name, &arguments, &request, &trained.services)
+}
+
+/// Shows the model token by token, from the beginning of each window anew.
+fn follow(
+    trained: &mut Trained,
+    stream: &TokenDatasetClient,
+    (step, n_tokens): (u64, u64),
+    terminal: &Terminal,
+) -> Result<Selections, PluginError> {
+    let _no_grad = tch::no_grad_guard();
+    if !trained.model.abilities()?.has_cache {
+        return Err(
+            PluginError::new("the selections of this model cannot be traced")
+                .why("it has no cache of keys and values"),
+        );
+    }
+    let seq_len = trained.plan.train.seq_len;
+    let layers = trained.model.summary(seq_len)?.layers;
+    let groups = layers
+        .iter()
+        .map(|layer| usize::try_from(layer.unique_index).unwrap_or(usize::MAX));
+    let mut selections = Selections {
+        step,
+        n_wanted: n_tokens,
+        groups: groups.collect(),
+        n_experts: 0,
+        texts: BTreeMap::new(),
+        tokens: Vec::new(),
+        experts: Vec::new(),
+    };
+    let n_windows = stream
+        .info()?
+        .n_windows
+        .min(n_tokens.div_ceil(seq_len.max(1)));
+    let length = usize::try_from(seq_len).unwrap_or(usize::MAX);
+    let mut ids = vec![0; length + 1];
+    for window in 0..n_windows {
+        stream.read(&[window], &mut ids)?;
+        for (index, &id) in ids[..length].iter().enumerate() {
+            let experts = pass(trained, id, index == 0, &mut selections)?;
+            selections.tokens.push(id);
+            selections.experts.push(experts);
+            if let std::collections::btree_map::Entry::Vacant(entry) = selections.texts.entry(id) {
+                entry.insert(trained.tokenizer.decode(&[id])?);
+            }
+        }
+        terminal.work("windows traced", window + 1, n_windows);
+    }
+    Ok(selections)
+}
+
+/// One token: the experts that each layer of the stack selects for it.
+fn pass(
+    trained: &mut Trained,
+    id: i32,
+    is_first: bool,
+    selections: &mut Selections,
+) -> Result<Vec<Vec<u32>>, PluginError> {
+    let tokens_tb = Tensor::from_slice(&[i64::from(id)])
+        .unsqueeze(1)
+        .to_device(trained.device);
+    let output = trained.model.forward(ForwardInput {
+        tokens_tb: tokens_tb.share(),
+        is_training: false,
+        wishes: Wishes {
+            selections: true,
+            ..Wishes::default()
+        },
+        past: Past::Cache {
+            slot: 0,
+            is_reset: is_first,
+        },
+    })?;
+    let counts: BTreeMap<String, Tensor> = output
+        .selections
+        .into_iter()
+        .map(|named| (named.name, named.tensor.into_tensor()))
+        .collect();
+    let mut used: BTreeMap<usize, usize> = BTreeMap::new();
+    let mut experts = Vec::new();
+    let groups = selections.groups.clone();
+    for group in groups {
+        let name = format!("unique_layers.{group}.pkm/counts");
+        let counts_le = counts.get(&name).ok_or_else(|| {
+            PluginError::new("the selections of this model cannot be traced")
+                .why(format!("a pass does not tell `{name}`"))
+                .fix("use a model with a mixture of experts in each layer, and plugins of this version")
+        })?;
+        let place = used.entry(group).or_default();
+        let counts_e: Vec<i64> = counts_le
+            .f_get(i64::try_from(*place).unwrap_or_default())
+            .and_then(|counts_e| {
+                Vec::try_from(
+                    counts_e
+                        .f_to_kind(Kind::Int64)?
+                        .f_to_device(tch::Device::Cpu)?,
+                )
+            })
+            .or_plugin_error("counts of selections cannot be read")?;
+        *place += 1;
+        selections.n_experts = selections.n_experts.max(counts_e.len());
+        let selected = (0u32..).zip(&counts_e).filter(|(_, count)| **count > 0);
+        experts.push(selected.map(|(expert, _)| expert).collect());
+    }
+    Ok(experts)
+}
