@@ -15,7 +15,7 @@
 //! of width `D` each) and halting of every layer, as if no token halted early.
 
 use moeut_host::error::HostError;
-use moeut_host::log::{Terminal, TerminalMode};
+use moeut_host::log::{Terminal, Verbosity};
 use moeut_host::model_show::overview;
 use moeut_host::plan::{candidates, resolve};
 use moeut_host::plugins::{Gate, Registry, search_path};
@@ -202,7 +202,7 @@ impl Catalog {
         let registry = Registry::open(search_path(plugin_dirs), Gate::from_args(&[])?);
         Ok(Self {
             registry: Arc::new(registry),
-            terminal: Arc::new(Terminal::new(TerminalMode::Auto)),
+            terminal: Arc::new(Terminal::new(Verbosity::Normal)),
         })
     }
 

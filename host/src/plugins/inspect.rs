@@ -470,7 +470,7 @@ mod tests {
                 (|plugin| plugin.abi = "2.0".into()) as fn(&mut PluginRecord),
                 "plugin ABI 2.0",
             ),
-            (|plugin| plugin.abi = "1.3".into(), "plugin ABI 1.3"),
+            (|plugin| plugin.abi = "1.9".into(), "plugin ABI 1.9"),
             (|plugin| plugin.abi = "x".into(), "plugin ABI x"),
             (
                 |plugin| plugin.libtorch = "2.12.0".into(),

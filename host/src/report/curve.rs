@@ -252,7 +252,9 @@ mod tests {
             // Far from the peaks the mean of a bucket is the value of its middle.
             let middle = |index: &usize| n_points > 1 && points.steps[*index] > 60_000;
             for index in (0..n_points).filter(middle) {
-                let mean = points.values[index].unwrap().0;
+                let Some(Short(mean)) = points.values[index] else {
+                    continue; // the hole, whose place is the end of its bucket
+                };
                 assert!((mean - points.steps[index] as f64).abs() <= 0.5, "{mean}");
             }
         }
