@@ -253,8 +253,7 @@ impl Monitor {
             details.scalars.extend(single);
             self.log(state, step, lr, details);
         } else {
-            self.once(step, details.scalars);
-            self.plots(step, details.plots);
+            self.record(step, details.scalars, details.plots);
         }
         Ok(())
     }
@@ -369,23 +368,17 @@ impl Monitor {
 
     /// Logs numbers that are not averaged: of a validation, or known once.
     pub fn once(&mut self, step: u64, scalars: Vec<(String, f64)>) {
-        if scalars.is_empty() {
+        self.record(step, scalars, Vec::new());
+    }
+
+    /// Logs such numbers and charts, if there are any.
+    pub fn record(&mut self, step: u64, scalars: Vec<(String, f64)>, plots: Vec<(String, Plot)>) {
+        if scalars.is_empty() && plots.is_empty() {
             return;
         }
         self.sinks.record(Record {
             step,
             scalars,
-            ..Record::default()
-        });
-    }
-
-    /// Logs charts.
-    pub fn plots(&mut self, step: u64, plots: Vec<(String, Plot)>) {
-        if plots.is_empty() {
-            return;
-        }
-        self.sinks.record(Record {
-            step,
             plots,
             ..Record::default()
         });
