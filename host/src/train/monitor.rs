@@ -289,8 +289,7 @@ impl Monitor {
             details.scalars.extend(single);
             self.log(state, step, lr, details);
         } else {
-            self.once(step, details.scalars);
-            self.plots(step, details.plots);
+            self.record(step, details.scalars, details.plots);
         }
         Ok(())
     }
@@ -420,12 +419,18 @@ impl Monitor {
 
     /// Logs numbers that are not averaged: of a validation, or known once.
     pub fn once(&mut self, step: u64, scalars: Vec<(String, f64)>) {
-        if scalars.is_empty() {
+        self.record(step, scalars, Vec::new());
+    }
+
+    /// Logs such numbers and charts, if there are any.
+    pub fn record(&mut self, step: u64, scalars: Vec<(String, f64)>, plots: Vec<(String, Plot)>) {
+        if scalars.is_empty() && plots.is_empty() {
             return;
         }
         self.sinks.record(Record {
             step,
             scalars,
+            plots,
             ..Record::default()
         });
     }
@@ -442,18 +447,6 @@ impl Monitor {
         } else {
             self.message(text);
         }
-    }
-
-    /// Logs charts.
-    pub fn plots(&mut self, step: u64, plots: Vec<(String, Plot)>) {
-        if plots.is_empty() {
-            return;
-        }
-        self.sinks.record(Record {
-            step,
-            plots,
-            ..Record::default()
-        });
     }
 
     /// A line for the user.

@@ -53,9 +53,8 @@ pub fn validate(run: &mut Run) -> Result<(), TrainError> {
     if let Some(all) = score(run, is_end)? {
         run.state.owes_validation = false;
         let metrics = with_bests(&mut run.state, "validation/", &all);
-        run.monitor.once(run.state.step, metrics);
         let plots = plots("validation/", all.seen);
-        run.monitor.plots(run.state.step, plots);
+        run.monitor.record(run.state.step, metrics, plots);
     }
     Ok(())
 }
@@ -67,9 +66,8 @@ pub fn validate(run: &mut Run) -> Result<(), TrainError> {
 pub fn validate_pretrained(run: &mut Run) -> Result<(), TrainError> {
     if let Some(all) = score(run, false)? {
         let metrics = named("load_validation/", &all);
-        run.monitor.once(run.state.step, metrics);
         let plots = plots("load_validation/", all.seen);
-        run.monitor.plots(run.state.step, plots);
+        run.monitor.record(run.state.step, metrics, plots);
     }
     Ok(())
 }
@@ -86,8 +84,8 @@ pub fn test_only(run: &mut Run) -> Result<Option<String>, TrainError> {
     };
     let metrics = with_bests(&mut run.state, "", &all);
     let json = as_json(&metrics)?;
-    run.monitor.once(run.state.step, metrics);
-    run.monitor.plots(run.state.step, plots("", all.seen));
+    let plots = plots("", all.seen);
+    run.monitor.record(run.state.step, metrics, plots);
     Ok(Some(format!(
         "Validate returned:\n{json}\n{}\n",
         "-".repeat(80)

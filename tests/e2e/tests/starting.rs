@@ -229,8 +229,6 @@ fn arguments_without_effect_are_accepted_and_say_why() {
             "1",
             "-log",
             "tb",
-            "-details_log_interval",
-            "500",
             "-wandb_save_interval",
             "None",
         ],
@@ -242,7 +240,6 @@ fn arguments_without_effect_are_accepted_and_say_why() {
         .filter(|line| line.contains("warning"))
         .collect();
     assert_snapshot!(warnings.join("\n"), @r"
-    warning: `-details_log_interval` has no effect: layers report with every record; see `-log_interval`
     warning: `-wandb_save_interval` has no effect: the reference never reads it; see `-save_interval`
     ");
     assert!(sandbox.run_folder("a").join("tensorboard").is_dir());

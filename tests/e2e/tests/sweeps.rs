@@ -39,7 +39,6 @@ fn every_argument_of_every_sweep_is_accounted_for() {
     }
     let warnings: Vec<String> = warnings.into_iter().collect();
     assert_snapshot!(warnings.join("\n"), @r"
-    warning: `-details_log_interval` has no effect: layers report with every record; see `-log_interval`
     warning: `-moe.att.expert_dropout` has no effect: the reference never reads it; the live one is `moe.att.drop_expert`
     warning: `-moe.layer_encoding` has no effect: the reference no longer has it; its sweeps set it to `none`
     ");
