@@ -21,8 +21,7 @@ use trace::Trace;
 const N_ROWS: usize = 15;
 
 /// What `-profile_steps` takes.
-pub const EXPECTATION: &str =
-    "the first and the last step to record, as in `10:12`, both 1 or more";
+pub const EXPECTATION: &str = "a first and a last step, as in `10:12`";
 
 /// Steps to record, both included; step 1 is the first of a run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]

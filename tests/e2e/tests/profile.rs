@@ -154,5 +154,12 @@ fn a_range_is_two_steps_in_order() {
         let outcome = sandbox.run(&tiny("a", &["-profile_steps", range]).as_strs());
         assert_eq!(outcome.code, Some(2), "{outcome}");
     }
-    assert_snapshot!(sandbox.run(&tiny("a", &["-profile_steps", "4:3"]).as_strs()), @"");
+    assert_snapshot!(sandbox.run(&tiny("a", &["-profile_steps", "4:3"]).as_strs()), @r"
+    exit: 2
+    --- stdout
+    --- stderr
+    Error:   × invalid value for `-profile_steps`
+      ╰─▶ `4:3` is not a first and a last step, as in `10:12` (from: command line)
+      help: set `-profile_steps` to a first and a last step, as in `10:12`
+    ");
 }

@@ -216,12 +216,32 @@ fn what_is_no_run_is_refused_and_no_file_is_lost() {
         assert_eq!(outcome.code, Some(2), "{outcome}");
         outcome.stderr
     };
-    assert_snapshot!(said(&["empty"]), @"");
-    assert_snapshot!(said(&["save/nothing"]), @"");
-    assert_snapshot!(said(&[]), @"");
+    assert_snapshot!(said(&["empty"]), @r"
+    Error:   × `empty` is no run
+      ╰─▶ it has none of `metrics.jsonl`, `args.json`, `startup_log.txt`, and there is no run below it
+      help: name the folder of a run, `save/<name>`, or one with runs below it
+    ");
+    assert_snapshot!(said(&["save/nothing"]), @r"
+    Error:   × `save/nothing` cannot be reported on
+      ╰─▶ No such file or directory (os error 2)
+      help: name the folder of a run, `save/<name>`, or one with runs below it
+    ");
+    assert_snapshot!(said(&[]), @r"
+    Error:   × the report command cannot be read
+      ╰─▶ no folder is named
+      help: type `moeut-host report save/<name>`, or `moeut-host report --help`
+    ");
     fs::write(sandbox.work().join("empty/args.json"), "{}").unwrap();
-    assert_snapshot!(said(&["empty", "-out", "notes.html"]), @"");
-    assert_snapshot!(said(&["empty", "-out", "no/where.html"]), @"");
+    assert_snapshot!(said(&["empty", "-out", "notes.html"]), @r"
+    Error:   × the report cannot be written to `notes.html`
+      ╰─▶ it exists, and is no report: it would be lost
+      help: set `-out` to another file
+    ");
+    assert_snapshot!(said(&["empty", "-out", "no/where.html"]), @r"
+    Error:   × the report cannot be written to `no/where.html`
+      ╰─▶ `no` is no folder
+      help: set `-out` to another file
+    ");
     assert_eq!(
         fs::read_to_string(sandbox.work().join("notes.html")).unwrap(),
         "mine"
