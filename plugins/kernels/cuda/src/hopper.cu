@@ -11,7 +11,8 @@ constexpr int BLOCK_BYTES = 64 * STEP * 2;
 constexpr int GROUP_STAGE_BYTES = 6 * BLOCK_BYTES;
 
 // How tensor cores find an operand: blocks of 64 free elements by 64 contracted ones in rows of 128 bytes whose
-// 16-byte pieces are permuted by the number of the row. Rows run along the contracted axis, *inner*, or across it, *outer*.
+// 16-byte pieces are permuted by the number of the row. Rows run along the contracted axis, *inner*, or across it,
+// *outer*. Shared memory starts at a multiple of 1024 bytes.
 template <bool IS_OUTER>
 __device__ __forceinline__ unsigned long long descriptor(u32 address) {
   constexpr unsigned long long PERMUTED = 1ull << 62;
@@ -31,7 +32,8 @@ __device__ __forceinline__ u32 contracted_offset(int k) {
 #else
 #define WGMMA_TYPES "f32.bf16.bf16"
 #endif
-#define D8(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
+#define D2(i) "+f"(d[i]), "+f"(d[i + 1])
+#define D8(i) D2(i), D2(i + 2), D2(i + 4), D2(i + 6)
 
 // d += a · b with a 64 × 16, b 16 × 128, spread over a warpgroup.
 template <bool IS_LEFT_OUTER, bool IS_RIGHT_OUTER>
@@ -180,10 +182,12 @@ __device__ __forceinline__ void outer_product_in_groups(const OuterProduct& p) {
   });
 }
 
-extern "C" __global__ void __launch_bounds__(GROUP_THREADS, 1) outer_product_tall(const __grid_constant__ OuterProduct p) {
+extern "C" __global__ void __launch_bounds__(GROUP_THREADS, 1)
+    outer_product_tall(const __grid_constant__ OuterProduct p) {
   outer_product_in_groups<true>(p);
 }
-extern "C" __global__ void __launch_bounds__(GROUP_THREADS, 1) outer_product_broad(const __grid_constant__ OuterProduct p) {
+extern "C" __global__ void __launch_bounds__(GROUP_THREADS, 1)
+    outer_product_broad(const __grid_constant__ OuterProduct p) {
   outer_product_in_groups<false>(p);
 }
 
@@ -199,7 +203,7 @@ struct GroupInnerPlace {
 
 constexpr int GROUP_ROWS = 256;
 
-// As `find_tile`, for tiles of 256 rows.
+// As `rows_product`, for tiles of 256 rows.
 template <bool IS_TRANSPOSED>
 __device__ __forceinline__ void rows_product_in_groups(const RowsProduct& p, const RowsTile& tile, GroupSums& sums) {
   const GroupInnerPlace inner(threadIdx.x);
@@ -272,7 +276,8 @@ __device__ __forceinline__ void plain_product_in_groups(const RowsProduct& p) {
 }
 
 // As `product`, and the others as their namesakes, with tiles of 256 rows.
-extern "C" __global__ void __launch_bounds__(GROUP_THREADS, 1) product_in_groups(const __grid_constant__ RowsProduct p) {
+extern "C" __global__ void __launch_bounds__(GROUP_THREADS, 1)
+    product_in_groups(const __grid_constant__ RowsProduct p) {
   plain_product_in_groups<false>(p);
 }
 
@@ -281,7 +286,8 @@ extern "C" __global__ void __launch_bounds__(GROUP_THREADS, 1)
   plain_product_in_groups<true>(p);
 }
 
-extern "C" __global__ void __launch_bounds__(GROUP_THREADS, 1) up_in_groups(const __grid_constant__ RowsProduct p) {
+extern "C" __global__ void __launch_bounds__(GROUP_THREADS, 1)
+    up_in_groups(const __grid_constant__ RowsProduct p) {
   RowsTile tile;
   if (!find_tile(p, tile)) return;
   GroupSums sums = {};

@@ -91,7 +91,7 @@ __device__ __forceinline__ void load_matrices(u32 (&m)[4], u32 address) {
 // Tiles: 128 × 128 results, the contracted axis in steps of 64, four warps of 64 × 64 each
 // ---------------------------------------------------------------------------------------------------------------------
 
-extern __shared__ __align__(128) u16 shared_memory[];
+extern __shared__ __align__(1024) u16 shared_memory[];
 
 constexpr int TILE = 128;
 constexpr int STEP = 64;

@@ -5,7 +5,6 @@
 
 constexpr int CHUNK = 128;
 constexpr int MASK_WORDS = CHUNK / 32;
-// The largest number of selections in a group: each lane of a warp keeps one.
 constexpr int SELECT_WARPS = 8;
 
 struct Selection {
@@ -58,7 +57,8 @@ __device__ __forceinline__ void largest_key(const u32 (&keys)[C], u32& key, int&
   }
 }
 
-// One block for each chunk, one warp for each token and group; a lane has C columns.
+// One block for each chunk, one warp for each token and group; a lane has C columns, and keeps one of the selections, of
+// which there are at most 32.
 template <int C>
 __device__ __forceinline__ void select_experts(const Selection& p) {
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
