@@ -60,18 +60,28 @@ impl Server {
             return None;
         };
         let (stop, stopped) = channel();
-        let terminal = Arc::clone(terminal);
+        let on_thread = Arc::clone(terminal);
         let thread = std::thread::Builder::new().name("tensorboard".to_owned());
         let thread = thread.spawn(move || {
-            if let Err(why) = serve(&program, &settings, &stopped, &terminal) {
-                terminal.message(Level::Warning, &format!("TensorBoard does not run: {why}"));
+            if let Err(why) = serve(&program, &settings, &stopped, &on_thread) {
+                warn(&on_thread, &why);
             }
         });
-        Some(Self {
-            stop: Some(stop),
-            thread: Some(thread.ok()?),
-        })
+        match thread {
+            Ok(thread) => Some(Self {
+                stop: Some(stop),
+                thread: Some(thread),
+            }),
+            Err(error) => {
+                warn(terminal, &error.to_string());
+                None
+            }
+        }
     }
+}
+
+fn warn(terminal: &Terminal, why: &str) {
+    terminal.message(Level::Warning, &format!("TensorBoard does not run: {why}"));
 }
 
 impl Drop for Server {
