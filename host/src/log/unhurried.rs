@@ -128,7 +128,7 @@ mod tests {
     use std::io::{BufRead, BufReader, Read, pipe};
 
     /// More than any pipe holds.
-    const LINE: [u8; 200_000] = [b'x'; 200_000];
+    static LINE: [u8; 200_000] = [b'x'; 200_000];
 
     #[test]
     fn a_flush_returns_when_everything_is_written() {
