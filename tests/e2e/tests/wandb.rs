@@ -566,7 +566,7 @@ fn a_reader_of_stderr_that_stops_does_not_stop_training() {
     let sandbox = Sandbox::new();
     for (name, is_gone) in [("full", false), ("gone", true)] {
         let (reader, mut writer) = std::io::pipe().unwrap();
-        writer.write_all(&[b'x'; CAPACITY]).unwrap();
+        writer.write_all(&vec![b'x'; CAPACITY]).unwrap();
         let mut host = sandbox.foreign(&sandbox.program());
         let args = tiny(name, &["-stop_after", "20", "-test_interval", "1"]);
         host.args(args.as_strs())

@@ -31,6 +31,7 @@ use serde_json::Value;
 use super::{End, Level, Notice, Record, Sink, SinkError};
 use crate::run_folder::machine;
 use crate::signals::Ending;
+use crate::startup_log::quoted;
 use datastore::DataStore;
 use media::{Media, Place};
 use records::{Environment, RunInfo};
@@ -168,7 +169,7 @@ impl Wandb {
             is_sweep: !settings.sweep_id.is_empty(),
             notices: Vec::new(),
             uploader: None,
-            by_hand: format!("`wandb sync {}`", dir.display()),
+            by_hand: format!("`wandb sync {}`", quoted(&dir.to_string_lossy())),
         };
         fs::create_dir_all(&sink.files).map_err(SinkError::io("create", &sink.files))?;
         sink.append(&[

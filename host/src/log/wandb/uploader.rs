@@ -140,9 +140,10 @@ fn follow(upload: &Upload, shared: &Shared) -> Result<(), String> {
             }
             Some(Answer::News(lines)) => {
                 for line in lines {
-                    let level = match line.is_error {
-                        true => Level::Warning,
-                        false => Level::Info,
+                    let level = if line.is_error {
+                        Level::Warning
+                    } else {
+                        Level::Info
                     };
                     shared.say(level, format!("W&B: {}", line.text));
                 }
@@ -155,9 +156,10 @@ fn follow(upload: &Upload, shared: &Shared) -> Result<(), String> {
                     shared.say(Level::Info, format!("W&B: {}", line.text));
                 }
                 let errors: Vec<String> = errors.into_iter().map(|line| line.text).collect();
-                return match errors.is_empty() {
-                    true => Ok(()),
-                    false => Err(errors.join("; ")),
+                return if errors.is_empty() {
+                    Ok(())
+                } else {
+                    Err(errors.join("; "))
                 };
             }
             Some(Answer::Refused(why)) => {
