@@ -125,9 +125,7 @@ pub fn build(
         plan.train.seq_len,
         n_steps,
     )?;
-    let tokenizer = Arc::clone(&data.tokenizer);
-    let text = move |id| tokenizer.decode(&[id]).unwrap_or_default();
-    let follower = Follower::new(text, watch.intervals.has_maps());
+    let follower = follower(&data.tokenizer, watch.intervals);
     let files = (follower, Dumps::new(&blueprint.folder));
     let mut monitor = Monitor::new(sinks, Arc::clone(terminal), watch, files, &state);
     if blueprint.config.non_finite.is_traced {
@@ -201,6 +199,13 @@ fn machine(config: &mut HostConfig, terminal: &Terminal) -> Result<Placement, Pl
     let n_gpus = n_gpus();
     config.gpu = gpu::take(config.gpu, n_gpus, terminal);
     place(config, n_gpus)
+}
+
+/// Reads along where attention maps will name tokens.
+fn follower(tokenizer: &Arc<TokenDatasetClient>, intervals: Intervals) -> Follower {
+    let tokenizer = Arc::clone(tokenizer);
+    let text = move |id| tokenizer.decode(&[id]).unwrap_or_default();
+    Follower::new(text, intervals.has_maps())
 }
 
 /// What the logs need to know.
