@@ -150,9 +150,7 @@ pub fn build(
         plan.train.seq_len,
         n_steps,
     )?;
-    let tokenizer = Arc::clone(&data.tokenizer);
-    let text = move |id| tokenizer.decode(&[id]).unwrap_or_default();
-    let follower = Follower::new(text, watch.intervals.has_maps());
+    let follower = follower(&data.tokenizer, watch.intervals);
     let files = (follower, Dumps::new(&blueprint.folder));
     let mut monitor = Monitor::new(sinks, Arc::clone(terminal), watch, files, &state)
         .with_profile(profile(&blueprint, device, terminal));
@@ -238,6 +236,13 @@ fn profile(blueprint: &Blueprint, device: Device, terminal: &Terminal) -> Option
         return None;
     }
     Some(Profile::new(steps, device, &blueprint.folder))
+}
+
+/// Reads along where attention maps will name tokens.
+fn follower(tokenizer: &Arc<TokenDatasetClient>, intervals: Intervals) -> Follower {
+    let tokenizer = Arc::clone(tokenizer);
+    let text = move |id| tokenizer.decode(&[id]).unwrap_or_default();
+    Follower::new(text, intervals.has_maps())
 }
 
 /// What the logs need to know.

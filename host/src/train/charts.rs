@@ -21,7 +21,7 @@ pub(super) enum Shown {
     /// A scalar.
     Number(f64),
     /// A plot.
-    Plot(Plot),
+    Plot(Box<Plot>),
 }
 
 impl Sketch {
@@ -53,10 +53,10 @@ impl Sketch {
         let axis = |axis: ChartAxis| named(axis, labels);
         let shown = match (self.kind, &size[..], values) {
             (ChartKind::Number, _, [value]) => Shown::Number(*value),
-            (ChartKind::Bars { x, y }, &[n], _) | (ChartKind::Bars { x, y }, &[3, n], _) => {
+            (ChartKind::Bars { x, y }, &([n] | [3, n]), _) => {
                 let (heights, errors) = values.split_at(n);
                 let (below, above) = errors.split_at(errors.len() / 2);
-                Shown::Plot(Plot::Bars(Bars {
+                Shown::Plot(Box::new(Plot::Bars(Bars {
                     x: axis(x),
                     y: axis(y),
                     series: vec![Series {
@@ -64,16 +64,16 @@ impl Sketch {
                         error: below.iter().copied().zip(above.iter().copied()).collect(),
                         ..Series::default()
                     }],
-                }))
+                })))
             }
             (ChartKind::Heatmap { x, y, range }, &[n_rows, n_cols], _) => {
-                Shown::Plot(Plot::Heatmap(Heatmap {
+                Shown::Plot(Box::new(Plot::Heatmap(Heatmap {
                     matrix: matrix(n_rows, n_cols, values),
                     x: axis(x),
                     y: axis(y),
                     range,
                     ..Heatmap::default()
-                }))
+                })))
             }
             (
                 ChartKind::Frames {
@@ -87,14 +87,14 @@ impl Sketch {
             ) if n == titles.len() => {
                 let cells = (n_rows * n_cols).max(1);
                 let frames = titles.into_iter().zip(values.chunks(cells));
-                Shown::Plot(Plot::Frames(Frames {
+                Shown::Plot(Box::new(Plot::Frames(Frames {
                     frames: frames
                         .map(|(title, values)| (title, matrix(n_rows, n_cols, values)))
                         .collect(),
                     x: axis(x),
                     y: axis(y),
                     range,
-                }))
+                })))
             }
             (kind, size, _) => {
                 return Err(PluginError::new("the model's plugin sent a chart that is none")
@@ -153,7 +153,7 @@ mod tests {
 
     fn plot(sketch: Sketch, values: &[f64], labels: Option<&Labels>) -> Plot {
         match sketch.draw(values, labels).unwrap() {
-            (name, Shown::Plot(plot)) if name == "a" => plot,
+            (name, Shown::Plot(plot)) if name == "a" => *plot,
             other => panic!("{other:?}"),
         }
     }

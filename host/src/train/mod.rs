@@ -121,10 +121,10 @@ fn forward_backward(run: &mut Run, batch: &[Microbatch]) -> Result<StepStats, Tr
         let tokens = microbatch.tokens.to_device(run.device);
         let (inputs, targets) = inputs_and_targets(&tokens);
         let past = run.segments.training(index, forgets || microbatch.is_start);
-        let part = (index, batch.len());
+        let place = (index, batch.len());
         let wishes = run
             .monitor
-            .wishes(&run.state, part, &microbatch.tokens, past);
+            .wishes(&run.state, place, &microbatch.tokens, past);
         let output = {
             let _mixed =
                 Autocast::new(run.device, run.autocast).or_plugin_error("mixed precision")?;

@@ -252,15 +252,15 @@ impl Monitor {
     /// # Errors
     /// If a step is not finite, and more were not than may be dropped.
     pub fn settle(&mut self, state: &mut TrainState) -> Result<(), TrainError> {
-        let Some(pending) = self.pending.take() else {
+        let Some(mut pending) = self.pending.take() else {
             return Ok(());
         };
         let (step, lr) = (pending.step, pending.lr);
         let (mut averaged, mut single) = (Vec::new(), Vec::new());
         let (mut grad_norm, mut is_bad) = (0.0, false);
         let (mut details, mut selections) = (Details::default(), Vec::new());
-        let (labels, read) = pending.read()?;
-        for (metric, values) in read {
+        let labels = pending.labels.take();
+        for (metric, values) in pending.read()? {
             let value = values.first().copied().unwrap_or(f64::NAN);
             match metric {
                 Metric::Averaged(name) => averaged.push((name, value)),
@@ -298,7 +298,7 @@ impl Monitor {
     fn draw(&self, sketch: Sketch, values: &[f64], labels: Option<&Labels>, details: &mut Details) {
         match sketch.draw(values, labels) {
             Ok((name, Shown::Number(value))) => details.scalars.push((name, value)),
-            Ok((name, Shown::Plot(plot))) => details.plots.push((name, plot)),
+            Ok((name, Shown::Plot(plot))) => details.plots.push((name, *plot)),
             Err(error) => self.warn(&format!("{}: {}; {}", error.what, error.why, error.fix)),
         }
     }
@@ -524,13 +524,11 @@ impl Pending {
         })
     }
 
-    /// The labels, and the numbers once they have arrived.
-    fn read(
-        self,
-    ) -> Result<(Option<Labels>, impl Iterator<Item = (Metric, Vec<f64>)>), TrainError> {
+    /// The numbers, once they have arrived.
+    fn read(self) -> Result<impl Iterator<Item = (Metric, Vec<f64>)>, TrainError> {
         let values = self.readback.wait();
         let values = values.or_plugin_error("the results of a step cannot be read")?;
-        Ok((self.labels, self.names.into_iter().zip(values)))
+        Ok(self.names.into_iter().zip(values))
     }
 }
 

@@ -168,7 +168,7 @@ impl Observer {
         for (sketch, values) in sketches.into_iter().zip(read) {
             match sketch.draw(&values, None)? {
                 (name, Shown::Number(value)) => seen.scalars.push((name, value)),
-                (name, Shown::Plot(plot)) => seen.plots.push((name, plot)),
+                (name, Shown::Plot(plot)) => seen.plots.push((name, *plot)),
             }
         }
         Ok(seen)

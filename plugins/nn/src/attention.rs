@@ -168,7 +168,7 @@ impl DenseAttention {
         let q = self.rope.forward(&q, past.query_offset(), ctx)?;
         let k = self.rope.forward(&k, past.key_offset(), ctx)?;
         let (k, v) = past.joined(k, v);
-        maps.add(&q, &k, past.mask(), Vec::new(), ctx)?;
+        maps.add(&q, &k, past.mask(), &[], ctx)?;
         let mixed = attention(&q, &k, &v, past.mask());
         let size = reading.stream.size();
         let mixed = mixed.reshape([size[0], size[1], width]);

@@ -91,7 +91,7 @@ impl AttentionMaps {
         q_bthd: &Tensor,
         k_bshd: &Tensor,
         mask: &Mask,
-        gates: Vec<Gates>,
+        gates: &[Gates],
         ctx: &Context,
     ) -> Result<(), PluginError> {
         let Some(wish) = self.wish else {
@@ -261,7 +261,7 @@ mod tests {
         });
         let mut maps = AttentionMaps::new(&ctx);
         let mask = Mask::after(2, 4, Device::Cpu);
-        maps.add(&q, &k, &mask, Vec::new(), &ctx).unwrap();
+        maps.add(&q, &k, &mask, &[], &ctx).unwrap();
         let charts = maps.finish(&[7]);
         assert_eq!(charts.len(), 1);
         let ChartKind::Frames { x, y, titles, .. } = &charts[0].kind else {

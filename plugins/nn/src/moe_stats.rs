@@ -136,10 +136,10 @@ impl MoeWatch {
         let counts_le = (!self.counts_e.is_empty()).then(|| Tensor::stack(&self.counts_e, 0));
         let mut stats: Vec<_> = averages(self.stats).collect();
         if let (true, Some(counts_le)) = (self.wishes.stats, &counts_le) {
-            let counts_e = counts_le.sum_dim_intlist(0i64, false, None);
-            let perplexity = usage::relative_perplexity(&counts_e);
+            let all_e = counts_le.sum_dim_intlist(0i64, false, None);
+            let perplexity = usage::relative_perplexity(&all_e);
             stats.push(("usag_rel_perplexity_all_layers", perplexity));
-            let dead = usage::dead_share(&counts_e);
+            let dead = usage::dead_share(&all_e);
             stats.push(("dead_expert_proportion_all_layers", dead));
         }
         MoeStats {
@@ -173,14 +173,14 @@ pub fn usage_charts(tally: &Tally, prefix: &str, optimist: Optimist) -> Vec<Char
         return Vec::new();
     };
     let name = |what: &str| format!("{prefix}{what}");
-    let counts_e = counts_le.sum_dim_intlist(0i64, false, None);
-    let perplexity = usage::relative_perplexity(&counts_e);
-    let (sorted_e, _) = counts_e.sort(-1, true);
+    let all_e = counts_le.sum_dim_intlist(0i64, false, None);
+    let perplexity = usage::relative_perplexity(&all_e);
+    let (sorted_e, _) = all_e.sort(-1, true);
     let mut all = vec![
         charts::number(name("usag_rel_perplexity_100"), &perplexity),
         charts::number(
             name("dead_expert_proportion_100"),
-            &usage::dead_share(&counts_e),
+            &usage::dead_share(&all_e),
         ),
         charts::usage_bars(name("usage_counts_100"), &sorted_e),
     ];

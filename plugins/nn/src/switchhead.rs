@@ -335,7 +335,8 @@ impl SwitchHead {
                     gates_tha,
                 })
             });
-            maps.add(&q, &k, earlier.mask(), gates.collect(), ctx)?;
+            let gates: Vec<Gates> = gates.collect();
+            maps.add(&q, &k, earlier.mask(), &gates, ctx)?;
         }
         let mixed_bthd = attention(&q, &k, &v, earlier.mask());
 

@@ -154,12 +154,12 @@ pub fn usage_charts(tally: &Tally, prefix: &str) -> Vec<Chart> {
         ));
         for head in 0..counts_lha.size()[1] {
             let what = format!("moe_per_layer_100/{side}_h{head}");
-            let counts_la = counts_lha.select(1, head);
+            let of_head_la = counts_lha.select(1, head);
             all.push(charts::heatmap(
                 name(&what),
                 ["expert", "layer"],
                 None,
-                &counts_la,
+                &of_head_la,
             ));
         }
     }

@@ -102,12 +102,9 @@ mod tests {
     fn perplexity_is_relative_to_even_use() {
         let counts = Tensor::from_slice2(&[[5i64, 5, 5, 5], [0, 7, 0, 0], [8, 8, 0, 0]]);
         let values = relative_perplexity(&counts);
-        for (row, expected) in [1.0, 0.25, 0.5].into_iter().enumerate() {
-            assert!(close(&values.get(row as i64), expected));
-            assert!(close(
-                &relative_perplexity(&counts.get(row as i64)),
-                expected
-            ));
+        for (row, expected) in (0..).zip([1.0, 0.25, 0.5]) {
+            assert!(close(&values.get(row), expected));
+            assert!(close(&relative_perplexity(&counts.get(row)), expected));
         }
         assert!(close(&dead_share(&counts.get(2)), 0.5));
     }
@@ -117,9 +114,9 @@ mod tests {
         let counts = Tensor::from_slice2(&[[10i64, 0, 10], [1, 1, 2], [0, 3, 0]]);
         let similar = similarity(&frequencies(&counts));
         let expected = [[1.0, 0.75, 0.0], [0.75, 1.0, 0.25], [0.0, 0.25, 1.0]];
-        for (row, expected) in expected.iter().enumerate() {
-            for (column, &expected) in expected.iter().enumerate() {
-                assert!(close(&similar.get(row as i64).get(column as i64), expected));
+        for (row, expected) in (0..).zip(&expected) {
+            for (column, &expected) in (0..).zip(expected) {
+                assert!(close(&similar.get(row).get(column), expected));
             }
         }
         let [score, optimist] = universal_scores(&similar, Optimist::Others);
@@ -145,7 +142,8 @@ mod tests {
         );
         for (of_token, &other) in ids.iter().zip(&others) {
             for &id in of_token {
-                expected[id as usize][other as usize] += 1;
+                let index = |id: i64| usize::try_from(id).unwrap();
+                expected[index(id)][index(other)] += 1;
             }
         }
         let counted = Vec::<Vec<i64>>::try_from(counted).unwrap();

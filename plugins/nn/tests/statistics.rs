@@ -1,4 +1,9 @@
 //! Statistics of σ-MoE and SwitchHead against counting by hand.
+#![expect(
+    clippy::unwrap_used,
+    reason = "helpers of tests: what they cannot do fails the test"
+)]
+#![expect(clippy::cast_possible_wrap, reason = "sizes below ten")]
 
 use moeut_nn::attention::Heads;
 use moeut_nn::balance::{BalanceConfig, BalanceMode};
@@ -105,7 +110,10 @@ fn mean(values: impl IntoIterator<Item = f64>) -> f64 {
 }
 
 /// Experts and scores of a token, best first.
-fn selected(scores: &[f64]) -> Vec<(usize, f64)> {
+type Selected = Vec<(usize, f64)>;
+
+/// The best of a token's scores.
+fn selected(scores: &[f64]) -> Selected {
     let mut ranked: Vec<(usize, f64)> = scores.iter().copied().enumerate().collect();
     ranked.sort_by(|a, b| b.1.total_cmp(&a.1));
     ranked.truncate(TOP_K);
@@ -113,7 +121,7 @@ fn selected(scores: &[f64]) -> Vec<(usize, f64)> {
 }
 
 /// By hand: for each application and token, what it selects.
-fn routed(params: &Params, inputs: &[Tensor]) -> Vec<Vec<Vec<(usize, f64)>>> {
+fn routed(params: &Params, inputs: &[Tensor]) -> Vec<Vec<Selected>> {
     let router = matrix(&parameter(params, "expert_sel"));
     let bias = Vec::<f64>::try_from(parameter(params, "sel_bias")).unwrap();
     let of_token = |token: &Vec<f64>| {
@@ -348,7 +356,7 @@ fn switchhead(params: &Params) -> SwitchHead {
 }
 
 /// By hand: for each token and head what it selects.
-fn routed_heads(params: &Params, side: &str, x: &Tensor) -> Vec<Vec<Vec<(usize, f64)>>> {
+fn routed_heads(params: &Params, side: &str, x: &Tensor) -> Vec<Vec<Selected>> {
     let rows = matrix(&parameter(params, &format!("selections.{side}")));
     let sigmoid = |z: f64| 1.0 / (1.0 + (-z).exp());
     let of_token = |token: &Vec<f64>| {
@@ -379,13 +387,13 @@ fn a_switchhead_layer_tells_what_counting_by_hand_tells() {
     let ctx = context(true);
     let (mut pass, mut maps) = (layer.begin(&ctx), AttentionMaps::new(&ctx));
     for x in &inputs {
-        let mut past = LayerPast::none(false);
+        let mut earlier = LayerPast::none(false);
         let _ = layer
             .forward(
                 &Reading::plain(x),
                 None,
                 &mut pass,
-                (&mut past, &mut maps),
+                (&mut earlier, &mut maps),
                 &ctx,
             )
             .unwrap();
@@ -444,7 +452,7 @@ fn a_switchhead_layer_tells_what_counting_by_hand_tells() {
         let frame = matrix(&frames.get(application as i64));
         for position in 0..3 {
             for expert in 0..N_HEAD_EXPERTS {
-                let gate = |routed: &[Vec<Vec<Vec<(usize, f64)>>>]| {
+                let gate = |routed: &[Vec<Vec<Selected>>]| {
                     let selected = routed[application][2 + position][1].iter();
                     selected
                         .filter(|(id, _)| *id == expert)

@@ -1,4 +1,8 @@
 //! What a model tells about itself, in the files of a run: which names at which steps, and that asking changes nothing.
+#![expect(
+    clippy::unwrap_used,
+    reason = "helpers of tests: what they cannot do fails the test"
+)]
 
 use moeut_e2e::{Args, Sandbox, checkpoint_files, losses, read, read_safetensors, tiny};
 use serde_json::Value;
