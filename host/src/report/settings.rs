@@ -1,6 +1,7 @@
 //! In which arguments runs differ, and what each run used where nobody said anything.
 
 use super::run::Run;
+use crate::args::Role;
 use crate::log::Terminal;
 use crate::plan::resolve;
 use crate::plugins::Registry;
@@ -14,7 +15,7 @@ const NAMES: [&str; 1] = ["name"];
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Value {
     pub(super) text: String,
-    /// Nobody typed it.
+    /// It is that of an owner's default.
     pub(super) is_default: bool,
 }
 
@@ -42,10 +43,18 @@ pub(super) fn values(
     match resolve(&[], Some(&run.args), registry, terminal) {
         Ok(resolved) => {
             for (name, (text, _)) in resolved.arguments.raw {
-                values.entry(name).or_insert(Value {
-                    text,
-                    is_default: true,
-                });
+                let is_default = true;
+                values.entry(name).or_insert(Value { text, is_default });
+            }
+            // A run stores all of its arguments, so that what it was told is what differs from the default.
+            let active = resolved
+                .owners
+                .iter()
+                .filter(|owner| owner.role != Role::Idle);
+            for def in active.flat_map(|owner| &owner.defs) {
+                if let Some(value) = values.get_mut(&def.name) {
+                    value.is_default |= value.text == def.default;
+                }
             }
             (values, None)
         }
