@@ -22,12 +22,13 @@ use crate::startup_log;
 use crate::sweep_cli;
 use crate::train;
 use crate::train::build::{Blueprint, build};
+use crate::watchdog;
 use moeut_plugin_api::PluginError;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 const USAGE: &str = "\
 usage: moeut-host -task <task> -name <name> [-<argument> <value> …]   train
@@ -192,6 +193,12 @@ fn train_command(
         Level::Info,
         &format!("plugins {:.2} s", plugins_time.as_secs_f64()),
     );
+    let patience = Duration::try_from_secs_f64(blueprint.config.watchdog);
+    if let Some(patience) = patience.ok().filter(|patience| !patience.is_zero())
+        && let Err(error) = watchdog::start(terminal, patience)
+    {
+        terminal.message(Level::Warning, &format!("no call is watched: {error}"));
+    }
     let (is_dry, is_test) = (blueprint.config.dry_run, blueprint.config.test_only);
     let keeps_alive = blueprint.config.keep_alive;
     let server_settings = blueprint.tensorboard_server();

@@ -28,4 +28,5 @@ pub mod sweep;
 pub mod sweep_cli;
 pub mod train;
 pub mod trained;
+pub mod watchdog;
 mod words;

@@ -74,6 +74,8 @@ pub struct HostConfig {
     pub wandb_project: Option<String>,
     /// Whether tables are not sent there.
     pub wandb_drops_tables: bool,
+    /// Seconds after which a call into a plugin that does not return is named; never if 0.
+    pub watchdog: f64,
     /// Steps over which metrics are averaged.
     pub log_interval: u64,
     /// What the model tells about itself.

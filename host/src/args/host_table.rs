@@ -15,6 +15,7 @@ pub(super) const NOT_SAVED: &[&str] = &[
     "tb_bind_all",
     "tb_server",
     "test_only",
+    "watchdog",
 ];
 
 /// Smallest values of numbers that cannot be just any.
@@ -43,6 +44,7 @@ pub(super) const MINIMUM: &[(&str, f64)] = &[
     ("test_batch_size", 1.0),
     ("test_interval", 1.0),
     ("threads", 1.0),
+    ("watchdog", 0.0),
     ("wd", 0.0),
 ];
 
@@ -269,6 +271,9 @@ const HOST_ARGS: &[ArgSpec] = &[
         .field("non_finite.policy")
         .choices("abort|skip")
         .help("When loss or gradient are not finite: end, or drop that step's update"),
+    ArgSpec::float("watchdog", "300")
+        .unit("s")
+        .help("Name a call into a plugin that does not return for so long; 0 never"),
     ArgSpec::int("nan_budget", "10")
         .field("non_finite.n_skips")
         .unit("steps")

@@ -34,6 +34,7 @@ pub mod timing;
 pub mod validation;
 
 use crate::checkpoint::CheckpointError;
+use crate::watchdog::watch;
 use batches::Microbatch;
 use charts::Sketch;
 use loss::mean_loss;
@@ -143,6 +144,7 @@ fn forward_backward(run: &mut Run, batch: &[Microbatch]) -> Result<StepStats, Tr
             .total(&output.regularizers, run.state.step)?;
         let share = (&loss + regularizers) * microbatch.weight;
         let _backward = Span::begin("backward");
+        let _watched = watch("model", run.model.name(), "backward");
         run.scaler
             .scale(share.shallow_clone())
             .f_backward()
@@ -182,7 +184,10 @@ pub fn forward(
             .collect()
     };
     let _forward = Span::begin("forward");
-    let output = model.forward(input)?;
+    let output = {
+        let _watched = watch("model", &Arc::clone(model.name()), "forward");
+        model.forward(input)?
+    };
     let sketched = |chart: Chart| {
         let values = chart.values.into_tensor();
         let sketch = Sketch {

@@ -10,6 +10,7 @@
 
 use super::border::{check_info, check_tokens};
 use super::int;
+use crate::watchdog::watch;
 use moeut_plugin_api::abi::client::TokenDatasetClient;
 use moeut_plugin_api::{PluginError, StreamInfo};
 use std::sync::Arc;
@@ -92,7 +93,10 @@ impl Stream {
     /// If the data cannot be read.
     pub fn read(&self, windows: &[u64]) -> Result<Windows, PluginError> {
         let mut ids = vec![0_i32; windows.len() * (self.seq_len + 1)];
-        self.dataset.read(windows, &mut ids)?;
+        {
+            let _watched = watch("dataset", self.dataset.name(), "read");
+            self.dataset.read(windows, &mut ids)?;
+        }
         for (&window, row) in windows.iter().zip(ids.chunks(self.seq_len + 1)) {
             check_tokens(&row[..self.len(window).min(row.len())], self.vocab_size)?;
         }

@@ -198,6 +198,7 @@ impl PluginClient {
         );
         Ok(TokenDatasetClient {
             object: result(made)?,
+            name: name.into(),
         })
     }
 
@@ -268,6 +269,7 @@ impl PluginClient {
         );
         Ok(ModelClient {
             object: result(made)?,
+            name: name.into(),
         })
     }
 
@@ -303,9 +305,15 @@ impl TaskClient {
 /// A token dataset in a plugin.
 pub struct TokenDatasetClient {
     object: TokenDatasetObject,
+    name: Arc<str>,
 }
 
 impl TokenDatasetClient {
+    /// The component's name.
+    pub fn name(&self) -> &Arc<str> {
+        &self.name
+    }
+
     /// See [`crate::TokenDataset::info`].
     ///
     /// # Errors
@@ -373,9 +381,15 @@ impl ChoiceDatasetClient {
 /// A model in a plugin.
 pub struct ModelClient {
     object: ModelObject,
+    name: Arc<str>,
 }
 
 impl ModelClient {
+    /// The component's name.
+    pub fn name(&self) -> &Arc<str> {
+        &self.name
+    }
+
     /// See [`crate::Model::parameters`].
     ///
     /// # Errors

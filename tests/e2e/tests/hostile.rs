@@ -5,7 +5,7 @@
 )]
 
 use insta::assert_snapshot;
-use moeut_e2e::{Outcome, Sandbox, build_new, read};
+use moeut_e2e::{Outcome, Sandbox, build_new, read, wait_until};
 use std::fs;
 use std::path::PathBuf;
 use std::sync::LazyLock;
@@ -137,4 +137,28 @@ fn models() {
         "stats_name",
     ];
     assert_snapshot!(table("model", &ways));
+}
+
+/// Nothing ends such a call from outside; but it is named, and two signals end the run.
+#[test]
+fn a_call_that_never_returns_is_named() {
+    let sandbox = sandbox();
+    for (place, call) in [
+        ("-hostile.model", "`forward` of model `hostile_table`"),
+        ("-hostile.data", "`read` of dataset `hostile_bytes`"),
+    ] {
+        let args = "-task hostile -name b -gpu none -batch_size 4 -stop_after 6 -n_samples 0 -log none -reset 1 -watchdog 0.2";
+        let args: Vec<&str> = args.split(' ').chain([place, "blocks"]).collect();
+        let mut running = sandbox.start(&args, &[]);
+        wait_until("the call is named", || {
+            running
+                .stderr()
+                .contains(&format!("{call} has not returned for "))
+        });
+        assert!(!running.has_ended());
+        running.signal("INT");
+        running.signal("INT");
+        let outcome = running.wait();
+        assert_eq!(outcome.code, Some(130), "{outcome}");
+    }
 }
