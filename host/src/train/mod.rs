@@ -46,6 +46,7 @@ use moeut_torch::handle::{IntoHandle, IntoTensor};
 use moeut_torch::profiler::Span;
 use non_finite::NonFinite;
 use run::Run;
+use std::sync::Arc;
 use tch::Tensor;
 use timing::Phase;
 use validation::validate;
