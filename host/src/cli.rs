@@ -215,7 +215,7 @@ fn train_command(
         folder.write_args(&raw_arguments)?;
     }
     // Ends where this function does.
-    let _server = server_settings.and_then(|settings| Server::start(settings, &terminal));
+    let _server = server_settings.and_then(|settings| Server::start(settings, terminal));
     let outcome = match (is_dry, is_test) {
         (true, _) => train::dry_run::dry_run(&mut run).map(Some),
         (false, true) => train::validation::test_only(&mut run),

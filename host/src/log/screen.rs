@@ -7,6 +7,7 @@
 //! Below the last line there may be bars, which are drawn anew with each change and over the width that there is then.
 
 use std::collections::{BTreeMap, VecDeque};
+use std::fmt::Write as _;
 use std::fs::File;
 use std::io::{ErrorKind, Write};
 use std::os::fd::AsFd;
@@ -235,9 +236,10 @@ impl<W: Write, F: Fn() -> usize> Writer<W, F> {
                 frame.push('\n');
             }
             if n_dropped > 0 {
-                frame.push_str(&format!(
-                    "warning: nobody read this for a while: {n_dropped} lines were left out\n"
-                ));
+                let _ = writeln!(
+                    frame,
+                    "warning: nobody read this for a while: {n_dropped} lines were left out"
+                );
             }
             frame.push_str(&self.drawing(&bars));
             self.write(&frame);

@@ -372,9 +372,9 @@ fn charts(runs: &[Run], remarks: &mut Vec<String>) -> (String, usize) {
     let (mut text, mut n_charts, mut n_left_out) = (String::new(), 0, 0);
     for (group, names) in groups {
         let open = if n_names <= 12 { " open" } else { "" };
-        let _ = write!(
+        let _ = writeln!(
             text,
-            "<details{open}><summary><h3>{}</h3> <span class=\"quiet\">{}</span></summary>\n",
+            "<details{open}><summary><h3>{}</h3> <span class=\"quiet\">{}</span></summary>",
             escape(group),
             names.len()
         );
@@ -460,9 +460,9 @@ fn configuration(runs: &[Run], values: &[Values]) -> String {
         for (name, value) in typed.into_iter().chain(defaults) {
             let _ = writeln!(lines, "-{} {}", escape(name), setting(Some(value)));
         }
-        let _ = write!(
+        let _ = writeln!(
             text,
-            "<details><summary>all arguments of {}</summary><pre>{lines}</pre></details>\n",
+            "<details><summary>all arguments of {}</summary><pre>{lines}</pre></details>",
             escape(&run.name)
         );
     }
@@ -511,9 +511,9 @@ fn environment(runs: &[Run]) -> String {
             }
         }
         let (name, n_starts) = (escape(&run.name), counted(run.starts.len(), "start"));
-        let _ = write!(
+        let _ = writeln!(
             text,
-            "<details><summary>{name}, {n_starts}, the last one</summary><pre>{lines}</pre></details>\n"
+            "<details><summary>{name}, {n_starts}, the last one</summary><pre>{lines}</pre></details>"
         );
     }
     if known.len() > 1 {
@@ -529,7 +529,7 @@ fn environment(runs: &[Run]) -> String {
 fn texts(runs: &[Run]) -> String {
     let mut text = String::new();
     for run in runs.iter().filter(|run| !run.metrics.texts.is_empty()) {
-        let _ = write!(text, "<details><summary>{}</summary>\n", escape(&run.name));
+        let _ = writeln!(text, "<details><summary>{}</summary>", escape(&run.name));
         for (name, (step, content)) in &run.metrics.texts {
             let (name, content) = (escape(name), escape(content));
             let _ = write!(text, "<h3>{name}, step {step}</h3>\n<pre>{content}</pre>\n");
@@ -550,7 +550,7 @@ fn escape(text: &str) -> String {
             '\'' => escaped.push_str("&#39;"),
             // HTML has no place for other control characters.
             c if c.is_control() && !matches!(c, '\n' | '\t') => {
-                escaped.push(char::REPLACEMENT_CHARACTER)
+                escaped.push(char::REPLACEMENT_CHARACTER);
             }
             c => escaped.push(c),
         }

@@ -141,7 +141,6 @@ pub fn build(
     let n_steps = n_steps.unwrap_or(u64::MAX);
     let sinks = Sinks::start(sinks(&blueprint, &mut state, terminal));
     let device = moeut_torch::device(placement.device);
-    let nan_budget = blueprint.config.non_finite.budget();
     let n_skipped = state.n_skipped;
     let watch = watch(
         &blueprint.config,
@@ -194,7 +193,7 @@ pub fn build(
         eval_batch_size,
         optimizer: subject.optimizer,
         scaler: subject.scaler,
-        guard: Guard::new(nan_budget, n_skipped, device),
+        guard: Guard::new(config.non_finite.budget(), n_skipped, device),
         inspector: Inspector::new(config.non_finite.is_traced),
         schedule,
         regularizers,

@@ -744,6 +744,11 @@ mod tests {
             fields(<RawSelect as StableAbi>::LAYOUT),
             ["x", "weight", "options_json"]
         );
+    }
+
+    /// The rest of it.
+    #[test]
+    fn layout_of_the_other_records_is_pinned() {
         assert_eq!(
             fields(<RawSelected as StableAbi>::LAYOUT),
             ["gate", "log_means", "ids", "order", "inverse", "ends"]

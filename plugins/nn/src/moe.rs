@@ -176,13 +176,14 @@ impl SigmaMoe {
         let x_btd = &reading.plain;
         let d_model = self.router_ed.size()[1];
         let n_experts = self.config.n_experts;
-        let (ids_nk, gate_nk, routing) = match self.fused_route(&reading.normed, pass, ctx)? {
-            Some(choice) => (choice.ids.to_kind(Kind::Int64), choice.gate, choice.routing),
-            None => {
-                let (ids_nk, gate_nk) = self.route(&reading.normed, pass, ctx)?;
-                let routing = Routing::new(&ids_nk, n_experts);
-                (ids_nk, gate_nk, routing)
-            }
+        let fused = self.fused_route(&reading.normed, pass, ctx)?;
+        let (ids_nk, gate_nk, routing) = if let Some(choice) = fused {
+            let ids_nk = choice.ids.to_kind(Kind::Int64);
+            (ids_nk, choice.gate, choice.routing)
+        } else {
+            let (ids_nk, gate_nk) = self.route(&reading.normed, pass, ctx)?;
+            let routing = Routing::new(&ids_nk, n_experts);
+            (ids_nk, gate_nk, routing)
         };
         let x_nd = x_btd.reshape([-1, d_model]);
         if pass.watch.is_detailed() {

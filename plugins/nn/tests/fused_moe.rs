@@ -88,7 +88,7 @@ impl<const IS_FUSED: bool> Kernel for Copies<IS_FUSED> {
     fn residual_norm(&self, call: ResidualNorm) -> Result<ResidualNormed, PluginError> {
         let mut sum = call.x.into_tensor();
         if let Some(update) = call.update {
-            sum = sum + update.into_tensor();
+            sum = &sum + update.into_tensor();
         }
         let (weight, bias) = (call.weight.into_tensor(), call.bias.into_tensor());
         let eps = call.options.eps;
@@ -255,12 +255,12 @@ fn run_attention<const IS_FUSED: bool>() -> Result<Vec<Tensor>, PluginError> {
     let mut pass = layer.begin(&ctx);
     let update = &x * &x;
     let reading = ctx.reading(&x, Some(&update), layer.norm(), false)?;
-    let mut past = LayerPast::none(false);
+    let mut earlier = LayerPast::none(false);
     let y = layer.forward(
         &reading,
         None,
         &mut pass,
-        (&mut past, &mut AttentionMaps::new(&ctx)),
+        (&mut earlier, &mut AttentionMaps::new(&ctx)),
         &ctx,
     )?;
     let balances = layer.finish(pass).balances.into_iter();

@@ -242,9 +242,9 @@ impl Function for Choice {
             ..self.raw(&logits, [&ids, &gates, &log_sums])?
         };
         let entry = match shape.n_experts {
-            ..=32 => Entry::Select32,
-            ..=256 => Entry::Select256,
-            ..=512 => Entry::Select512,
+            ..33 => Entry::Select32,
+            33..257 => Entry::Select256,
+            257..513 => Entry::Select512,
             _ => Entry::Select1024,
         };
         let masks_and_sums = narrow(n_ids * (MASK_WORDS + WARPS) * 4)?.cast_unsigned();
