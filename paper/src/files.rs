@@ -3,6 +3,7 @@
 use moeut_host::error::HostError;
 use serde::de::DeserializeOwned;
 use std::io::Write;
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 
 /// The text of a file; nothing if there is no such file.
@@ -33,7 +34,11 @@ pub(crate) fn write(path: &Path, bytes: &[u8]) -> Result<(), HostError> {
     let folder = folder.unwrap_or(Path::new("."));
     let write = || -> std::io::Result<()> {
         std::fs::create_dir_all(folder)?;
-        let mut file = tempfile::NamedTempFile::new_in(folder)?;
+        // As other programs make files: for all whom the user lets read.
+        let mode = std::fs::Permissions::from_mode(0o666);
+        let mut file = tempfile::Builder::new()
+            .permissions(mode)
+            .tempfile_in(folder)?;
         file.write_all(bytes)?;
         file.as_file().sync_all()?;
         file.persist(path).map_err(|error| error.error)?;

@@ -175,6 +175,17 @@ impl Model {
         }
     }
 
+    /// Whether it is compared with the other one: within 10M as in the paper, and small ones within a sixth.
+    pub(crate) fn is_as_large_as(&self, other: &Self) -> bool {
+        let (a, b) = (self.n_params as f64, other.n_params as f64);
+        let room = if a.min(b) > 30e6 {
+            10e6
+        } else {
+            a.max(b) / 6.0
+        };
+        (a - b).abs() < room
+    }
+
     /// The paper's name of the dataset.
     pub(crate) fn dataset_title(&self) -> &str {
         match self.dataset.as_str() {
@@ -182,6 +193,7 @@ impl Model {
             "pes2o" => "peS2o",
             "slimpajama" => "SlimPajama",
             "thestack" => "The Stack",
+            "text_files" => "Own text",
             other => other,
         }
     }

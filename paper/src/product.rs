@@ -3,6 +3,7 @@
 use crate::run::{PERPLEXITY, Reason, Run};
 use crate::table::{Column, Table};
 use moeut_plot::{Axis, Bars, Plot, Scale, Series};
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 /// A table or figure of the paper.
@@ -139,6 +140,17 @@ pub(crate) struct Bar {
     pub(crate) series: String,
     pub(crate) value: f64,
     pub(crate) run: String,
+}
+
+/// Names of sizes, by run: those that are compared have the same, that of the first.
+pub(crate) fn sizes(runs: &[&Run]) -> BTreeMap<String, String> {
+    let size = |run: &&Run| {
+        let first = runs
+            .iter()
+            .find(|other| other.model.is_as_large_as(&run.model));
+        (run.name.clone(), first.unwrap_or(run).model.size())
+    };
+    runs.iter().map(size).collect()
 }
 
 /// The perplexity on the held-out text.

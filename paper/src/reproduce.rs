@@ -109,9 +109,9 @@ const SCALES: [Scale; 3] = [
     Scale {
         name: "small",
         changes: &[
-            ("stop_after", "200"),
-            ("test_interval", "200"),
-            ("save_interval", "100"),
+            ("stop_after", "150"),
+            ("test_interval", "150"),
+            ("save_interval", "150"),
         ],
         n_traced: 2048,
     },
@@ -141,6 +141,7 @@ const SCALES: [Scale; 3] = [
             ("lr_warmup", "1"),
             ("sentencepiece.n_pieces", "500"),
             ("threads", "1"),
+            ("lmds.valid_ratio", "1e-6"),
             ("log_interval", "1"),
         ],
         n_traced: 32,
@@ -216,7 +217,7 @@ fn sweep(job: &Job, scale: &Scale) -> Vec<String> {
         format!("sweeps/{}", job.file),
     ];
     arguments.push(format!("-name={}", job.name));
-    let changes = job.changes.iter().chain(scale.changes);
+    let changes = scale.changes.iter().chain(job.changes);
     arguments.extend(changes.map(|(name, value)| format!("-{name}={value}")));
     arguments
 }

@@ -28,7 +28,7 @@ fn bar(run: &Run) -> Result<Bar, Reason> {
             model.n_groups(),
             if is_aabb { " (AABB)" } else { "" }
         ),
-        series: model.size(),
+        series: String::new(),
         value: perplexity(run)?,
         run: run.name.clone(),
     })

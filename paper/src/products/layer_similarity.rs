@@ -47,7 +47,8 @@ fn make(runs: &[&Run]) -> Made {
             x: Axis::new("Layer"),
             y: Axis::new("Layer"),
             range: Some((0.0, 1.0)),
-            shows_values: n_layers <= 9,
+            // Numbers only where each cell has one and room for it.
+            shows_values: n_layers <= 9 && rows.len() == similarity.len(),
             ..Heatmap::default()
         };
         made.figures.push(Figure {

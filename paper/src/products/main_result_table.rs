@@ -1,6 +1,6 @@
 //! Table 1: perplexity and zero-shot accuracy by dataset, size and model.
 
-use crate::product::{Made, Product, nothing_else, perplexity};
+use crate::product::{Made, Product, nothing_else, perplexity, sizes};
 use crate::run::{Reason, Run};
 use crate::table::{Column, Table};
 
@@ -25,7 +25,8 @@ const ACCURACIES: [(&str, &str); 6] = [
 /// its mean: there is no mean then.
 pub(super) fn results(name: &str, runs: &[&Run]) -> Made {
     let mut made = Made::default();
-    let rows = made.gather(runs, row);
+    let sizes = sizes(runs);
+    let rows = made.gather(runs, |run| row(run, sizes[&run.name].clone()));
     if rows.is_empty() {
         return made;
     }
@@ -43,11 +44,11 @@ pub(super) fn results(name: &str, runs: &[&Run]) -> Made {
     made
 }
 
-fn row(run: &Run) -> Result<Vec<String>, Reason> {
+fn row(run: &Run, size: String) -> Result<Vec<String>, Reason> {
     let model = &run.model;
     let mut row = vec![
         model.dataset_title().to_owned(),
-        model.size(),
+        size,
         model.family().name().to_owned(),
         format!("{:.2}", perplexity(run)?),
     ];

@@ -10,9 +10,12 @@ pub(super) const PRODUCT: Product = Product {
     name: "plot_scaling",
     summary: "perplexity by number of parameters",
     make: |runs| {
-        curves(runs, "scaling", "Parameters of the layers", |run| {
-            Ok(run.model.n_model_weights as f64)
-        })
+        curves(
+            runs,
+            "scaling",
+            "Parameters of the layers, millions",
+            |run| Ok(run.model.n_model_weights as f64 / 1e6),
+        )
     },
     sources: nothing_else,
 };

@@ -1,6 +1,6 @@
 //! Figure: perplexity of dense models, MoEUT and SUT by dataset and size.
 
-use crate::product::{Bar, Made, Product, nothing_else, perplexity};
+use crate::product::{Bar, Made, Product, nothing_else, perplexity, sizes};
 use crate::run::{Reason, Run};
 use moeut_plot::Scale;
 
@@ -13,15 +13,16 @@ pub(super) const PRODUCT: Product = Product {
 
 fn make(runs: &[&Run]) -> Made {
     let mut made = Made::default();
-    let bars = made.gather(runs, bar);
+    let sizes = sizes(runs);
+    let bars = made.gather(runs, |run| bar(run, sizes[&run.name].clone()));
     let bars: Vec<Bar> = bars.into_iter().map(|(_, bar)| bar).collect();
     made.bars("sut", "", &bars, Scale::Log);
     made
 }
 
-fn bar(run: &Run) -> Result<Bar, Reason> {
+fn bar(run: &Run, size: String) -> Result<Bar, Reason> {
     Ok(Bar {
-        place: format!("{} {}", run.model.dataset_title(), run.model.size()),
+        place: format!("{} {size}", run.model.dataset_title()),
         series: run.model.family().name().to_owned(),
         value: perplexity(run)?,
         run: run.name.clone(),

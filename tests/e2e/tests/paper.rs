@@ -567,7 +567,7 @@ fn everything_is_made_of_whole_runs_once() {
         .position(|name| name == "c4_moeut_1b_switchead")
         .unwrap();
     let perplexity = 10.0 + place as f64 / 8.0;
-    let line = format!("MoEUT,1015732224,{perplexity},c4_moeut_1b_switchead");
+    let line = format!("MoEUT,1015.732224,{perplexity},c4_moeut_1b_switchead");
     assert!(
         scaling.lines().any(|found| found == line),
         "{line}\n{scaling}"
@@ -812,7 +812,7 @@ fn finished_runs_of_weights_and_biases_become_run_folders() {
     assert!(table.lines().any(|found| found == line), "{line}\n{table}");
     let scaling = text(&dir.path().join("paper_out/scaling.csv"));
     assert!(
-        scaling.contains(&format!("37943440,11.25,{dense}")),
+        scaling.contains(&format!("37.94344,11.25,{dense}")),
         "{scaling}"
     );
     assert!(
