@@ -243,12 +243,12 @@ impl Catalog {
     /// # Errors
     /// If they are wrong, or a plugin is missing.
     pub(crate) fn model(&self, args: &BTreeMap<String, String>) -> Result<Model, HostError> {
-        let argv: Vec<String> = args
+        let words: Vec<String> = args
             .iter()
             .map(|(name, value)| format!("-{name}={value}"))
             .collect();
-        let resolved = resolve(&argv, None, &self.registry, &self.terminal)?;
-        let overview = overview(&argv, &self.registry, &self.terminal)?;
+        let resolved = resolve(&words, None, &self.registry, &self.terminal)?;
+        let overview = overview(&words, &self.registry, &self.terminal)?;
         let dataset = resolved.plan.map(|plan| plan.train.dataset);
         Ok(Model {
             values: resolved.arguments.values,

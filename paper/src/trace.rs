@@ -194,17 +194,17 @@ fn pass(
     let groups = selections.groups.clone();
     for group in groups {
         let name = format!("unique_layers.{group}.pkm/counts");
-        let counts_le = counts.get(&name).ok_or_else(|| {
+        let by_layer_le = counts.get(&name).ok_or_else(|| {
             PluginError::new("the selections of this model cannot be traced")
                 .why(format!("a pass does not tell `{name}`"))
                 .fix("use a model with a mixture of experts in each layer, and plugins of this version")
         })?;
         let place = used.entry(group).or_default();
-        let counts_e: Vec<i64> = counts_le
+        let counts_e: Vec<i64> = by_layer_le
             .f_get(i64::try_from(*place).unwrap_or_default())
-            .and_then(|counts_e| {
+            .and_then(|row_e| {
                 Vec::try_from(
-                    counts_e
+                    row_e
                         .f_to_kind(Kind::Int64)?
                         .f_to_device(tch::Device::Cpu)?,
                 )

@@ -129,19 +129,19 @@ impl Page {
     fn text(&mut self, text: &Text) {
         let units = f32::from(self.face.units_per_em());
         let mut codes = Vec::new();
-        for c in text.content.chars() {
-            let glyph = font::glyph(&self.face, c);
+        for letter in text.content.chars() {
+            let glyph = font::glyph(&self.face, letter);
             let code = self.glyphs.remap(glyph.0);
             let width = font::advance(&self.face, glyph) * 1000.0 / units;
-            self.letters.insert(code, (c, width));
+            self.letters.insert(code, (letter, width));
             codes.extend(code.to_be_bytes());
         }
         let (sin, cos) = text.turn.to_radians().sin_cos();
         let offset = font::offset(&self.face, text);
         let (x, y) = (text.x - offset * cos, text.y - offset * sin);
-        let [r, g, b] = text.fill;
+        let [red, green, blue] = text.fill;
         self.content.begin_text();
-        self.content.set_fill_rgb(r, g, b);
+        self.content.set_fill_rgb(red, green, blue);
         self.content.set_font(FONT, text.size);
         // Upright again, and turned.
         self.content.set_text_matrix([cos, sin, sin, -cos, x, y]);

@@ -115,7 +115,7 @@ mod tests {
             ],
         };
         let values = similarity(&selections);
-        let expected = (1.0 / 3.0 + 1.0) / 2.0;
+        let expected = f64::midpoint(1.0 / 3.0, 1.0);
         assert!((values[2] - expected).abs() < 1e-12 && (values[6] - expected).abs() < 1e-12);
         assert!((values[0] - 1.0).abs() < 1e-12 && values[1].is_nan());
     }

@@ -14,13 +14,13 @@ pub(super) const PRODUCT: Product = Product {
 fn make(runs: &[&Run]) -> Made {
     let mut made = Made::default();
     let sizes = sizes(runs);
-    let bars = made.gather(runs, |run| bar(run, sizes[&run.name].clone()));
+    let bars = made.gather(runs, |run| bar(run, &sizes[&run.name]));
     let bars: Vec<Bar> = bars.into_iter().map(|(_, bar)| bar).collect();
     made.bars("sut", "", &bars, Scale::Log);
     made
 }
 
-fn bar(run: &Run, size: String) -> Result<Bar, Reason> {
+fn bar(run: &Run, size: &str) -> Result<Bar, Reason> {
     Ok(Bar {
         place: format!("{} {size}", run.model.dataset_title()),
         series: run.model.family().name().to_owned(),
