@@ -8,7 +8,7 @@ use super::non_finite::NonFinite;
 use super::reporting::{self, Intervals, Observer};
 use super::state::TrainState;
 use super::throughput::Throughput;
-use super::timing::{Phase, Timing};
+use super::timing::{Phase, Spent, Timing};
 use super::{StepStats, TrainError, memory};
 use crate::log::{End, Record, Sinks, StepLine, Terminal};
 use crate::profile::Profile;
@@ -344,31 +344,9 @@ impl Monitor {
         let spent = self.timing.take();
         let seconds = spent.training();
         let tokens_per_s = (state.n_tokens - self.clock.tokens_at_start) as f64 / seconds;
-        let per_step = 1e3 / self.clock.n_steps.max(1) as f64;
-        scalars.push(("timing/ms_per_iter".into(), seconds * per_step));
-        scalars.extend(Phase::ALL.map(|phase| {
-            let name = format!("timing/ms_per_{}", phase.name());
-            (name, spent.of(phase) * per_step)
-        }));
-        // The reference's name for the time that logs take.
-        scalars.push(("timing/ms_per_plot".into(), spent.of(Phase::Log) * per_step));
-        scalars.push(("timing/tokens_per_s".into(), tokens_per_s));
-        let computing = spent.of(Phase::ForwardBackward) + spent.of(Phase::Optimizer);
-        let ms_per_token = 1e3 / tokens_per_s;
-        scalars.extend([
-            ("timing/total_ms_per_token".into(), ms_per_token),
-            (
-                "timing/ms_per_token".into(),
-                ms_per_token * computing / seconds,
-            ),
-        ]);
-        let n_parts = self.clock.n_microbatches as f64 / self.clock.n_steps.max(1) as f64;
-        scalars.push(("average_num_chunks".into(), n_parts));
-        let mfu = self.watch.throughput.mfu(tokens_per_s);
-        scalars.extend(mfu.map(|mfu| ("timing/mfu".into(), mfu)));
-        if self.watch.is_speedtest {
-            let exact = self.clock.exact.as_secs_f64() * per_step;
-            scalars.push(("timing/exact_ms_per_iter".into(), exact));
+        // The last record of a run may be of a step whose time is in the one before.
+        if self.clock.n_steps > 0 {
+            scalars.extend(self.timings(&spent, tokens_per_s));
         }
         let peak = memory::peak(self.watch.device);
         scalars.extend(peak.map(|bytes| ("memory/peak_bytes".into(), bytes as f64)));
@@ -405,6 +383,43 @@ impl Monitor {
         });
         self.pass_on_notices();
         self.clock = Clock::new(state.n_tokens);
+    }
+
+    /// Where the time of the steps since the last record went.
+    fn timings(&self, spent: &Spent, tokens_per_s: f64) -> Vec<(String, f64)> {
+        let (seconds, n_steps) = (spent.training(), self.clock.n_steps as f64);
+        let per_step = 1e3 / n_steps;
+        let ms_per_token = 1e3 / tokens_per_s;
+        let computing = spent.of(Phase::ForwardBackward) + spent.of(Phase::Optimizer);
+        let mut timings = vec![
+            ("timing/ms_per_iter".to_owned(), seconds * per_step),
+            // The reference's name for the time that logs take.
+            (
+                "timing/ms_per_plot".to_owned(),
+                spent.of(Phase::Log) * per_step,
+            ),
+            ("timing/tokens_per_s".to_owned(), tokens_per_s),
+            ("timing/total_ms_per_token".to_owned(), ms_per_token),
+            (
+                "timing/ms_per_token".to_owned(),
+                ms_per_token * computing / seconds,
+            ),
+            (
+                "average_num_chunks".to_owned(),
+                self.clock.n_microbatches as f64 / n_steps,
+            ),
+        ];
+        timings.extend(Phase::ALL.map(|phase| {
+            let name = format!("timing/ms_per_{}", phase.name());
+            (name, spent.of(phase) * per_step)
+        }));
+        let mfu = self.watch.throughput.mfu(tokens_per_s);
+        timings.extend(mfu.map(|mfu| ("timing/mfu".to_owned(), mfu)));
+        if self.watch.is_speedtest {
+            let exact = self.clock.exact.as_secs_f64() * per_step;
+            timings.push(("timing/exact_ms_per_iter".to_owned(), exact));
+        }
+        timings
     }
 
     /// Logs a generated text.

@@ -151,7 +151,7 @@ fn mirror_workspace(workspace: &Path) {
     for file in ["Cargo.toml", "Cargo.lock"] {
         write_if_changed(&workspace.join(file), &read(&repo().join(file)));
     }
-    for member in ["xtask", "plugin-api", "host", "tests"] {
+    for member in ["xtask", "plugin-api", "host", "paper", "tests"] {
         link(&repo().join(member), &workspace.join(member));
     }
     for below in ["plugins", "plugins/tasks"] {

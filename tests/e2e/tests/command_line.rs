@@ -53,7 +53,7 @@ fn nothing_typed_shows_how_to_use_it() {
     exit: 0
     --- stdout
     usage: moeut-host -task <task> -name <name> [-<argument> <value> …]   train
-           moeut-host plugins list|show|verify|lock|new                   what is found, and where; files to trust; a start
+           moeut-host plugins list|show|verify|lock|new|pack|install|…    what is found, and where; files to trust; a start
            moeut-host config show -task <task> [-<argument> <value> …]    every argument and where its value is from
            moeut-host checkpoint info|convert|export                      what one holds; from and to Python
            moeut-host generate -name <name> -prompt <text>                a trained model continues a text

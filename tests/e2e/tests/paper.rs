@@ -672,8 +672,10 @@ fn graphql(pages: BTreeMap<&'static str, Value>) -> String {
         for stream in listener.incoming() {
             let mut reader = BufReader::new(stream.unwrap());
             let (mut length, mut is_known) = (0, false);
+            let mut line = String::new();
+            reader.read_line(&mut line).unwrap();
             loop {
-                let mut line = String::new();
+                line.clear();
                 reader.read_line(&mut line).unwrap();
                 let Some((name, value)) = line.trim_end().split_once(": ") else {
                     break;
