@@ -806,9 +806,12 @@ fn announce(
     info: &StreamInfo,
 ) {
     let n_params = subject.n_trained;
-    let mut counts = subject.weight_counts.clone();
-    counts.push(("n_params".into(), n_params as f64));
-    monitor.once(state.step, counts);
+    // Once a run, so that the record of one that goes on is that of one that was never interrupted.
+    if state.step == 0 {
+        let mut counts = subject.weight_counts.clone();
+        counts.push(("n_params".into(), n_params as f64));
+        monitor.once(state.step, counts);
+    }
     monitor.message(&format!(
         "model `{}`: {n_params} parameters on {} ({} parameters, {} products); {} training tokens, vocabulary {}",
         subject.name, placement.device, placement.dtype, placement.compute_dtype, info.n_tokens, info.vocab_size

@@ -104,7 +104,9 @@ impl Run {
     /// # Errors
     /// If a save or a validation fails.
     pub fn begin(&mut self) -> Result<(), TrainError> {
-        self.log_epoch();
+        if self.state.step == 0 {
+            self.log_epoch();
+        }
         if self.job.is_some() {
             self.save()?;
             self.wait_for_save()?;

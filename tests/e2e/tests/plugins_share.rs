@@ -24,14 +24,18 @@ fn authors() -> Sandbox {
     sandbox
 }
 
-/// Hashes differ from build to build.
+/// Hashes and sizes differ from build to build.
 fn without_hashes(text: &str) -> String {
     let is_hash =
         |word: &&str| word.len() == 64 && word.bytes().all(|byte| byte.is_ascii_hexdigit());
-    let hashes = text
-        .split(|c: char| !c.is_ascii_alphanumeric())
-        .filter(is_hash);
-    hashes.fold(text.to_owned(), |text, hash| text.replace(hash, "<sha256>"))
+    let is_size = |word: &&str| word.len() > 4 && word.bytes().all(|byte| byte.is_ascii_digit());
+    let words = || text.split(|c: char| !c.is_ascii_alphanumeric());
+    let stable = words()
+        .filter(is_hash)
+        .fold(text.to_owned(), |text, hash| text.replace(hash, "<sha256>"));
+    words()
+        .filter(is_size)
+        .fold(stable, |text, size| text.replace(size, "<size>"))
 }
 
 /// Where `install` puts things, without being told.

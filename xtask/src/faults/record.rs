@@ -8,7 +8,7 @@ use super::process::{N_STEPS, VALIDATION};
 
 /// Metrics of the run's own that differ from start to start.
 fn is_of_the_start(name: &str) -> bool {
-    ["timing/", "memory/"]
+    ["timing/", "memory/", "average_num_chunks"]
         .iter()
         .any(|group| name.starts_with(group))
         || ["step", "time", "n_params"].contains(&name)
