@@ -1,3 +1,5 @@
+//! What W&B reads of a run: its own reader, `wandb leet inspect`, on a file that we wrote, and ours on all the rest.
+
 use super::*;
 use moeut_plot::{
     Axis, Bars, Clustermap, Confusion, Frames, Heatmap, Histogram, Image, Matrix, Series, Table,
