@@ -60,10 +60,28 @@ impl Made {
         found
     }
 
-    /// A chart of perplexities as bars; nothing if there are none.
-    pub(crate) fn bars(&mut self, name: &str, x: &str, bars: &[Bar], scale: Scale) {
+    /// A chart of the runs' perplexities as bars, each at the place and in the series that `place` says; nothing if there
+    /// are none.
+    pub(crate) fn bars<'a>(
+        &mut self,
+        name: &str,
+        x: &str,
+        scale: Scale,
+        runs: &[&'a Run],
+        place: impl Fn(&'a Run) -> Result<(String, String), Reason>,
+    ) {
+        let found = self.gather(runs, |run| {
+            let (place, series) = place(run)?;
+            Ok(Bar {
+                place,
+                series,
+                value: perplexity(run)?,
+                run: run.name.clone(),
+            })
+        });
+        let bars: Vec<Bar> = found.into_iter().map(|(_, bar)| bar).collect();
         let (mut places, mut names) = (Vec::new(), Vec::new());
-        for bar in bars {
+        for bar in &bars {
             if !places.contains(&bar.place) {
                 places.push(bar.place.clone());
             }
@@ -81,7 +99,7 @@ impl Made {
                 .to_vec(),
             ..Table::default()
         };
-        for bar in bars {
+        for bar in &bars {
             let place = places.iter().position(|place| *place == bar.place);
             let index = names.iter().position(|name| *name == bar.series);
             let (Some(place), Some(index)) = (place, index) else {
@@ -110,7 +128,7 @@ impl Made {
         let y = Axis {
             label: "Perplexity".to_owned(),
             scale,
-            limits: limits(bars, scale),
+            limits: limits(&bars, scale),
             ..Axis::default()
         };
         let plot = Bars {
@@ -133,13 +151,13 @@ impl Made {
 
 /// One bar.
 #[derive(Debug)]
-pub(crate) struct Bar {
+struct Bar {
     /// Where on the axis.
-    pub(crate) place: String,
+    place: String,
     /// Which of those beside each other.
-    pub(crate) series: String,
-    pub(crate) value: f64,
-    pub(crate) run: String,
+    series: String,
+    value: f64,
+    run: String,
 }
 
 /// Names of sizes, by run: those that are compared have the same, that of the first.

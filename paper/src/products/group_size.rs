@@ -1,7 +1,7 @@
 //! Figure: perplexity by number of distinct layers.
 
-use crate::product::{Bar, Made, Product, nothing_else, perplexity};
-use crate::run::{Reason, Run};
+use crate::product::{Made, Product, nothing_else};
+use crate::run::Run;
 use moeut_plot::Scale;
 
 pub(super) const PRODUCT: Product = Product {
@@ -13,23 +13,14 @@ pub(super) const PRODUCT: Product = Product {
 
 fn make(runs: &[&Run]) -> Made {
     let mut made = Made::default();
-    let bars = made.gather(runs, bar);
-    let bars: Vec<Bar> = bars.into_iter().map(|(_, bar)| bar).collect();
-    made.bars("group_ppl", "Group size G", &bars, Scale::Linear);
+    made.bars("group_ppl", "Group size G", Scale::Linear, runs, |run| {
+        let model = &run.model;
+        let kind = if model.group_type() == "aabb" {
+            " (AABB)"
+        } else {
+            ""
+        };
+        Ok((format!("{}{kind}", model.n_groups()), String::new()))
+    });
     made
-}
-
-fn bar(run: &Run) -> Result<Bar, Reason> {
-    let model = &run.model;
-    let is_aabb = model.group_type() == "aabb";
-    Ok(Bar {
-        place: format!(
-            "{}{}",
-            model.n_groups(),
-            if is_aabb { " (AABB)" } else { "" }
-        ),
-        series: String::new(),
-        value: perplexity(run)?,
-        run: run.name.clone(),
-    })
 }

@@ -1,7 +1,7 @@
 //! Figure: perplexity by width of the experts.
 
-use crate::product::{Bar, Made, Product, nothing_else, perplexity};
-use crate::run::{Reason, Run};
+use crate::product::{Made, Product, nothing_else};
+use crate::run::Run;
 use moeut_plot::Scale;
 
 pub(super) const PRODUCT: Product = Product {
@@ -13,18 +13,15 @@ pub(super) const PRODUCT: Product = Product {
 
 fn make(runs: &[&Run]) -> Made {
     let mut made = Made::default();
-    let bars = made.gather(runs, bar);
-    let bars: Vec<Bar> = bars.into_iter().map(|(_, bar)| bar).collect();
-    made.bars("moe_expert_size", "Expert size", &bars, Scale::Linear);
+    made.bars(
+        "moe_expert_size",
+        "Expert size",
+        Scale::Linear,
+        runs,
+        |run| {
+            let size = run.model.integer("moe.expert_size");
+            Ok((size.ok_or("it has no experts")?.to_string(), String::new()))
+        },
+    );
     made
-}
-
-fn bar(run: &Run) -> Result<Bar, Reason> {
-    let size = run.model.integer("moe.expert_size");
-    Ok(Bar {
-        place: size.ok_or("it has no experts")?.to_string(),
-        series: String::new(),
-        value: perplexity(run)?,
-        run: run.name.clone(),
-    })
 }

@@ -1,7 +1,7 @@
 //! Figure: perplexity by number of active experts.
 
-use crate::product::{Bar, Made, Product, nothing_else, perplexity};
-use crate::run::{Reason, Run};
+use crate::product::{Made, Product, nothing_else};
+use crate::run::Run;
 use moeut_plot::Scale;
 
 pub(super) const PRODUCT: Product = Product {
@@ -13,18 +13,9 @@ pub(super) const PRODUCT: Product = Product {
 
 fn make(runs: &[&Run]) -> Made {
     let mut made = Made::default();
-    let bars = made.gather(runs, bar);
-    let bars: Vec<Bar> = bars.into_iter().map(|(_, bar)| bar).collect();
-    made.bars("moe_k", "Active experts K", &bars, Scale::Linear);
+    made.bars("moe_k", "Active experts K", Scale::Linear, runs, |run| {
+        let top_k = run.model.integer("pkm.n_heads");
+        Ok((top_k.ok_or("it has no experts")?.to_string(), String::new()))
+    });
     made
-}
-
-fn bar(run: &Run) -> Result<Bar, Reason> {
-    let top_k = run.model.integer("pkm.n_heads");
-    Ok(Bar {
-        place: top_k.ok_or("it has no experts")?.to_string(),
-        series: String::new(),
-        value: perplexity(run)?,
-        run: run.name.clone(),
-    })
 }

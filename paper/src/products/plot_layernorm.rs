@@ -1,7 +1,7 @@
 //! Figure: perplexity by layer norm scheme and size.
 
-use crate::product::{Bar, Made, Product, nothing_else, perplexity, sizes};
-use crate::run::{Reason, Run};
+use crate::product::{Made, Product, nothing_else, sizes};
+use crate::run::Run;
 use moeut_plot::Scale;
 
 pub(super) const PRODUCT: Product = Product {
@@ -14,17 +14,8 @@ pub(super) const PRODUCT: Product = Product {
 fn make(runs: &[&Run]) -> Made {
     let mut made = Made::default();
     let sizes = sizes(runs);
-    let bars = made.gather(runs, |run| bar(run, sizes[&run.name].clone()));
-    let bars: Vec<Bar> = bars.into_iter().map(|(_, bar)| bar).collect();
-    made.bars("layernorm", "", &bars, Scale::Linear);
+    made.bars("layernorm", "", Scale::Linear, runs, |run| {
+        Ok((sizes[&run.name].clone(), run.model.norm().to_owned()))
+    });
     made
-}
-
-fn bar(run: &Run, size: String) -> Result<Bar, Reason> {
-    Ok(Bar {
-        place: size,
-        series: run.model.norm().to_owned(),
-        value: perplexity(run)?,
-        run: run.name.clone(),
-    })
 }

@@ -1,7 +1,7 @@
 //! Figure: perplexity of dense models, MoEUT and SUT by dataset and size.
 
-use crate::product::{Bar, Made, Product, nothing_else, perplexity, sizes};
-use crate::run::{Reason, Run};
+use crate::product::{Made, Product, nothing_else, sizes};
+use crate::run::Run;
 use moeut_plot::Scale;
 
 pub(super) const PRODUCT: Product = Product {
@@ -14,17 +14,9 @@ pub(super) const PRODUCT: Product = Product {
 fn make(runs: &[&Run]) -> Made {
     let mut made = Made::default();
     let sizes = sizes(runs);
-    let bars = made.gather(runs, |run| bar(run, &sizes[&run.name]));
-    let bars: Vec<Bar> = bars.into_iter().map(|(_, bar)| bar).collect();
-    made.bars("sut", "", &bars, Scale::Log);
+    made.bars("sut", "", Scale::Log, runs, |run| {
+        let place = format!("{} {}", run.model.dataset_title(), sizes[&run.name]);
+        Ok((place, run.model.family().name().to_owned()))
+    });
     made
-}
-
-fn bar(run: &Run, size: &str) -> Result<Bar, Reason> {
-    Ok(Bar {
-        place: format!("{} {size}", run.model.dataset_title()),
-        series: run.model.family().name().to_owned(),
-        value: perplexity(run)?,
-        run: run.name.clone(),
-    })
 }
