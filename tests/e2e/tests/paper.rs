@@ -830,7 +830,7 @@ fn finished_runs_of_weights_and_biases_become_run_folders() {
 #[test]
 fn a_reproduction_of_two_steps_makes_everything_and_goes_on_where_it_was() {
     let dir = tempfile::tempdir().unwrap();
-    let code = repo().join("paper");
+    let code = repo().join("host/src");
     let line = [
         "reproduce",
         "-scale",
