@@ -22,9 +22,9 @@ use crate::train::reporting::Observer;
 use crate::train::segments::Segments;
 use crate::train::validation::{AllScores, as_json, named};
 use crate::trained::{self, Trained};
+use crate::whole_file::{self, folder_of};
 use moeut_plugin_api::{ComponentKind, EvaluationRequest, PluginError, StreamRequest};
 use std::collections::BTreeMap;
-use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -275,24 +275,8 @@ fn check_folder_of(path: &Path) -> Result<(), HostError> {
     ))
 }
 
-fn folder_of(path: &Path) -> &Path {
-    match path.parent() {
-        Some(parent) if !parent.as_os_str().is_empty() => parent,
-        _ => Path::new("."),
-    }
-}
-
-/// Writes a file beside its final place, and moves it there when it is complete.
 fn write(path: &Path, text: &str) -> Result<(), HostError> {
-    let written = || -> std::io::Result<()> {
-        let mut file = tempfile::NamedTempFile::new_in(folder_of(path))?;
-        file.write_all(text.as_bytes())?;
-        file.write_all(b"\n")?;
-        file.as_file().sync_all()?;
-        file.persist(path).map_err(|error| error.error)?;
-        Ok(())
-    };
-    written().map_err(|error| {
+    whole_file::write(path, format!("{text}\n").as_bytes()).map_err(|error| {
         HostError::new(
             format!("the scores cannot be written to `{}`", path.display()),
             error.to_string(),

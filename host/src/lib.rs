@@ -29,4 +29,5 @@ pub mod sweep_cli;
 pub mod train;
 pub mod trained;
 pub mod watchdog;
+pub mod whole_file;
 mod words;

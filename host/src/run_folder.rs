@@ -11,6 +11,7 @@
 //! ```
 
 use crate::error::HostError;
+use crate::whole_file;
 use std::collections::BTreeMap;
 use std::fs::{File, TryLockError};
 use std::io::{Read, Seek, Write};
@@ -93,16 +94,15 @@ impl RunFolder {
     /// If they cannot be written.
     pub fn write_args(&self, arguments: &BTreeMap<String, String>) -> Result<(), HostError> {
         let path = self.path.join("args.json");
-        let fail = |error: std::io::Error| io_error(&path, &error);
-        let mut file = tempfile::NamedTempFile::new_in(&self.path).map_err(fail)?;
+        let mut text = Vec::new();
         let mut writer = serde_json::Serializer::with_formatter(
-            &mut file,
+            &mut text,
             serde_json::ser::PrettyFormatter::with_indent(b"    "),
         );
-        serde::Serialize::serialize(arguments, &mut writer).map_err(|error| fail(error.into()))?;
-        file.as_file().sync_all().map_err(fail)?;
-        file.persist(&path).map_err(|error| fail(error.error))?;
-        Ok(())
+        serde::Serialize::serialize(arguments, &mut writer)
+            .map_err(std::io::Error::from)
+            .and_then(|()| whole_file::write(&path, &text))
+            .map_err(|error| io_error(&path, &error))
     }
 
     /// Adds a start to `startup_log.txt`.

@@ -8,6 +8,7 @@ use crate::sweep::convert::convert;
 use crate::sweep::file::SweepFile;
 use crate::sweep::runs::{Sweep, Wish};
 use crate::sweep::{queue, slurm, table};
+use crate::whole_file::write_or_explain;
 use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -132,7 +133,7 @@ fn convert_command(file: &SweepFile, out: Option<&Path>) -> Result<(), HostError
             "choose another `-o`, or remove it",
         ));
     }
-    table::replace(out, &text)?;
+    write_or_explain(out, text.as_bytes())?;
     print(&format!(
         "wrote `{}`: start it with `wandb sweep {}`\n",
         out.display(),

@@ -1,9 +1,8 @@
 //! Reading and writing whole files, with reasons that name them.
 
 use moeut_host::error::HostError;
+use moeut_host::whole_file::{folder_of, write_or_explain};
 use serde::de::DeserializeOwned;
-use std::io::Write;
-use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 
 /// The text of a file; nothing if there is no such file.
@@ -28,27 +27,7 @@ pub(crate) fn remembered<T: DeserializeOwned>(path: &Path) -> Option<T> {
 /// # Errors
 /// If it cannot be written.
 pub(crate) fn write(path: &Path, bytes: &[u8]) -> Result<(), HostError> {
-    let folder = path
-        .parent()
-        .filter(|folder| !folder.as_os_str().is_empty());
-    let folder = folder.unwrap_or(Path::new("."));
-    let write = || -> std::io::Result<()> {
-        std::fs::create_dir_all(folder)?;
-        // As other programs make files: for all whom the user lets read.
-        let mode = std::fs::Permissions::from_mode(0o666);
-        let mut file = tempfile::Builder::new()
-            .permissions(mode)
-            .tempfile_in(folder)?;
-        file.write_all(bytes)?;
-        file.as_file().sync_all()?;
-        file.persist(path).map_err(|error| error.error)?;
-        Ok(())
-    };
-    write().map_err(|error| {
-        HostError::new(
-            format!("`{}` cannot be written", path.display()),
-            error.to_string(),
-            "check its permissions and the free space",
-        )
-    })
+    // A folder that cannot be made is one that the file cannot be written to.
+    let _ = std::fs::create_dir_all(folder_of(path));
+    write_or_explain(path, bytes)
 }

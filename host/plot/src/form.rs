@@ -2,7 +2,7 @@
 
 use crate::drawing::Drawing;
 use crate::plot::Plot;
-use crate::{curves, heatmap, pdf, pictures, raster, svg};
+use crate::{curves, heatmap, pictures, raster, svg};
 
 impl Plot {
     /// The chart as an SVG document. Text stays text, in `DejaVu Sans` where the viewer has it.
@@ -10,12 +10,6 @@ impl Plot {
     /// Whatever the data are, there is a picture: NaN is a gap or a grey cell, and no data say so.
     pub fn to_svg(&self, title: &str) -> String {
         svg::write(&self.draw(title))
-    }
-
-    /// The chart as PDF of one page, for papers: lines, text and small matrices are sharp at any size. Text is outlines,
-    /// so there is no font in the file, and none is missing.
-    pub fn to_pdf(&self, title: &str) -> Vec<u8> {
-        pdf::write(&self.draw(title))
     }
 
     /// The chart as PNG, two pixels per unit of the SVG, with the same pixels on every machine.

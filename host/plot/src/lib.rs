@@ -4,7 +4,7 @@
 //! Weights & Biases Plotly's JSON, tables and media files, the report and the paper SVG.
 //!
 //! Reading order: `plot` (the data), `build` (from what producers have), `curves`, `heatmap`, `pictures` (one chart
-//! each, as shapes), `axes` and `ticks` (what stands around them), `svg`, `pdf`, `raster`, `animation`, `plotly` (the forms).
+//! each, as shapes), `axes` and `ticks` (what stands around them), `svg`, `raster`, `animation`, `plotly` (the forms).
 
 mod animation;
 mod axes;
@@ -16,7 +16,6 @@ mod drawing;
 mod font;
 mod form;
 mod heatmap;
-mod pdf;
 mod pictures;
 mod plot;
 mod plotly;

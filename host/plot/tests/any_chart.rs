@@ -180,26 +180,6 @@ proptest! {
         prop_assert!(reader.next_frame(&mut pixels).is_ok());
     }
 
-    /// The table at the end of a PDF says where each object begins, and each stream how long it is.
-    #[test]
-    fn every_chart_is_a_pdf(plot in plot(), title in name()) {
-        let file = plot.to_pdf(&title);
-        let text: String = file.iter().map(|&byte| char::from(byte)).collect();
-        let table = text.rfind("startxref\n").unwrap();
-        let table: usize = text[table..].lines().nth(1).unwrap().parse().unwrap();
-        let starts: Vec<&str> = file[table..].split(|&byte| byte == b'\n').skip(3)
-            .map(|line| std::str::from_utf8(line).unwrap())
-            .take_while(|line| *line != "trailer")
-            .collect();
-        for (index, start) in starts.iter().enumerate() {
-            let start: usize = start[..10].parse().unwrap();
-            let head = format!("{} 0 obj\n<<", index + 1);
-            prop_assert!(file[start..].starts_with(head.as_bytes()), "object {}", index + 1);
-        }
-        prop_assert!(starts.len() >= 4);
-        prop_assert!(!text.contains("/Font"));
-    }
-
     #[test]
     fn every_animation_is_a_gif(frames in frames()) {
         let file = frames.to_gif();

@@ -8,6 +8,7 @@ use serde_json::{Value, json};
 use super::reference::is_trained;
 use super::source::{self, Source};
 use super::{CheckpointError, clean, write_tensors};
+use crate::whole_file;
 
 /// SentencePiece's files in the reference's token cache; the doubled ending is its own.
 const TOKENIZER: &str = "tokenizer.model.model";
@@ -192,18 +193,15 @@ pub(crate) fn write(
     contents: impl FnOnce(&mut dyn Write, &Path) -> Result<(), CheckpointError>,
 ) -> Result<(), CheckpointError> {
     let io = || CheckpointError::io("write", path);
-    let folder = path.parent().unwrap_or(Path::new("."));
-    let mut file = tempfile::Builder::new()
-        .permissions(std::os::unix::fs::PermissionsExt::from_mode(0o644))
-        .tempfile_in(folder)
-        .map_err(io())?;
-    let mut out = BufWriter::with_capacity(1 << 20, &mut file);
-    contents(&mut out, path)?;
-    out.flush().map_err(io())?;
-    drop(out);
-    file.as_file().sync_all().map_err(io())?;
-    file.persist(path).map_err(|error| io()(error.error))?;
-    Ok(())
+    whole_file::fill(
+        path,
+        |error| io()(error),
+        |file| {
+            let mut out = BufWriter::with_capacity(1 << 20, file);
+            contents(&mut out, path)?;
+            out.flush().map_err(io())
+        },
+    )
 }
 
 #[cfg(test)]

@@ -14,6 +14,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use serde_json::{Map, Value};
 
 use super::{Record, Sink, SinkError};
+use crate::whole_file;
 
 /// Appends records to a file; each record is in the file when `write` returns.
 #[derive(Debug)]
@@ -54,21 +55,22 @@ impl Jsonl {
 
 /// Keeps the lines up to `step`. Written beside and renamed, so that being killed here loses nothing.
 fn cut(path: &Path, step: u64) -> std::io::Result<()> {
-    let mut beside = path.as_os_str().to_owned();
-    beside.push(".tmp");
-    let beside = PathBuf::from(beside);
-    let mut kept = BufWriter::new(File::create(&beside)?);
     let mut lines = BufReader::new(File::open(path)?);
-    let mut line = Vec::new();
-    while lines.read_until(b'\n', &mut line)? > 0 {
-        if line.ends_with(b"\n") && step_of(&line).is_some_and(|found| found <= step) {
-            kept.write_all(&line)?;
-        }
-        line.clear();
-    }
-    kept.flush()?;
-    kept.get_ref().sync_all()?;
-    fs::rename(&beside, path)
+    whole_file::fill(
+        path,
+        |error| error,
+        |file| {
+            let mut kept = BufWriter::new(file);
+            let mut line = Vec::new();
+            while lines.read_until(b'\n', &mut line)? > 0 {
+                if line.ends_with(b"\n") && step_of(&line).is_some_and(|found| found <= step) {
+                    kept.write_all(&line)?;
+                }
+                line.clear();
+            }
+            kept.flush()
+        },
+    )
 }
 
 fn step_of(line: &[u8]) -> Option<u64> {

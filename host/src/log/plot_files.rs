@@ -6,13 +6,13 @@
 //! A name with slashes is a file in a folder. JSON has no NaN and no infinity: both are `null`.
 
 use std::fs;
-use std::io::Write;
 use std::path::PathBuf;
 
 use moeut_plot::Plot;
 use serde::{Deserialize, Serialize};
 
 use super::{Record, Sink, SinkError, path_of};
+use crate::whole_file;
 
 /// Writes charts into a folder.
 #[derive(Debug)]
@@ -43,11 +43,7 @@ impl PlotFiles {
         let dir = path.parent().unwrap_or(&self.dir);
         let write = || {
             fs::create_dir_all(dir)?;
-            let mut beside = tempfile::NamedTempFile::new_in(dir)?;
-            beside.write_all(&serde_json::to_vec(file)?)?;
-            beside.as_file().sync_all()?;
-            beside.persist(&path)?;
-            Ok(())
+            whole_file::write(&path, &serde_json::to_vec(file)?)
         };
         write().map_err(SinkError::io("write", &path))
     }

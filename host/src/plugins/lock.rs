@@ -2,9 +2,9 @@
 
 use super::inspect::{Manifest, Refusal};
 use crate::args::peek;
+use crate::whole_file;
 use moeut_plugin_api::PluginError;
 use serde::{Deserialize, Serialize};
-use std::io::Write;
 use std::path::Path;
 
 /// Its name; it is looked for where the program is started, beside the folder `save`.
@@ -85,16 +85,9 @@ impl Lock {
     /// # Errors
     /// If the disk refuses.
     pub fn write(&self, path: &Path) -> std::io::Result<()> {
-        let folder = match path.parent() {
-            Some(folder) if folder != Path::new("") => folder,
-            _ => Path::new("."),
-        };
-        let mut beside = tempfile::NamedTempFile::new_in(folder)?;
-        serde_json::to_writer_pretty(&mut beside, self)?;
-        beside.write_all(b"\n")?;
-        beside.as_file().sync_all()?;
-        beside.persist(path)?;
-        std::fs::File::open(folder)?.sync_all()
+        let mut text = serde_json::to_vec_pretty(self)?;
+        text.push(b'\n');
+        whole_file::write(path, &text)
     }
 
     /// How many files are locked.

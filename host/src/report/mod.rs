@@ -19,11 +19,11 @@ mod settings;
 use crate::cli::{open_registry, print};
 use crate::error::HostError;
 use crate::log::{Level, Terminal};
+use crate::whole_file::{self, folder_of};
 use crate::words::{Grammar, Words};
 use find::{Place, find};
 use run::Run;
-use std::io::{Read, Write};
-use std::os::unix::fs::PermissionsExt;
+use std::io::Read;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -129,28 +129,8 @@ fn check_target(out: &Path) -> Result<(), HostError> {
     refuse("it exists, and is no report: it would be lost".to_owned())
 }
 
-fn folder_of(path: &Path) -> &Path {
-    match path.parent() {
-        Some(folder) if !folder.as_os_str().is_empty() => folder,
-        _ => Path::new("."),
-    }
-}
-
-/// Beside the file first, and in its place when it is whole.
 fn write(out: &Path, html: &str) -> Result<(), HostError> {
-    let written = || -> std::io::Result<()> {
-        // For everybody whom the user's mask lets read: a page is to be passed on.
-        let mode = std::fs::Permissions::from_mode(0o666);
-        let mut file = tempfile::Builder::new()
-            .prefix(".report")
-            .permissions(mode)
-            .tempfile_in(folder_of(out))?;
-        file.write_all(html.as_bytes())?;
-        file.as_file().sync_all()?;
-        file.persist(out).map_err(|error| error.error)?;
-        Ok(())
-    };
-    written().map_err(|error| {
+    whole_file::write(out, html.as_bytes()).map_err(|error| {
         HostError::new(
             format!("the report cannot be written to `{}`", out.display()),
             error.to_string(),

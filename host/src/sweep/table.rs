@@ -3,9 +3,9 @@
 use super::record::Record;
 use super::runs::{Sweep, SweepRun};
 use crate::error::HostError;
+use crate::whole_file::write_or_explain;
 use serde_json::{Value, json};
 use std::fmt::Write as _;
-use std::io::Write as _;
 use std::path::{Path, PathBuf};
 
 /// How far a run is.
@@ -103,8 +103,11 @@ pub fn render(sweep: &Sweep, rows: &[Row<'_>]) -> String {
 /// # Errors
 /// If one cannot be written.
 pub fn write(folder: &Path, sweep: &Sweep, rows: &[Row<'_>]) -> Result<(), HostError> {
-    replace(&folder.join("results.json"), &as_json(sweep, rows))?;
-    replace(&folder.join("results.csv"), &as_csv(sweep, rows))
+    write_or_explain(
+        &folder.join("results.json"),
+        as_json(sweep, rows).as_bytes(),
+    )?;
+    write_or_explain(&folder.join("results.csv"), as_csv(sweep, rows).as_bytes())
 }
 
 fn as_json(sweep: &Sweep, rows: &[Row<'_>]) -> String {
@@ -173,29 +176,4 @@ fn as_csv(sweep: &Sweep, rows: &[Row<'_>]) -> String {
         .iter()
         .map(|line| line.iter().map(quoted).collect::<Vec<_>>().join(",") + "\n");
     lines.collect()
-}
-
-/// Writes a file beside the old one, and then in its place.
-///
-/// # Errors
-/// If it cannot be written.
-pub fn replace(path: &Path, text: &str) -> Result<(), HostError> {
-    let folder = path
-        .parent()
-        .filter(|parent| !parent.as_os_str().is_empty())
-        .unwrap_or(Path::new("."));
-    let write = || -> std::io::Result<()> {
-        let mut file = tempfile::NamedTempFile::new_in(folder)?;
-        file.write_all(text.as_bytes())?;
-        file.as_file().sync_all()?;
-        file.persist(path).map_err(|error| error.error)?;
-        Ok(())
-    };
-    write().map_err(|error| {
-        HostError::new(
-            format!("`{}` cannot be written", path.display()),
-            error.to_string(),
-            "check its permissions and the free space",
-        )
-    })
 }

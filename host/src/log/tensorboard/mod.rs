@@ -198,6 +198,7 @@ fn text_value(name: &str, text: &str) -> Message {
 
 #[cfg(test)]
 mod tests {
+    use super::super::protobuf;
     use super::*;
     use moeut_plot::{
         Bars, Clustermap, Confusion, Frames, Heatmap, Histogram, Image, Matrix, Plot, Series,
@@ -223,38 +224,16 @@ mod tests {
         messages
     }
 
-    fn read_varint(rest: &mut &[u8]) -> u64 {
-        let mut value = 0;
-        for shift in (0..).step_by(7) {
-            let (&byte, tail) = rest.split_first().unwrap();
-            *rest = tail;
-            value |= u64::from(byte & 0x7f) << shift;
-            if byte < 0x80 {
-                break;
-            }
-        }
-        value
-    }
-
     /// The fields of a message: `(number, value)`, integers as eight bytes.
-    fn fields(mut rest: &[u8]) -> Vec<(u64, Vec<u8>)> {
-        let mut fields = Vec::new();
-        while !rest.is_empty() {
-            let key = read_varint(&mut rest);
-            let length = match key & 7 {
-                0 => {
-                    fields.push((key >> 3, read_varint(&mut rest).to_le_bytes().to_vec()));
-                    continue;
-                }
-                1 => 8,
-                2 => usize::try_from(read_varint(&mut rest)).unwrap(),
-                5 => 4,
-                other => panic!("wire type {other}"),
-            };
-            fields.push((key >> 3, rest[..length].to_vec()));
-            rest = &rest[length..];
-        }
+    fn fields(message: &[u8]) -> Vec<(u64, Vec<u8>)> {
+        let bytes = |value| match value {
+            protobuf::Value::Integer(value) => value.to_le_bytes().to_vec(),
+            protobuf::Value::Bytes(bytes) => bytes.to_vec(),
+        };
+        let fields = protobuf::fields(message);
         fields
+            .map(|(number, value)| (number, bytes(value)))
+            .collect()
     }
 
     fn field(message: &[u8], number: u64) -> Vec<u8> {

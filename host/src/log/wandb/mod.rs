@@ -32,6 +32,7 @@ use super::{End, Level, Notice, Record, Sink, SinkError};
 use crate::run_folder::machine;
 use crate::signals::Ending;
 use crate::startup_log::quoted;
+use crate::whole_file;
 use datastore::DataStore;
 use media::{Media, Place};
 use records::{Environment, RunInfo};
@@ -240,11 +241,9 @@ impl Wandb {
     /// Written beside and renamed, so that no upload sees half a file.
     fn write_file(&self, path: &str, bytes: &[u8]) -> Result<(), SinkError> {
         let path = self.files.join(path);
-        let beside = path.with_extension("tmp");
         let write = || {
             fs::create_dir_all(path.parent().unwrap_or(&path))?;
-            fs::write(&beside, bytes)?;
-            fs::rename(&beside, &path)
+            whole_file::write(&path, bytes)
         };
         write().map_err(SinkError::io("write", &path))
     }

@@ -3,6 +3,7 @@
 use super::signature::{SecretKey, Signature};
 use super::{Build, Contents, Entry, FORMAT};
 use crate::plugins::inspect::{self, hex};
+use crate::whole_file;
 use moeut_plugin_api::PluginError;
 use sha2::{Digest, Sha256};
 use std::collections::BTreeSet;
@@ -40,15 +41,8 @@ pub fn pack(
 ) -> Result<(PathBuf, Contents), PluginError> {
     let (contents, bytes) = collect(files, texts)?;
     let path = path(&contents);
-    let write = || -> std::io::Result<()> {
-        let folder = match path.parent() {
-            Some(folder) if folder != Path::new("") => folder,
-            _ => Path::new("."),
-        };
-        let beside = tempfile::Builder::new()
-            .permissions(std::os::unix::fs::PermissionsExt::from_mode(0o644))
-            .tempfile_in(folder)?;
-        let mut archive = tar::Builder::new(zstd::Encoder::new(beside, 19)?);
+    let write = |file: &mut std::fs::File| -> std::io::Result<()> {
+        let mut archive = tar::Builder::new(zstd::Encoder::new(file, 19)?);
         let list = serde_json::to_vec_pretty(&contents)?;
         append(&mut archive, CONTENTS, &list)?;
         if let Some(key) = key {
@@ -61,12 +55,9 @@ pub fn pack(
         for (entry, bytes) in entries(&contents).zip(&bytes) {
             append(&mut archive, &entry.path, bytes)?;
         }
-        let beside = archive.into_inner()?.finish()?;
-        beside.as_file().sync_all()?;
-        beside.persist(&path)?;
-        std::fs::File::open(folder)?.sync_all()
+        archive.into_inner()?.finish().map(drop)
     };
-    write().map_err(|error| {
+    whole_file::fill(&path, |error| error, write).map_err(|error| {
         PluginError::new(format!("`{}` cannot be written", path.display()))
             .why(error.to_string())
             .fix("check the folder and the free space, or name another place with `--out`")
