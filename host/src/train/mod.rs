@@ -11,6 +11,7 @@ mod eta;
 pub mod evaluate;
 pub mod generate;
 pub mod labels;
+mod logs;
 mod loss;
 pub mod memory;
 pub mod monitor;
