@@ -5,6 +5,7 @@ use crate::checkpoint::CheckpointError;
 use crate::train::TrainError;
 use miette::{Diagnostic, GraphicalReportHandler, GraphicalTheme};
 use moeut_plugin_api::PluginError;
+use textwrap::{WordSeparator, WordSplitter};
 
 /// Exit code of every error that a user can cause.
 pub const EXIT_USER_ERROR: u8 = 2;
@@ -50,6 +51,10 @@ impl HostError {
         };
         let handler = GraphicalReportHandler::new_themed(theme)
             .with_width(100)
+            // Names of files and commands are copied from here: lines break at spaces only.
+            .with_word_separator(WordSeparator::AsciiSpace)
+            .with_word_splitter(WordSplitter::NoHyphenation)
+            .with_break_words(false)
             .with_links(false);
         let mut text = String::from("Error: ");
         if handler.render_report(&mut text, self).is_err() {

@@ -250,8 +250,14 @@ fn absolute_rpath(repo: &Path, target_directory: &Path) -> Option<PathBuf> {
     }
 }
 
-/// The commit for the plugins' manifests: short, with `-dirty` if tracked files differ, `unknown` outside git.
+/// The commit for the plugins' manifests: short, with `-dirty` if tracked files differ, `unknown` outside git. Whoever
+/// builds from an archive, or wants no rebuild with each commit, sets `MOEUT_GIT_HASH`.
 fn git_hash(repo: &Path) -> String {
+    if let Ok(hash) = env::var("MOEUT_GIT_HASH")
+        && !hash.is_empty()
+    {
+        return hash;
+    }
     let git = |args: &[&str]| {
         let output = Command::new("git")
             .current_dir(repo)
