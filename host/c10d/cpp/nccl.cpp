@@ -7,8 +7,9 @@
 //
 // Sizes in libtorch 2.11.0+cu130, from the number that the deleting destructors (`_ZN4c10d16ProcessGroupNCCLD0Ev`,
 // `_ZN4c10d16ProcessGroupNCCL7OptionsD0Ev`) pass to `operator delete`, read with `objdump -d`: the group 0x458 = 1,112
-// bytes, its options 0xf8 = 248 bytes; `ProcessGroupNCCL::merge` allocates the same 0x458. Both derive first and only
-// from `c10d::Backend` and `c10d::Backend::Options`, so a pointer to one is a pointer to its base.
+// bytes, its options 0xf8 = 248 bytes. `ProcessGroupNCCL::merge` allocates the same 0x458, and the options' constructor,
+// called on a buffer of a known pattern, writes the bytes 0 to 243. Both derive first and only from `c10d::Backend` and
+// `c10d::Backend::Options`, so a pointer to one is a pointer to its base.
 #include "c10d.h"
 
 #include <torch/version.h>

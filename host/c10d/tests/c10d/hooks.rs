@@ -159,7 +159,7 @@ fn an_operation_started_in_a_hook_ends_while_backward_still_runs() {
     as_threads(2, PATIENCE, |rank, group| {
         let group: Arc<Group> = Arc::new(group);
         let (first, last) = (param(1.0), param(1.0 + rank as f64));
-        let from_hook = Arc::default();
+        let from_hook: Arc<Mutex<Option<Work>>> = Arc::default();
         let (travels, work) = (Mutex::new(last.shallow_clone()), Arc::clone(&from_hook));
         let in_hook = Arc::clone(&group);
         let _hooks = GradHooks::new(&[&last], move |_| {
