@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <functional>
 
 namespace moeut {
 
@@ -36,6 +37,12 @@ struct Store {
   }
 };
 
+// The operations of one call, and what is left to do once they have ended.
+struct Work {
+  std::vector<c10::intrusive_ptr<c10d::Work>> operations;
+  std::function<void()> finish;
+};
+
 // A process group, on one device.
 class Group {
  public:
@@ -45,6 +52,8 @@ class Group {
   virtual ~Group() = default;
 
   virtual c10d::Backend& backend() = 0;
+  // Writes to `part` this rank's piece of the sum of all ranks' `whole`.
+  virtual Work reduce_scatter(at::Tensor part, at::Tensor whole) = 0;
   // Ends all waiting, also that of other threads. Waits for nobody.
   virtual void abort() = 0;
   // Whether an operation failed after the host had stopped to wait for it.
@@ -53,7 +62,8 @@ class Group {
   const at::Device device;
 };
 
-// The operations of one call.
-using Work = std::vector<c10::intrusive_ptr<c10d::Work>>;
+// What c10d prints on stderr, from this severity on; a user who asks for more by PyTorch's variables gets all of it.
+enum Severity { kErrors = 2, kFatal = 3 };
+void print_from(Severity severity);
 
 }  // namespace moeut

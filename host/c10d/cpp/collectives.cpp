@@ -59,9 +59,9 @@ char* moeut_c10d_all_reduce(Group* group, const at::Tensor* const* tensors, size
     c10d::AllreduceCoalescedOptions options;
     options.reduceOp = reduction(op);
     // A single tensor needs no buffer to be copied into.
-    hand_over({list.size() == 1 ? in.backend().allreduce(list, options)
-                                : in.backend().allreduce_coalesced(list, options)},
-              work);
+    auto started =
+        list.size() == 1 ? in.backend().allreduce(list, options) : in.backend().allreduce_coalesced(list, options);
+    hand_over({{std::move(started)}, {}}, work);
   });
 }
 
@@ -73,7 +73,7 @@ char* moeut_c10d_broadcast(Group* group, const at::Tensor* const* tensors, size_
     Work works;
     for (const auto& tensor : operands(in, tensors, n_tensors)) {
       moeut::List one{tensor};
-      works.push_back(in.backend().broadcast(one, options));
+      works.operations.push_back(in.backend().broadcast(one, options));
     }
     hand_over(std::move(works), work);
   });
@@ -85,7 +85,7 @@ char* moeut_c10d_all_gather(Group* group, const at::Tensor* into, const at::Tens
     auto whole = operand(in, into);
     auto part = operand(in, from);
     check_parts(whole, part, in.backend().getSize());
-    hand_over({in.backend()._allgather_base(whole, part)}, work);
+    hand_over({{in.backend()._allgather_base(whole, part)}, {}}, work);
   });
 }
 
@@ -95,7 +95,7 @@ char* moeut_c10d_reduce_scatter(Group* group, const at::Tensor* into, const at::
     auto part = operand(in, into);
     auto whole = operand(in, from);
     check_parts(whole, part, in.backend().getSize());
-    hand_over({in.backend()._reduce_scatter_base(part, whole)}, work);
+    hand_over(in.reduce_scatter(part, whole), work);
   });
 }
 
@@ -104,22 +104,24 @@ char* moeut_c10d_barrier(Group* group, Work** work) {
     auto& in = checked(group, "group");
     c10d::BarrierOptions options;
     if (in.device.is_cuda()) options.device = in.device;
-    hand_over({in.backend().barrier(options)}, work);
+    hand_over({{in.backend().barrier(options)}, {}}, work);
   });
 }
 
 char* moeut_c10d_work_wait(Work* work) {
   return guard([&] {
-    for (const auto& operation : checked(work, "work")) {
+    const auto& started = checked(work, "work");
+    for (const auto& operation : started.operations) {
       TORCH_CHECK(operation->wait(), "the operation was aborted");
     }
+    if (started.finish) started.finish();
   });
 }
 
 char* moeut_c10d_work_is_done(Work* work, bool* is_done) {
   return guard([&] {
     bool all = true;
-    for (const auto& operation : checked(work, "work")) all = all && operation->isCompleted();
+    for (const auto& operation : checked(work, "work").operations) all = all && operation->isCompleted();
     checked(is_done, "is_done") = all;
   });
 }

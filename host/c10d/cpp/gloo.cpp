@@ -1,11 +1,13 @@
 // Groups of CPUs: Gloo over TCP.
 #include "c10d.h"
 
+#include <ATen/core/grad_mode.h>
 #include <torch/csrc/distributed/c10d/ProcessGroupGloo.hpp>
 
 using moeut::Group;
 using moeut::Store;
 using moeut::Text;
+using moeut::Work;
 using moeut::checked;
 using moeut::guard;
 
@@ -33,6 +35,18 @@ class GlooGroup : public Group {
   explicit GlooGroup(c10::intrusive_ptr<Gloo> gloo) : Group(at::Device(at::kCPU)), gloo_(std::move(gloo)) {}
 
   c10d::Backend& backend() override { return *gloo_; }
+
+  // Gloo has none; c10d sums the whole, too, but does not say when that has ended.
+  Work reduce_scatter(at::Tensor part, at::Tensor whole) override {
+    std::vector<at::Tensor> sum{whole.clone()};
+    const auto first = gloo_->getRank() * part.numel();
+    auto finish = [part, sum = sum[0], first] {
+      const at::NoGradGuard no_grad;
+      part.copy_(sum.narrow(0, first, part.numel()));
+    };
+    return {{gloo_->allreduce(sum)}, std::move(finish)};
+  }
+
   void abort() override { gloo_->abort(); }
   // Waiting is the only way to go on after an operation, and it tells.
   bool has_failed() override { return false; }

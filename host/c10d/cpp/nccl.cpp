@@ -26,6 +26,7 @@ static_assert(TORCH_VERSION_MAJOR == 2 && TORCH_VERSION_MINOR == 11,
 using moeut::Group;
 using moeut::Store;
 using moeut::Text;
+using moeut::Work;
 using moeut::checked;
 using moeut::guard;
 
@@ -98,6 +99,10 @@ class NcclGroup : public Group {
 
   c10d::Backend& backend() override { return *nccl_; }
 
+  Work reduce_scatter(at::Tensor part, at::Tensor whole) override {
+    return {{(*nccl_)._reduce_scatter_base(part, whole)}, {}};
+  }
+
   void abort() override {
     if (!is_aborted_.exchange(true)) (*nccl_).abort();
   }
@@ -120,6 +125,8 @@ char* moeut_c10d_nccl_new(const Store* store, Text prefix, int rank, int n_ranks
     const auto on = moeut::device_of(device);
     TORCH_CHECK(on.is_cuda(), "NCCL connects GPUs, not the CPU");
     find(kNewGroup);
+    // What the watchdog sees go wrong comes back as no more than a code; it prints the rest.
+    moeut::print_from(moeut::kErrors);
     const auto timeout = moeut::milliseconds(timeout_ms);
     checked(group, "group") =
         new NcclGroup(checked(store, "store").connect(prefix, timeout), rank, n_ranks, timeout, on);

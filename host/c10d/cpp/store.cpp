@@ -3,7 +3,6 @@
 
 #include <c10/util/Flags.h>
 
-#include <algorithm>
 #include <cstdlib>
 #include <mutex>
 
@@ -15,19 +14,13 @@ using moeut::checked;
 using moeut::guard;
 using moeut::milliseconds;
 
-namespace {
-
-// c10d reports each refused connection while a server starts, and the like, as warnings on stderr. What matters of
-// these comes back as an error; a user who asks for more by the variables of PyTorch gets all of it.
-void quiet_warnings() {
-  static std::once_flag once;
-  std::call_once(once, [] {
-    const bool is_asked_for = std::getenv("TORCH_CPP_LOG_LEVEL") != nullptr ||
-        std::getenv("TORCH_DISTRIBUTED_DEBUG") != nullptr;
-    constexpr int errors_only = 2;
-    if (!is_asked_for) FLAGS_caffe2_log_level = std::max(FLAGS_caffe2_log_level, errors_only);
-  });
+void moeut::print_from(Severity severity) {
+  const bool is_chosen =
+      std::getenv("TORCH_CPP_LOG_LEVEL") != nullptr || std::getenv("TORCH_DISTRIBUTED_DEBUG") != nullptr;
+  if (!is_chosen) FLAGS_caffe2_log_level = severity;
 }
+
+namespace {
 
 std::vector<std::string> strings(const Text* texts, size_t n_texts) {
   std::vector<std::string> strings;
@@ -45,7 +38,10 @@ void moeut_c10d_text_free(char* text) { std::free(text); }
 char* moeut_c10d_store_tcp(Text host, uint16_t port, bool is_server, const uint64_t* n_ranks, uint64_t timeout_ms,
                            Store** store, uint16_t* bound_port) {
   return guard([&] {
-    quiet_warnings();
+    // Each refused connection while a server starts would be a warning, and an error with its C++ stack in the end. What
+    // matters comes back from here.
+    static std::once_flag once;
+    std::call_once(once, moeut::print_from, moeut::kFatal);
     c10d::TCPStoreOptions options;
     options.port = port;
     options.isServer = is_server;
@@ -79,11 +75,17 @@ char* moeut_c10d_store_get(const Store* store, Text key, char** value, size_t* l
   });
 }
 
-// On a connection of its own: c10d lets one call at a time use a connection, and this one may take long.
-char* moeut_c10d_store_wait(const Store* store, const Text* keys, size_t n_keys, uint64_t timeout_ms) {
+// Another connection to the same server.
+char* moeut_c10d_store_clone(const Store* store, Store** clone) {
   return guard([&] {
-    checked(store, "store").tcp->clone()->wait(strings(keys, n_keys), milliseconds(timeout_ms));
+    auto tcp = c10::dynamic_intrusive_pointer_cast<c10d::TCPStore>(checked(store, "store").tcp->clone());
+    TORCH_CHECK(tcp, "the clone of a TCP store is none");
+    checked(clone, "clone") = new Store{std::move(tcp)};
   });
+}
+
+char* moeut_c10d_store_wait(const Store* store, const Text* keys, size_t n_keys, uint64_t timeout_ms) {
+  return guard([&] { checked(store, "store").tcp->wait(strings(keys, n_keys), milliseconds(timeout_ms)); });
 }
 
 char* moeut_c10d_store_check(const Store* store, const Text* keys, size_t n_keys, bool* has_all) {

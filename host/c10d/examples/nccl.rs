@@ -118,9 +118,15 @@ impl Rank {
         let group = Arc::new(self.group("all", PATIENCE)?);
         let mut is_well = true;
         for kind in KINDS {
-            is_well &= self.report(&format!("all_reduce {kind:?}"), self.all_reduce(&group, kind));
+            is_well &= self.report(
+                &format!("all_reduce {kind:?}"),
+                self.all_reduce(&group, kind),
+            );
             is_well &= self.report(&format!("broadcast {kind:?}"), self.broadcast(&group, kind));
-            is_well &= self.report(&format!("all_gather {kind:?}"), self.all_gather(&group, kind));
+            is_well &= self.report(
+                &format!("all_gather {kind:?}"),
+                self.all_gather(&group, kind),
+            );
             let outcome = self.reduce_scatter(&group, kind);
             is_well &= self.report(&format!("reduce_scatter {kind:?}"), outcome);
         }
@@ -164,7 +170,9 @@ impl Rank {
     }
 
     fn of_all(&self, n: i64, kind: Kind) -> Tensor {
-        let all: Vec<Tensor> = (0..self.n_ranks).map(|rank| self.tensor_of(rank, n, kind)).collect();
+        let all: Vec<Tensor> = (0..self.n_ranks)
+            .map(|rank| self.tensor_of(rank, n, kind))
+            .collect();
         Tensor::stack(&all, 0)
     }
 
@@ -224,7 +232,9 @@ impl Rank {
             .collect();
         let backward = |scale: f64| {
             let input = Tensor::full([256, 256], scale, (Kind::Float, self.device));
-            let output = params.iter().fold(input, |hidden, param| hidden.matmul(param));
+            let output = params
+                .iter()
+                .fold(input, |hidden, param| hidden.matmul(param));
             output.sum(Kind::Float).backward();
         };
         // The gradients of rank `r` are `r + 1` times those of scale 1.
@@ -331,8 +341,13 @@ impl Rank {
             });
             let work = group.all_reduce(&[&tensor], Reduction::Sum);
             let waited = work.and_then(moeut_c10d::Work::wait);
-            let read = tensor.f_sum(Kind::Float).and_then(|sum| sum.f_double_value(&[]));
-            println!("     abort: {waited:?}, read {read:?} after {:.2?}", started.elapsed());
+            let read = tensor
+                .f_sum(Kind::Float)
+                .and_then(|sum| sum.f_double_value(&[]));
+            println!(
+                "     abort: {waited:?}, read {read:?} after {:.2?}",
+                started.elapsed()
+            );
             aborting.join().map_err(|_| "a panic while aborting")
         })?;
         self.store.set("aborted", b"")?;
@@ -358,8 +373,13 @@ impl Rank {
         let waited = group
             .all_reduce(&[&tensor], Reduction::Sum)
             .and_then(moeut_c10d::Work::wait);
-        let read = tensor.f_sum(Kind::Float).and_then(|sum| sum.f_double_value(&[]));
-        println!("     time-out: {waited:?}, read {read:?} after {:.2?}", started.elapsed());
+        let read = tensor
+            .f_sum(Kind::Float)
+            .and_then(|sum| sum.f_double_value(&[]));
+        println!(
+            "     time-out: {waited:?}, read {read:?} after {:.2?}",
+            started.elapsed()
+        );
         let mut told = group.check();
         while told.is_ok() && started.elapsed() < SHORT * 3 {
             thread::sleep(Duration::from_millis(100));

@@ -30,7 +30,10 @@ impl Error {
 
 /// Gloo starts its errors with the place in its code: `[/path/pair.cc:547] `.
 fn without_source_file(text: &str) -> &str {
-    match text.strip_prefix("[/").and_then(|rest| rest.split_once("] ")) {
+    match text
+        .strip_prefix("[/")
+        .and_then(|rest| rest.split_once("] "))
+    {
         Some((_, message)) => message,
         None => text,
     }
@@ -46,10 +49,7 @@ mod tests {
         assert_eq!(error.to_string(), "Connection closed by peer");
         let error = Error::new("wait timeout after 300ms\nException raised from doWait at x.cpp:1");
         assert_eq!(error.to_string(), "wait timeout after 300ms");
-        assert_eq!(
-            Error::new("[rank 1] gone").to_string(),
-            "[rank 1] gone"
-        );
+        assert_eq!(Error::new("[rank 1] gone").to_string(), "[rank 1] gone");
     }
 
     #[test]

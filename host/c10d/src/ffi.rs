@@ -96,6 +96,10 @@ unsafe extern "C" {
         value: *mut *mut c_char,
         length: *mut usize,
     ) -> *mut c_char;
+    pub(crate) fn moeut_c10d_store_clone(
+        store: *const RawStore,
+        clone: *mut *mut RawStore,
+    ) -> *mut c_char;
     pub(crate) fn moeut_c10d_store_wait(
         store: *const RawStore,
         keys: *const RawText,

@@ -232,7 +232,9 @@ impl Group {
             ))
         }?;
         if has_failed {
-            return Err(Error::new("an operation between the GPUs timed out or failed"));
+            return Err(Error::new(
+                "an operation between the GPUs timed out or failed",
+            ));
         }
         Ok(())
     }
@@ -299,7 +301,12 @@ impl Meeting {
 
     fn missing(&self, timeout: Duration) -> Error {
         let is_missing = |rank: &&str| matches!(self.store.check(&[rank]), Ok(false));
-        let missing: Vec<&str> = self.ranks.iter().map(String::as_str).filter(is_missing).collect();
+        let missing: Vec<&str> = self
+            .ranks
+            .iter()
+            .map(String::as_str)
+            .filter(is_missing)
+            .collect();
         let (missing, n_ranks) = (missing.join(", "), self.ranks.len());
         Error::new(&format!(
             "timed out after {timeout:?}: of {n_ranks} ranks these did not come: {missing}"
@@ -310,8 +317,9 @@ impl Meeting {
         let address = |rank: &String| {
             let text = self.store.get(rank, Duration::ZERO)?;
             let text = String::from_utf8_lossy(&text);
-            text.parse()
-                .map_err(|_| Error::new(&format!("rank {rank} is at `{text}`, which is no address")))
+            text.parse().map_err(|_| {
+                Error::new(&format!("rank {rank} is at `{text}`, which is no address"))
+            })
         };
         self.ranks.iter().map(address).collect()
     }

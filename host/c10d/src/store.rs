@@ -3,7 +3,7 @@
 #![expect(unsafe_code, reason = "calls into the C++ shim")]
 
 use std::ptr;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use crate::Error;
@@ -12,7 +12,7 @@ use crate::ffi::{self, RawStore, RawText, check, milliseconds, take_bytes};
 /// A connection to a server that keeps bytes under names. Clones share the connection.
 ///
 /// Calls of several threads are safe. One that has to wait for a key does so on a connection of its own and holds up no
-/// other.
+/// other; such a connection is kept for the next that waits.
 #[derive(Debug, Clone)]
 pub struct Store {
     connection: Arc<Connection>,
@@ -21,20 +21,26 @@ pub struct Store {
 
 #[derive(Debug)]
 struct Connection {
-    raw: *mut RawStore,
+    raw: OwnedStore,
     host: String,
     port: u16,
+    /// Connections that nobody waits on. A fresh one for each wait would cost the server a reverse lookup of the
+    /// client's address each time, which takes seconds where the name server does not answer.
+    idle: Mutex<Vec<OwnedStore>>,
 }
 
-// SAFETY: c10d guards each use of a TCP store's connection by a mutex; the shim only calls its functions.
-unsafe impl Send for Connection {}
-// SAFETY: as above.
-unsafe impl Sync for Connection {}
+#[derive(Debug)]
+struct OwnedStore(*mut RawStore);
 
-impl Drop for Connection {
+// SAFETY: c10d guards each use of a TCP store's connection by a mutex; the shim only calls its functions.
+unsafe impl Send for OwnedStore {}
+// SAFETY: as above.
+unsafe impl Sync for OwnedStore {}
+
+impl Drop for OwnedStore {
     fn drop(&mut self) {
         // SAFETY: made by the shim, freed once.
-        unsafe { ffi::moeut_c10d_store_free(self.raw) };
+        unsafe { ffi::moeut_c10d_store_free(self.0) };
     }
 }
 
@@ -70,9 +76,10 @@ impl Store {
             ))
         }?;
         let connection = Arc::new(Connection {
-            raw,
+            raw: OwnedStore(raw),
             host: host.to_owned(),
             port: bound_port,
+            idle: Mutex::default(),
         });
         let prefix = String::new();
         Ok(Self { connection, prefix })
@@ -136,7 +143,10 @@ impl Store {
     /// If the server does not answer.
     pub fn check(&self, keys: &[&str]) -> Result<bool, Error> {
         let keys = self.keys(keys);
-        let keys: Vec<RawText> = keys.iter().map(|key| RawText::new(key.as_bytes())).collect();
+        let keys: Vec<RawText> = keys
+            .iter()
+            .map(|key| RawText::new(key.as_bytes()))
+            .collect();
         let mut has_all = false;
         // SAFETY: the keys outlive the call.
         unsafe {
@@ -173,20 +183,40 @@ impl Store {
     /// Waits until all of `keys` are there.
     pub(crate) fn wait(&self, keys: &[&str], timeout: Duration) -> Result<(), Error> {
         let keys = self.keys(keys);
-        let keys: Vec<RawText> = keys.iter().map(|key| RawText::new(key.as_bytes())).collect();
+        let keys: Vec<RawText> = keys
+            .iter()
+            .map(|key| RawText::new(key.as_bytes()))
+            .collect();
+        let idle = || {
+            self.connection
+                .idle
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+        };
+        let left = idle().pop();
+        let waiting = left.map_or_else(|| self.connect(), Ok)?;
         // SAFETY: the keys outlive the call.
         unsafe {
             check(ffi::moeut_c10d_store_wait(
-                self.raw(),
+                waiting.0,
                 keys.as_ptr(),
                 keys.len(),
                 milliseconds(timeout),
             ))
-        }
+        }?;
+        idle().push(waiting);
+        Ok(())
+    }
+
+    fn connect(&self) -> Result<OwnedStore, Error> {
+        let mut raw = ptr::null_mut();
+        // SAFETY: the shim fills `raw` on success.
+        unsafe { check(ffi::moeut_c10d_store_clone(self.raw(), &raw mut raw)) }?;
+        Ok(OwnedStore(raw))
     }
 
     pub(crate) fn raw(&self) -> *mut RawStore {
-        self.connection.raw
+        self.connection.raw.0
     }
 
     pub(crate) fn host(&self) -> &str {

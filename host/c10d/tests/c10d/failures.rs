@@ -40,7 +40,7 @@ fn a_rank_that_is_gone_ends_the_others_wait() {
         if rank == 0 {
             let error = sum(&group).unwrap_err();
             assert!(!error.is_timeout(), "{error}");
-            assert!(error.to_string().contains("closed"), "{error}");
+            assert!(error.to_string().contains("by peer"), "{error}");
         }
     });
 }
@@ -54,7 +54,7 @@ fn abort_ends_waiting_here_and_at_the_peers() {
             3 => {
                 thread::sleep(Duration::from_millis(50));
                 group.abort();
-                Error::clone(&sum(&group).unwrap_err())
+                sum(&group).unwrap_err()
             }
             _ => sum(&group).unwrap_err(),
         }
@@ -140,12 +140,18 @@ fn a_group_that_cannot_be_is_an_error() {
             .unwrap_err()
             .to_string()
     };
-    assert_eq!(new(Backend::Gloo, 1, Device::Cpu), "there is no rank 1 among 1");
+    assert_eq!(
+        new(Backend::Gloo, 1, Device::Cpu),
+        "there is no rank 1 among 1"
+    );
     assert_eq!(
         new(Backend::Gloo, 0, Device::Cuda(0)),
         "Gloo does not carry tensors on Cuda(0)"
     );
-    assert_eq!(new(Backend::Nccl, 0, Device::Cpu), "Nccl does not carry tensors on Cpu");
+    assert_eq!(
+        new(Backend::Nccl, 0, Device::Cpu),
+        "Nccl does not carry tensors on Cpu"
+    );
     assert_eq!(
         new(Backend::Nccl, 0, Device::Cuda(0)),
         "NCCL belongs to libtorch's CUDA libraries, which are not loaded in this process"

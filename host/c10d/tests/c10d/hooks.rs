@@ -169,8 +169,12 @@ fn an_operation_started_in_a_hook_ends_while_backward_still_runs() {
         })
         .unwrap();
 
-        let hidden = apply(FirstLayer { from_hook }, &[&first]).unwrap().swap_remove(0);
-        (hidden * (rank as f64 + 1.0) * &last).sum(Kind::Double).backward();
+        let hidden = apply(FirstLayer { from_hook }, &[&first])
+            .unwrap()
+            .swap_remove(0);
+        (hidden * (rank as f64 + 1.0) * &last)
+            .sum(Kind::Double)
+            .backward();
         // d/d last = 2 · (rank + 1) · first, summed over both ranks.
         assert_eq!(numbers(&last.grad()), [6.0; 3]);
         // d/d first = 2 · (rank + 1) · last, this rank's alone.

@@ -56,7 +56,10 @@ fn add_gives_each_caller_a_sum_of_its_own() {
         let callers: Vec<_> = (0..4)
             .map(|_| scope.spawn(|| client(&server).add("count", 2).unwrap()))
             .collect();
-        callers.into_iter().map(|caller| caller.join().unwrap()).collect::<Vec<_>>()
+        callers
+            .into_iter()
+            .map(|caller| caller.join().unwrap())
+            .collect::<Vec<_>>()
     });
     sums.sort_unstable();
     assert_eq!(sums, [2, 4, 6, 8]);

@@ -44,10 +44,7 @@ pub(crate) fn as_threads<T: Send>(
                 })
             })
             .collect();
-        ranks
-            .into_iter()
-            .map(|rank| rank.join().unwrap())
-            .collect()
+        ranks.into_iter().map(|rank| rank.join().unwrap()).collect()
     })
 }
 
