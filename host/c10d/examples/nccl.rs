@@ -22,7 +22,7 @@ use tch::{Cuda, Device, Kind, Tensor};
 
 type Outcome = Result<(), Box<dyn std::error::Error>>;
 
-const PATIENCE: Duration = Duration::from_secs(120);
+const PATIENCE: Duration = Duration::from_mins(2);
 /// The time-out of the group that is meant to see it pass.
 const SHORT: Duration = Duration::from_secs(8);
 const KINDS: [Kind; 3] = [Kind::Float, Kind::BFloat16, Kind::Int64];
@@ -44,7 +44,7 @@ fn main() -> ExitCode {
         }
     }
     let is_well = match env::var("RANK") {
-        Ok(_) => Rank::from_environment().and_then(|rank| rank.check_all()),
+        Ok(_) => Process::from_environment().and_then(|process| process.check_all()),
         Err(_) => start_ranks(),
     };
     match is_well {
@@ -82,14 +82,14 @@ fn start_ranks() -> Result<bool, Box<dyn std::error::Error>> {
     Ok(is_well)
 }
 
-struct Rank {
+struct Process {
     rank: usize,
     n_ranks: usize,
     device: Device,
     store: Store,
 }
 
-impl Rank {
+impl Process {
     fn from_environment() -> Result<Self, Box<dyn std::error::Error>> {
         let number = |name: &str| -> Result<usize, Box<dyn std::error::Error>> {
             let value = env::var(name).map_err(|_| format!("{name} is not set"))?;
@@ -98,8 +98,8 @@ impl Rank {
         let (rank, n_ranks) = (number("RANK")?, number("WORLD_SIZE")?);
         let port = u16::try_from(number("MASTER_PORT")?)?;
         let host = env::var("MASTER_ADDR").map_err(|_| "MASTER_ADDR is not set")?;
-        let is_served = env::var("TORCHELASTIC_USE_AGENT_STORE").is_ok_and(|set| set == "True");
-        let is_server = rank == 0 && !is_served;
+        let has_agent = env::var("TORCHELASTIC_USE_AGENT_STORE").is_ok_and(|set| set == "True");
+        let is_server = rank == 0 && !has_agent;
         let store = Store::tcp(&host, port, is_server, None, PATIENCE)?;
         Ok(Self {
             rank,
@@ -147,12 +147,13 @@ impl Rank {
 
     /// Failures of all ranks, successes of the first.
     fn report(&self, what: &str, outcome: Outcome) -> bool {
-        match &outcome {
+        let is_well = outcome.is_ok();
+        match outcome {
             Ok(()) if self.rank == 0 => println!("PASS {what}"),
             Ok(()) => {}
             Err(error) => println!("FAIL rank {} {what}: {error}", self.rank),
         }
-        outcome.is_ok()
+        is_well
     }
 
     fn ranks(&self) -> i64 {

@@ -20,19 +20,17 @@ pub(crate) fn chosen_interfaces() -> Vec<String> {
 /// asks the routing table alone.
 pub(crate) fn route_to(host: &str) -> Option<IpAddr> {
     // Any port but 0 would do.
-    let targets = (host, 9).to_socket_addrs().ok()?;
-    targets
-        .filter_map(|target| {
-            let any: IpAddr = if target.is_ipv4() {
-                Ipv4Addr::UNSPECIFIED.into()
-            } else {
-                Ipv6Addr::UNSPECIFIED.into()
-            };
-            let socket = UdpSocket::bind((any, 0)).ok()?;
-            socket.connect(target).ok()?;
-            Some(socket.local_addr().ok()?.ip())
-        })
-        .next()
+    let mut targets = (host, 9).to_socket_addrs().ok()?;
+    targets.find_map(|target| {
+        let any: IpAddr = if target.is_ipv4() {
+            Ipv4Addr::UNSPECIFIED.into()
+        } else {
+            Ipv6Addr::UNSPECIFIED.into()
+        };
+        let socket = UdpSocket::bind((any, 0)).ok()?;
+        socket.connect(target).ok()?;
+        Some(socket.local_addr().ok()?.ip())
+    })
 }
 
 /// The own address to use, when `own` is the way to the master and `others` tells the ways of all ranks.

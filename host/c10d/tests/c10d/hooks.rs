@@ -149,7 +149,9 @@ impl Function for FirstLayer {
         grads: &[Option<Tensor>],
     ) -> Result<Vec<Option<Tensor>>, FunctionError> {
         let work = self.from_hook.lock().unwrap().take();
-        work.expect("started by the hook").wait().expect("reduced");
+        work.ok_or("the hook started nothing")?
+            .wait()
+            .map_err(|error| error.to_string())?;
         Ok(vec![grads[0].as_ref().map(|grad| grad * 2.0)])
     }
 }

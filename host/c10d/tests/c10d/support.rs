@@ -9,7 +9,7 @@ use moeut_c10d::{Backend, Group, Store};
 use tch::{Device, Kind, Tensor};
 
 /// Far longer than anything here takes on a busy machine: only a test about time-outs sees one.
-pub(crate) const PATIENCE: Duration = Duration::from_secs(120);
+pub(crate) const PATIENCE: Duration = Duration::from_mins(2);
 
 const HOST: &str = "127.0.0.1";
 
