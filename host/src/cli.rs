@@ -1,8 +1,11 @@
 //! Entry point: which job is asked for, and the way from `argv` to a run.
 
-use crate::args::{HostConfig, asks_for_help, help_text, parse, peek, render_resolved};
+use crate::args::{
+    Arguments, HostConfig, Owner, asks_for_help, help_text, parse, peek, render_resolved,
+};
 use crate::checkpoint::{self, Loaded};
 use crate::checkpoint_cli;
+use crate::distributed::{Group, World, launch};
 use crate::doctor;
 use crate::error::{EXIT_USER_ERROR, HostError};
 use crate::eval_cli;
@@ -24,6 +27,7 @@ use crate::train;
 use crate::train::build::{Blueprint, build};
 use crate::watchdog;
 use moeut_plugin_api::PluginError;
+use std::collections::BTreeMap;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -32,6 +36,7 @@ use std::time::{Duration, Instant};
 
 const USAGE: &str = "\
 usage: moeut-host -task <task> -name <name> [-<argument> <value> …]   train
+       moeut-host launch -n <processes> -task … -name … […]           train with several processes on this machine
        moeut-host plugins list|show|verify|lock|new|pack|install|…    what is found, and where; files to trust; a start
        moeut-host config show -task <task> [-<argument> <value> …]    every argument and where its value is from
        moeut-host checkpoint info|convert|export                      what one holds; from and to Python
@@ -78,6 +83,11 @@ fn start_libtorch() -> Result<bool, PluginError> {
     let _ = moeut_torch::memory::keep_freed_blocks();
     // Before any other call of libtorch: a question about CUDA caches the answer "none" for good.
     moeut_torch::determinism::order_devices_by_bus();
+    let _ = moeut_c10d::prepare_environment();
+    // What is wrong with its variables is said where processes meet.
+    if let Ok(Some(world)) = World::find(variable) {
+        moeut_torch::determinism::see_only(world.local_rank);
+    }
     let cuda = moeut_torch::cuda::load();
     if !matches!(cuda, Ok(true)) {
         moeut_torch::profiler::expect_no_gpu();
@@ -102,6 +112,7 @@ fn dispatch(
         [] if argv.is_empty() => print(USAGE),
         [] if asks_for_help(argv) => help(argv, terminal)?,
         [] => return train_command(argv, cuda, terminal, start),
+        ["launch"] => return launch::command(rest, terminal),
         ["plugins", ..] => return plugins_cli::command(&argv[1..]),
         ["config", "show"] => {
             let resolved = resolve(rest, None, &Arc::new(open_registry(rest)?), terminal)?;
@@ -120,7 +131,7 @@ fn dispatch(
         _ => {
             return Err(HostError::new(
                 format!("unknown command `{}`", words.join(" ")),
-                "commands are `plugins`, `config show`, `model show`, `checkpoint`, `generate`, `eval`, `sweep`, `report` and `doctor`; without one it trains",
+                "commands are `launch`, `plugins`, `config show`, `model show`, `checkpoint`, `generate`, `eval`, `sweep`, `report` and `doctor`; without one it trains",
                 "type `moeut-host --help`",
             ));
         }
@@ -165,20 +176,85 @@ fn model_show(argv: &[String], terminal: &Arc<Terminal>) -> Result<(), HostError
     Ok(())
 }
 
-/// Trains; or validates once, or tries one step out. Returns the exit code.
+fn variable(name: &str) -> Option<String> {
+    std::env::var(name).ok()
+}
+
+/// Trains, together with other processes if the environment says so. Returns the exit code.
 fn train_command(
     argv: &[String],
     cuda: &Result<bool, PluginError>,
     terminal: &Arc<Terminal>,
     start: Instant,
 ) -> Result<u8, HostError> {
+    let Some(world) = World::find(variable)? else {
+        return train_in(&Group::single(), argv, cuda, terminal, start);
+    };
+    let rank = world.rank;
+    let terminal = &if rank == 0 {
+        Arc::clone(terminal)
+    } else {
+        Arc::new(Terminal::new(Verbosity::Silent))
+    };
+    terminal.message(Level::Info, &world.to_string());
+    let group = Group::join(world, patience(argv)?, terminal)?;
+    let trained = train_in(&group, argv, cuda, terminal, start)
+        .and_then(|code| group.leave().map(|()| code).map_err(HostError::from));
+    let code = trained.unwrap_or_else(|error| {
+        if group.fail(&PluginError::from(&error)) {
+            let error = error.at(&format!("rank {rank}: "));
+            terminal.finish(); // Bars would stand between the messages and the error.
+            terminal.report(&error.render(log::is_colored()));
+        }
+        EXIT_USER_ERROR
+    });
+    terminal.finish();
+    // Everything is written. Threads of the engine and of the store may still be at work, or wait for a process that is
+    // gone, and must not see libtorch taken down around them.
+    signal_hook::low_level::exit(code.into());
+}
+
+/// How long processes wait for each other: needed before all arguments are known.
+fn patience(argv: &[String]) -> Result<Duration, HostError> {
+    let typed = peek(argv, "distributed_timeout");
+    let words: Vec<String> = typed
+        .last()
+        .map(|value| format!("-distributed_timeout={value}"))
+        .into_iter()
+        .collect();
+    let config = HostConfig::new(&parse(&words, &[Owner::host()], None)?)?;
+    Ok(Duration::from_secs_f64(config.distributed_timeout))
+}
+
+/// Trains; or validates once, or tries one step out. Returns the exit code.
+fn train_in(
+    group: &Group,
+    argv: &[String],
+    cuda: &Result<bool, PluginError>,
+    terminal: &Arc<Terminal>,
+    start: Instant,
+) -> Result<u8, HostError> {
     let argv = &named(argv);
-    let job = Job::find(|name| std::env::var(name).ok());
-    let signals = Arc::new(Signals::listen(job.is_some())?);
+    let job = Job::find(variable);
+    let mut signals = Signals::listen(job.is_some())?;
+    if !group.is_single() {
+        signals = signals.with_others();
+    }
+    let signals = Arc::new(signals);
     let registry = Arc::new(open_registry(argv)?);
     let plugins_time = start.elapsed();
     warn_about_plugins(&registry, terminal);
-    let (blueprint, folder) = blueprint(argv, &registry, terminal, job, &signals)?;
+    group.agree("program", &startup_log::program())?;
+    group.agree("plugin", &registry.hashes())?;
+    let (blueprint, folder) = if group.is_first() {
+        let (blueprint, folder) = blueprint(argv, &registry, terminal, job, &signals, group)?;
+        let stored = || Ok::<_, HostError>(blueprint.arguments.raw_map());
+        group.share("arguments", stored)?;
+        (blueprint, folder)
+    } else {
+        (follow(argv, &registry, terminal, &signals, group)?, None)
+    };
+    group.agree("argument", &comparable(&blueprint.arguments))?;
     for warning in &blueprint.arguments.warnings {
         terminal.message(Level::Warning, warning);
     }
@@ -207,7 +283,10 @@ fn train_command(
     let mut run = match build(blueprint, &registry, terminal) {
         Ok(run) => run,
         // Whoever prepared data has stopped because of the signal, and says so in words of its own.
-        Err(_) if signals.is_ending() => return Ok(stopped_early(terminal, &signals)),
+        Err(_) if signals.asked().is_some() => {
+            group.fail(&PluginError::new("was stopped by a signal").fix(GO_ON));
+            return Ok(stopped_early(terminal, &signals));
+        }
         Err(error) => return Err(error.into()),
     };
     // Stored once everything is built: arguments that cannot be built are none to come back to.
@@ -215,7 +294,8 @@ fn train_command(
         folder.write_args(&raw_arguments)?;
     }
     // Ends where this function does.
-    let _server = server_settings.and_then(|settings| Server::start(settings, terminal));
+    let settings = server_settings.filter(|_| group.is_first());
+    let _server = settings.and_then(|settings| Server::start(settings, terminal));
     let outcome = match (is_dry, is_test) {
         (true, _) => train::dry_run::dry_run(&mut run).map(Some),
         (false, true) => train::validation::test_only(&mut run),
@@ -228,9 +308,12 @@ fn train_command(
         (Ok(_), None) => End::Finished,
     };
     run.monitor.finish(end);
-    print(&outcome?.unwrap_or_default());
+    let result = outcome?.unwrap_or_default();
+    if group.is_first() {
+        print(&result);
+    }
     let exit_code = signals.ending().map_or(0, Ending::exit_code);
-    if keeps_alive && !signals.is_ending() {
+    if keeps_alive && group.is_single() && !signals.is_ending() {
         terminal.message(Level::Info, "done; kept alive until SIGINT or SIGTERM");
         signals.wait_for_ending();
     }
@@ -247,13 +330,16 @@ fn named(argv: &[String]) -> Vec<String> {
     argv.iter().cloned().chain(name).collect()
 }
 
+/// What a start that was stopped needs.
+const GO_ON: &str = "type the same command again to go on";
+
 /// A signal came before there was anything to save.
 fn stopped_early(terminal: &Terminal, signals: &Signals) -> u8 {
-    let Some(ending) = signals.ending() else {
+    let Some(ending) = signals.asked() else {
         return 0;
     };
     let text = format!(
-        "stopped by {} before the first step; type the same command again to go on",
+        "stopped by {} before the first step; {GO_ON}",
         ending.signal()
     );
     terminal.message(Level::Info, &text);
@@ -310,6 +396,7 @@ fn blueprint(
     terminal: &Arc<Terminal>,
     job: Option<Job>,
     signals: &Arc<Signals>,
+    group: &Group,
 ) -> Result<(Blueprint, Option<RunFolder>), HostError> {
     // A first reading says which run or checkpoint there is to go on from; then its arguments join in.
     let first = HostConfig::new(&parse(argv, &candidates(argv, registry)?, None)?)?;
@@ -352,10 +439,51 @@ fn blueprint(
         config,
         folder: path,
         restored,
+        group: group.clone(),
         job,
         signals: Arc::clone(signals),
     };
     Ok((blueprint, folder))
+}
+
+/// What a process other than the first one trains: whatever the first one found out about the run.
+fn follow(
+    argv: &[String],
+    registry: &Arc<Registry>,
+    terminal: &Arc<Terminal>,
+    signals: &Arc<Signals>,
+    group: &Group,
+) -> Result<Blueprint, HostError> {
+    let stored = || Ok::<_, HostError>(BTreeMap::new());
+    let stored: BTreeMap<String, String> = group.share("arguments", stored)?;
+    let Resolved { arguments, .. } = resolve(argv, Some(&stored), registry, terminal)?;
+    let config = HostConfig::new(&arguments)?;
+    Ok(Blueprint {
+        folder: run_path(&config)?,
+        arguments,
+        config,
+        restored: None,
+        group: group.clone(),
+        job: None,
+        signals: Arc::clone(signals),
+    })
+}
+
+/// The arguments that have to be the same in all processes, as text.
+fn comparable(arguments: &Arguments) -> BTreeMap<String, String> {
+    const LOCAL: &[&str] = &[
+        "data.cache_dir",
+        "data.dir",
+        "gpu",
+        "plugin_dir",
+        "save_dir",
+        "threads",
+    ];
+    let values = arguments.values.iter();
+    values
+        .filter(|(name, _)| !LOCAL.contains(&name.as_str()))
+        .map(|(name, value)| (name.clone(), value.to_string()))
+        .collect()
 }
 
 fn run_path(config: &HostConfig) -> Result<PathBuf, HostError> {

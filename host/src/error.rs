@@ -70,6 +70,13 @@ impl Diagnostic for HostError {
     }
 }
 
+impl From<&HostError> for PluginError {
+    fn from(error: &HostError) -> Self {
+        let why = error.why.as_ref().map_or("", |Why(why)| why);
+        Self::new(&error.what).why(why).fix(&error.fix)
+    }
+}
+
 impl From<PluginError> for HostError {
     fn from(error: PluginError) -> Self {
         Self::new(error.what, error.why, error.fix)

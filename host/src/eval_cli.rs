@@ -16,7 +16,7 @@ use crate::plan::{candidates, owners};
 use crate::plugins::{Component, Registry};
 use crate::signals::{Ending, Signals};
 use crate::train::TrainError;
-use crate::train::build::{Blueprint, Site, batch_shape, eval_batch_size, eval_stream, size};
+use crate::train::build::{Blueprint, Site, eval_batch_size, eval_stream, n_microbatches, size};
 use crate::train::evaluate::{Watcher, evaluate};
 use crate::train::reporting::Observer;
 use crate::train::segments::Segments;
@@ -369,7 +369,7 @@ impl Evaluator<'_> {
         let setting = Setting {
             tokenizer: &self.trained.tokenizer,
             vocab_size: self.trained.vocab_size,
-            batch_size: self.batch_size()?,
+            batch_size: self.batch_size(),
             seq_len: size(self.trained.plan.train.seq_len)?,
             compat: self.blueprint.config.compat,
             warn: &|text| self.terminal.message(Level::Warning, text),
@@ -377,17 +377,16 @@ impl Evaluator<'_> {
         EvalSet::open(&dataset, &request, setting)
     }
 
-    fn batch_size(&self) -> Result<usize, PluginError> {
-        let config = &self.blueprint.config;
-        let shape = batch_shape(config, self.trained.plan.train.seq_len)?;
-        Ok(eval_batch_size(config, shape))
+    fn batch_size(&self) -> usize {
+        let Blueprint { config, group, .. } = self.blueprint;
+        eval_batch_size(config, n_microbatches(config, group), group)
     }
 
     fn stream(
         &mut self,
         request: &StreamRequest,
     ) -> Result<Option<crate::train::evaluate::Scores>, HostError> {
-        let batch_size = self.batch_size()?;
+        let batch_size = self.batch_size();
         let site = Site {
             blueprint: self.blueprint,
             registry: self.registry,
@@ -398,6 +397,7 @@ impl Evaluator<'_> {
         let segments = Segments::new(model.abilities()?.has_memory, 0.0);
         let label = format!("scoring `{}`", request.name);
         let watcher = Watcher {
+            group: &self.blueprint.group,
             signals: self.signals,
             observer: &mut Observer::default(),
             progress: &|done, all| self.terminal.work(&label, done, all),
@@ -415,7 +415,8 @@ impl Evaluator<'_> {
             ..
         } = &mut self.trained;
         let terminal = self.terminal;
-        let scored = set.score(model, tokenizer, *device, self.signals, |done, all| {
+        let alone = (&**self.signals, &self.blueprint.group);
+        let scored = set.score(model, tokenizer, *device, alone, |done, all| {
             terminal.work(&label, done, all);
         });
         let scored = scored.map_err(|error: TrainError| HostError::from(error))?;

@@ -6,6 +6,7 @@ pub mod args;
 pub mod checkpoint;
 pub mod checkpoint_cli;
 pub mod cli;
+pub mod distributed;
 pub mod doctor;
 pub mod error;
 pub mod eval;

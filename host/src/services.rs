@@ -1,11 +1,13 @@
 //! What plugins may ask of this host.
 
 use crate::args::HostConfig;
+use crate::distributed::Group;
 use crate::log::{Level, Terminal};
 use crate::plugins::Registry;
 use crate::signals::Signals;
 use moeut_plugin_api::abi::client::{HostServices, KernelClient};
-use moeut_plugin_api::{DType, Device, HostInfo, LogLevel, PluginError};
+use moeut_plugin_api::{DType, Device, HostInfo, LogLevel, PluginError, Reduction, TensorHandle};
+use moeut_torch::IntoTensor;
 use std::sync::{Arc, Weak};
 
 /// The host's services for one run.
@@ -14,6 +16,7 @@ pub struct Services {
     terminal: Arc<Terminal>,
     info: HostInfo,
     signals: Arc<Signals>,
+    group: Group,
     this: Weak<Self>,
 }
 
@@ -24,6 +27,7 @@ impl Services {
         terminal: &Arc<Terminal>,
         config: &HostConfig,
         signals: &Arc<Signals>,
+        group: &Group,
     ) -> Arc<Self> {
         let n_threads = config
             .threads
@@ -36,8 +40,10 @@ impl Services {
                 cache_dir: config.cache_dir.clone(),
                 n_threads,
                 compat: config.compat,
+                n_ranks: group.n_ranks(),
             },
             signals: Arc::clone(signals),
+            group: group.clone(),
             this: Weak::clone(this),
         })
     }
@@ -62,7 +68,7 @@ impl HostServices for Services {
     }
 
     fn is_cancelled(&self) -> bool {
-        self.signals.is_ending()
+        self.signals.asked().is_some()
     }
 
     fn kernel(
@@ -78,5 +84,13 @@ impl HostServices for Services {
         component
             .client()
             .new_kernel(&component.info.name, &services)
+    }
+
+    fn all_reduce(&self, tensor: TensorHandle, reduction: Reduction) -> Result<(), PluginError> {
+        let tensor = tensor.into_tensor();
+        match reduction {
+            Reduction::Sum => self.group.sum(&[&tensor]),
+            Reduction::Max => self.group.max(&[&tensor]),
+        }
     }
 }

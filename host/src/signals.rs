@@ -11,6 +11,7 @@
 //! batches, and plugins that prepare data through `HostServices::is_cancelled`.
 
 use crate::error::HostError;
+use rustix::process::Signal;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGUSR1};
 use signal_hook::flag;
 use std::sync::Arc;
@@ -31,7 +32,19 @@ pub struct Signals {
     save: Arc<AtomicBool>,
     /// Whether SIGUSR1 ends the run: it does where it can be queued again.
     save_ends: bool,
+    /// What all processes of the run have agreed on; none if this one is alone and need not ask.
+    agreed: Option<Agreed>,
 }
+
+/// What counts for all processes.
+#[derive(Debug, Default)]
+struct Agreed {
+    stop: AtomicUsize,
+    save: AtomicBool,
+}
+
+/// What a process has been asked for, as numbers that can be summed over all processes.
+pub const N_WISHES: usize = 4;
 
 /// Why a run ends before its last step.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -83,13 +96,7 @@ impl Signals {
             save_ends: is_slurm_job,
             ..Self::default()
         };
-        signals.register().map_err(|error| {
-            HostError::new(
-                "signals cannot be handled",
-                error.to_string(),
-                "allow `sigaction` in the container that this runs in",
-            )
-        })?;
+        signals.register().map_err(|error| refused(&error))?;
         Ok(signals)
     }
 
@@ -107,8 +114,35 @@ impl Signals {
         Ok(())
     }
 
+    /// From now on this process is one of several, and does nothing on a signal before all have agreed.
+    #[must_use]
+    pub fn with_others(self) -> Self {
+        Self {
+            agreed: Some(Agreed::default()),
+            ..self
+        }
+    }
+
     /// Why the run is to end now, if it is.
     pub fn ending(&self) -> Option<Ending> {
+        match &self.agreed {
+            None => self.asked(),
+            Some(agreed) => match i32::try_from(agreed.stop.load(Ordering::SeqCst)) {
+                Ok(SIGTERM) => Some(Ending::Terminated),
+                Ok(SIGINT) => Some(Ending::Interrupted),
+                Ok(SIGUSR1) => Some(Ending::Requeue),
+                _ => None,
+            },
+        }
+    }
+
+    /// Whether the run is to end now.
+    pub fn is_ending(&self) -> bool {
+        self.ending().is_some()
+    }
+
+    /// Why this process is asked to end, whatever the others are asked.
+    pub fn asked(&self) -> Option<Ending> {
         match i32::try_from(self.stop.load(Ordering::SeqCst)) {
             Ok(SIGTERM) => Some(Ending::Terminated),
             Ok(SIGINT) => Some(Ending::Interrupted),
@@ -119,14 +153,43 @@ impl Signals {
         }
     }
 
-    /// Whether the run is to end now.
-    pub fn is_ending(&self) -> bool {
-        self.ending().is_some()
-    }
-
     /// Whether a save was asked for since the last call.
     pub fn take_save_request(&self) -> bool {
-        !self.save_ends && self.save.swap(false, Ordering::SeqCst)
+        let save = self
+            .agreed
+            .as_ref()
+            .map_or(&*self.save, |agreed| &agreed.save);
+        !self.save_ends && save.swap(false, Ordering::SeqCst)
+    }
+
+    /// What this process is asked for, to be summed over all; nothing if it is alone.
+    pub fn wishes(&self) -> Option<[f64; N_WISHES]> {
+        self.agreed.as_ref()?;
+        let asked = self.asked();
+        let is = |ending| f64::from(u8::from(asked == Some(ending)));
+        let saves = !self.save_ends && self.save.swap(false, Ordering::SeqCst);
+        Some([
+            is(Ending::Terminated),
+            is(Ending::Interrupted),
+            is(Ending::Requeue),
+            f64::from(u8::from(saves)),
+        ])
+    }
+
+    /// The sums of all processes' [`Signals::wishes`]: what one is asked for, all do.
+    pub fn agree(&self, wishes: &[f64]) {
+        let Some(agreed) = &self.agreed else {
+            return;
+        };
+        let is_asked = |index: usize| wishes.get(index).is_some_and(|&n| n > 0.0);
+        let endings = [SIGTERM, SIGINT, SIGUSR1];
+        if let Some(index) = (0..endings.len()).find(|&index| is_asked(index)) {
+            let number = usize::try_from(endings[index]).unwrap_or_default();
+            agreed.stop.store(number, Ordering::SeqCst);
+        }
+        if is_asked(endings.len()) {
+            agreed.save.store(true, Ordering::SeqCst);
+        }
     }
 
     /// Returns when the run is to end.
@@ -135,6 +198,46 @@ impl Signals {
             std::thread::sleep(WAIT);
         }
     }
+}
+
+/// For a program that trains in other processes: the signals that came and were not handed on to them yet.
+#[derive(Debug)]
+pub struct Relay {
+    last: Arc<AtomicUsize>,
+}
+
+impl Relay {
+    /// Listens from now on.
+    ///
+    /// # Errors
+    /// If the system refuses a handler.
+    pub fn listen() -> Result<Self, HostError> {
+        let last = Arc::new(AtomicUsize::new(0));
+        for signal in [SIGINT, SIGTERM, SIGUSR1] {
+            let number = usize::try_from(signal).unwrap_or_default();
+            flag::register_usize(signal, Arc::clone(&last), number)
+                .map_err(|error| refused(&error))?;
+        }
+        Ok(Self { last })
+    }
+
+    /// The last one.
+    pub fn take(&self) -> Option<Signal> {
+        match i32::try_from(self.last.swap(0, Ordering::SeqCst)) {
+            Ok(SIGINT) => Some(Signal::INT),
+            Ok(SIGTERM) => Some(Signal::TERM),
+            Ok(SIGUSR1) => Some(Signal::USR1),
+            _ => None,
+        }
+    }
+}
+
+fn refused(error: &std::io::Error) -> HostError {
+    HostError::new(
+        "signals cannot be handled",
+        error.to_string(),
+        "allow `sigaction` in the container that this runs in",
+    )
 }
 
 #[cfg(test)]
@@ -147,6 +250,7 @@ mod tests {
             stop: Arc::new(AtomicUsize::new(usize::try_from(stop).unwrap())),
             save: Arc::new(AtomicBool::new(save)),
             save_ends,
+            agreed: None,
         }
     }
 
@@ -161,6 +265,26 @@ mod tests {
             assert_eq!(signals.ending(), Some(ending));
             assert_eq!(ending.exit_code(), exit_code);
         }
+    }
+
+    #[test]
+    fn several_processes_do_what_one_is_asked_for() {
+        let all = [
+            asked(0, false, false).with_others(),
+            asked(SIGTERM, true, false).with_others(),
+        ];
+        assert!(all.iter().all(|signals| !signals.is_ending()));
+        let wishes: Vec<_> = all
+            .iter()
+            .map(|signals| signals.wishes().unwrap())
+            .collect();
+        let sums: Vec<f64> = (0..N_WISHES).map(|i| wishes[0][i] + wishes[1][i]).collect();
+        for signals in &all {
+            signals.agree(&sums);
+            assert_eq!(signals.ending(), Some(Ending::Terminated));
+            assert!(signals.take_save_request() && !signals.take_save_request());
+        }
+        assert_eq!(asked(SIGTERM, true, false).wishes(), None, "nobody to ask");
     }
 
     #[test]

@@ -2,6 +2,7 @@
 
 use crate::args::HostConfig;
 use crate::checkpoint::{self, Loaded};
+use crate::distributed::Group;
 use crate::error::HostError;
 use crate::log::Terminal;
 use crate::plan::{Resolved, resolve_with};
@@ -56,6 +57,7 @@ pub fn blueprint(
     // As in validation, everything is computed in the type of the parameters.
     config.amp = false;
     Ok(Blueprint {
+        group: Group::single(),
         arguments,
         config,
         folder,
@@ -97,7 +99,8 @@ impl Trained {
         if let Some(n_threads) = config.threads {
             tch::set_num_threads(i32::try_from(n_threads).unwrap_or(i32::MAX));
         }
-        let services: Arc<dyn HostServices> = Services::new(registry, terminal, config, signals);
+        let services: Arc<dyn HostServices> =
+            Services::new(registry, terminal, config, signals, &Group::single());
         let site = Site {
             blueprint,
             registry,

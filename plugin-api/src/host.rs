@@ -4,7 +4,7 @@
 
 use crate::abi::HostObject;
 use crate::abi::client::KernelClient;
-use crate::{DType, Device, PluginError};
+use crate::{DType, Device, PluginError, TensorHandle};
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -25,6 +25,23 @@ pub struct HostInfo {
     pub n_threads: usize,
     /// Whether to behave like the reference where the reference is wrong.
     pub compat: bool,
+    /// Processes that train one model together, each its share of every batch.
+    #[serde(default = "one")]
+    pub n_ranks: usize,
+}
+
+fn one() -> usize {
+    1
+}
+
+/// How the values of all processes become one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Reduction {
+    /// Their sum.
+    Sum = 0,
+    /// The largest.
+    Max = 1,
 }
 
 /// How much a message matters.
@@ -90,6 +107,20 @@ impl Host {
             .into_result()
             .map_err(PluginError::from)?;
         Ok(KernelClient::new(object))
+    }
+
+    /// Replaces a tensor by its sum or maximum over all [`HostInfo::n_ranks`] processes, in place and without a gradient.
+    /// In training only, where all processes do the same in the same order.
+    ///
+    /// # Errors
+    /// If another process has ended.
+    pub fn all_reduce(
+        &self,
+        tensor: TensorHandle,
+        reduction: Reduction,
+    ) -> Result<(), PluginError> {
+        let reduced = self.object.all_reduce(tensor, reduction as u8);
+        reduced.into_result().map_err(PluginError::from)
     }
 }
 

@@ -27,7 +27,7 @@ pub use choice::{ChoiceDataset, ChoiceInfo, Question, ScoringRule};
 pub use component::{ComponentInfo, ComponentKind};
 pub use dataset::{DocumentCount, Split, StreamInfo, StreamRequest, TokenDataset};
 pub use error::PluginError;
-pub use host::{Host, HostInfo, LogLevel};
+pub use host::{Host, HostInfo, LogLevel, Reduction};
 pub use kernel::{Capabilities, GroupedMatmul, Kernel, Selection};
 pub use model::{
     ForwardInput, ForwardOutput, LayerSummary, MapWish, Model, ModelAbilities, ModelSetup,

@@ -107,7 +107,7 @@ pub(crate) fn build(repo: &Path, profile: Profile, args: &[String]) -> Result<Pa
 /// Builds everything, then runs all tests of the workspace with `args`.
 pub(crate) fn test(repo: &Path, args: &[String]) -> Result<(), Failure> {
     build(repo, Profile::Release, &[])?;
-    tools(repo)?;
+    tools(repo, &[])?;
     let workspace = workspace(repo)?;
     run(cargo(repo, &workspace)?
         .args(["test", "--release", "--workspace"])

@@ -36,8 +36,8 @@ Usage: cargo xtask <command>
   build [--profile release|dev] [args]   build the host and all plugins, stage the plugins in `target/release/plugins`;
                                          args go to `cargo build`
   run [--] [args]                        build, then run `moeut-host` with args
-  tools                                  install TensorBoard and Weights & Biases below `.tools`, with which tests read
-                                         what we write
+  tools [--torchrun]                     install TensorBoard and Weights & Biases below `.tools`, with which tests read
+                                         what we write; --torchrun adds PyTorch (4.5 GB) for a test with its launcher
   test [args]                            build, install tools, then `cargo test --release --workspace` with args
   fixtures <folder> [--kernel <name>]    run every recorded run of the reference in a folder (`<name>.json` and
                                          `<name>.safetensors`) with every kernel, in fp64 and fp32, and every recorded
@@ -92,7 +92,7 @@ fn dispatch(repo: &Path, args: &[String]) -> Result<(), Failure> {
             let error = Command::new(&host).args(args).exec();
             Err(Failure::start(&host.to_string_lossy(), &error))
         }
-        "tools" => tools::tools(repo),
+        "tools" => tools::tools(repo, args),
         "test" => cargo::test(repo, args),
         "faults" => faults::faults(repo, args),
         "dist" => dist::dist(repo, args),

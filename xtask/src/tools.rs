@@ -16,13 +16,30 @@ use crate::{
 /// What is installed. The versions are those whose formats and messages the tests know.
 const PACKAGES: [&str; 2] = ["tensorboard==2.21.0", "wandb==0.31.0"];
 
+/// PyTorch with its launcher: 4.5 GB, for the one test that starts the host with it.
+const TORCHRUN: [&str; 1] = ["torch==2.11.0"];
+
 /// Installs what is missing below `repo`; a second call finds nothing to do.
-pub(crate) fn tools(repo: &Path) -> Result<(), Failure> {
+pub(crate) fn tools(repo: &Path, args: &[String]) -> Result<(), Failure> {
+    install(repo, "venv", &PACKAGES)?;
+    match args {
+        [] => Ok(()),
+        [flag] if flag == "--torchrun" => install(repo, "torchrun", &TORCHRUN),
+        _ => Err(Failure::new(
+            format!("unknown arguments `{}`", args.join(" ")),
+            "`tools` takes `--torchrun` or nothing",
+            "`cargo xtask tools --torchrun`",
+        )),
+    }
+}
+
+/// Makes a virtual environment with these packages.
+fn install(repo: &Path, name: &str, packages: &[&str]) -> Result<(), Failure> {
     let root = repo.join(".tools");
-    let venv = root.join("venv");
+    let venv = root.join(name);
     // Written last, so that its content says what was installed completely.
     let stamp = venv.join("packages");
-    let wanted = PACKAGES.join("\n");
+    let wanted = packages.join("\n");
     let is_complete = || fs::read_to_string(&stamp).is_ok_and(|found| found == wanted);
     if is_complete() {
         return Ok(());
@@ -39,7 +56,7 @@ pub(crate) fn tools(repo: &Path) -> Result<(), Failure> {
         return Ok(());
     }
 
-    eprintln!("{} in `{}`", PACKAGES.join(", "), venv.display());
+    eprintln!("{} in `{}`", packages.join(", "), venv.display());
     // What an interrupted call left is not built upon.
     let mut python = Command::new("python3");
     python.args(["-m", "venv", "--clear"]).arg(&venv);
@@ -58,10 +75,10 @@ pub(crate) fn tools(repo: &Path) -> Result<(), Failure> {
         "--quiet",
         "--disable-pip-version-check",
     ])
-    .args(PACKAGES);
+    .args(packages);
     run(&mut pip, || {
         Failure::new(
-            format!("cannot install {}", PACKAGES.join(", ")),
+            format!("cannot install {}", packages.join(", ")),
             "see the messages above",
             "check the network, `https_proxy`, and the index of `python3 -m pip config list`; then `cargo xtask tools`",
         )
@@ -88,7 +105,7 @@ mod tests {
         let venv = repo.path().join(".tools/venv");
         fs::create_dir_all(&venv).unwrap();
         fs::write(venv.join("packages"), PACKAGES.join("\n")).unwrap();
-        tools(repo.path()).unwrap();
+        tools(repo.path(), &[]).unwrap();
         assert!(
             !repo.path().join(".tools/.lock").exists(),
             "nothing was begun"

@@ -74,6 +74,8 @@ pub struct HostConfig {
     pub wandb_project: Option<String>,
     /// Whether tables are not sent there.
     pub wandb_drops_tables: bool,
+    /// Seconds that each of several processes waits for the others.
+    pub distributed_timeout: f64,
     /// Seconds after which a call into a plugin that does not return is named; never if 0.
     pub watchdog: f64,
     /// Steps over which metrics are averaged.
@@ -250,6 +252,8 @@ pub struct OptimizerConfig {
     pub max_grad_norm: Option<f64>,
     /// Constants of Adam.
     pub adam: AdamConfig,
+    /// Whether each of several processes holds a part of the state only.
+    pub is_sharded: bool,
 }
 
 /// The update rule.

@@ -4,6 +4,7 @@ use moeut_plugin_api::{ArgKind, ArgSpec};
 
 /// Flags that describe one start and not the run, so that the next start does not inherit them.
 pub(super) const NOT_SAVED: &[&str] = &[
+    "distributed_timeout",
     "dry_run",
     "gpu",
     "keep_alive",
@@ -24,6 +25,7 @@ pub(super) const MINIMUM: &[(&str, f64)] = &[
     ("batch_size", 1.0),
     ("debug_plot_interval", 1.0),
     ("details_log_interval", 1.0),
+    ("distributed_timeout", 1.0),
     ("grad_clip", 0.0),
     ("keep_last", 1.0),
     ("log_interval", 1.0),
@@ -105,6 +107,9 @@ const HOST_ARGS: &[ArgSpec] = &[
     ArgSpec::int("threads", "none")
         .optional()
         .help("CPU threads of a tensor operation"),
+    ArgSpec::float("distributed_timeout", "600")
+        .unit("s")
+        .help("Of several processes: how long each waits for the others before it ends"),
     ArgSpec::text("dtype", "f32")
         .choices("f32|f64")
         .help("Type of the parameters"),
@@ -258,6 +263,9 @@ const HOST_ARGS: &[ArgSpec] = &[
     ArgSpec::float("adam.eps", "1e-8")
         .field("optimizer.adam.eps")
         .help("Added to the root of the squared gradient"),
+    ArgSpec::flag("shard_optimizer", "0")
+        .field("optimizer.is_sharded")
+        .help("Of several processes each holds a part of the optimizer's state and updates that part of the parameters"),
     // Regularizers.
     ArgSpec::float("reg", "1.0")
         .field("reg_weight")

@@ -12,14 +12,16 @@ pub mod item;
 pub mod metrics;
 pub mod predict;
 
+use crate::distributed::Group;
 use crate::signals::Signals;
 use crate::train::TrainError;
 use item::{Item, Tokens};
-use metrics::{SetScores, choice_scores, last_word_scores};
+use metrics::{Predicted, SetScores, choice_scores, last_word_scores};
 use moeut_plugin_api::abi::client::{ChoiceDatasetClient, ModelClient, TokenDatasetClient};
 use moeut_plugin_api::{EvaluationRequest, PluginError, ScoringRule};
+use moeut_torch::OrPluginError;
 use predict::{Client, Effort, predict};
-use tch::Device;
+use tch::{Device, Kind, Tensor};
 
 /// Questions that are read at once.
 const PAGE: u64 = 1024;
@@ -121,7 +123,8 @@ impl EvalSet {
         self.items.is_empty()
     }
 
-    /// Scores a model; no scores if a signal ends it. `progress` gets sequences done and in all.
+    /// Scores a model, in several processes each its share of the questions; no scores if a signal ends it. `progress`
+    /// gets sequences done and in all.
     ///
     /// # Errors
     /// If the model or the tokenizer fails.
@@ -130,7 +133,7 @@ impl EvalSet {
         model: &mut ModelClient,
         tokenizer: &TokenDatasetClient,
         device: Device,
-        signals: &Signals,
+        (signals, group): (&Signals, &Group),
         mut progress: impl FnMut(u64, u64),
     ) -> Result<Option<(SetScores, Effort)>, TrainError> {
         let _no_grad = tch::no_grad_guard();
@@ -146,14 +149,17 @@ impl EvalSet {
             &self.items,
             self.batch_size,
             wants_best,
+            (group.rank(), group.n_ranks()),
             |done, all| {
                 progress(done, all);
-                !signals.is_ending()
+                signals.asked().is_none()
             },
         )?;
-        let Some((predicted, effort)) = predicted else {
+        group.confer(signals)?;
+        let Some((predicted, effort)) = predicted.filter(|_| !signals.is_ending()) else {
             return Ok(None);
         };
+        let predicted = combined(predicted, &self.items, wants_best, device, group)?;
         let (name, items) = (&self.name, &self.items);
         let scores = match self.rule {
             ScoringRule::Choice { is_normalized } => {
@@ -165,6 +171,47 @@ impl EvalSet {
         };
         Ok(Some((scores, effort)))
     }
+}
+
+/// What all processes predicted together; of other processes' questions each knows nothing.
+fn combined(
+    mut predicted: Vec<Vec<Predicted>>,
+    items: &[Item],
+    wants_best: bool,
+    device: Device,
+    group: &Group,
+) -> Result<Vec<Vec<Predicted>>, PluginError> {
+    if group.is_single() {
+        return Ok(predicted);
+    }
+    let (mut log_p, mut best): (Vec<f64>, Vec<i64>) = (Vec::new(), Vec::new());
+    for (item, options) in items.iter().zip(&mut predicted) {
+        for (length, option) in item.lengths().zip(options) {
+            option.log_p.resize(length - 1, 0.0);
+            let n_best = if wants_best { length - 1 } else { 0 };
+            option.best.resize(n_best, 0);
+            log_p.extend(&option.log_p);
+            best.extend(option.best.iter().map(|&token| i64::from(token)));
+        }
+    }
+    let [log_p, best] = [Tensor::from_slice(&log_p), Tensor::from_slice(&best)];
+    let [log_p, best] = [log_p, best].map(|numbers| numbers.to_device(device));
+    group.sum(&[&log_p])?;
+    if wants_best {
+        group.sum(&[&best])?;
+    }
+    let unreadable = "the scores of other processes cannot be read";
+    let log_p = Vec::<f64>::try_from(log_p.to_device(Device::Cpu)).or_plugin_error(unreadable)?;
+    let best = best.to_kind(Kind::Int).to_device(Device::Cpu);
+    let best = Vec::<i32>::try_from(best).or_plugin_error(unreadable)?;
+    let (mut log_p, mut best) = (log_p.into_iter(), best.into_iter());
+    for option in predicted.iter_mut().flatten() {
+        let n = option.log_p.len();
+        option.log_p = log_p.by_ref().take(n).collect();
+        let n = option.best.len();
+        option.best = best.by_ref().take(n).collect();
+    }
+    Ok(predicted)
 }
 
 /// Rotary positions go on beyond the trained length, but the model has never seen such distances.

@@ -91,7 +91,7 @@ enum Work {
 /// By item and option.
 type AllPredicted = Vec<Vec<Predicted>>;
 
-/// Predicts all options of all items, at most `batch_size` sequences at a time, unless one question alone has more;
+/// Predicts all options of all items, or this process' share of them, at most `batch_size` sequences at a time, unless one question alone has more;
 /// nothing if `goes_on`, told how many sequences are done and in all, ends it. `wants_best` fills [`Predicted::best`].
 ///
 /// # Errors
@@ -101,6 +101,7 @@ pub fn predict(
     items: &[Item],
     batch_size: usize,
     wants_best: bool,
+    (rank, n_ranks): (usize, usize),
     mut goes_on: impl FnMut(u64, u64) -> bool,
 ) -> Result<Option<(AllPredicted, Effort)>, PluginError> {
     let n_all = items.iter().map(|item| item.options.len() as u64).sum();
@@ -114,7 +115,8 @@ pub fn predict(
     };
     let mut n_done = 0;
     // Last words are asked for with the whole text as the only option, so there is nothing to share.
-    for work in plan(items, batch_size, predictor.can_fork() && !wants_best) {
+    let plan = plan(items, batch_size, predictor.can_fork() && !wants_best);
+    for work in plan.into_iter().skip(rank).step_by(n_ranks) {
         if !goes_on(n_done, n_all) {
             return Ok(None);
         }
@@ -416,7 +418,15 @@ mod tests {
             cache: Vec::new(),
             n_rows: Vec::new(),
         };
-        let outcome = predict(&mut toy, &items(), batch_size, wants_best, |_, _| true).unwrap();
+        let outcome = predict(
+            &mut toy,
+            &items(),
+            batch_size,
+            wants_best,
+            (0, 1),
+            |_, _| true,
+        )
+        .unwrap();
         let (predicted, effort) = outcome.unwrap();
         (toy, predicted, effort)
     }
@@ -540,7 +550,7 @@ mod tests {
             seen.len() < 3
         };
         assert_eq!(
-            predict(&mut toy, &items(), 4, false, goes_on).unwrap(),
+            predict(&mut toy, &items(), 4, false, (0, 1), goes_on).unwrap(),
             None
         );
         assert_eq!(seen, [(0, 17), (2, 17), (5, 17)]);

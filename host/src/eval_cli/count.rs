@@ -3,6 +3,7 @@
 use super::{Words, choice_sets, is_absent, unknown};
 use crate::args::{HostConfig, Role, parse};
 use crate::cli::print;
+use crate::distributed::Group;
 use crate::error::HostError;
 use crate::log::{Level, Terminal};
 use crate::plan::owners;
@@ -41,7 +42,8 @@ pub(super) fn count(
         terminal.message(Level::Warning, warning);
     }
     let config = HostConfig::new(&arguments)?;
-    let services: Arc<dyn HostServices> = Services::new(registry, terminal, &config, signals);
+    let services: Arc<dyn HostServices> =
+        Services::new(registry, terminal, &config, signals, &Group::single());
     for component in components {
         let own = arguments.config_for(&component.info.args)?;
         let name = &component.info.name;

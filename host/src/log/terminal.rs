@@ -18,6 +18,8 @@ const TRAINING: &str = "~";
 /// How much to show.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default)]
 pub enum Verbosity {
+    /// Errors only: of several processes that train one model, one says the rest.
+    Silent,
     /// Errors, warnings, and what it was all for.
     Quiet,
     /// What a user wants to follow, too.
@@ -163,6 +165,9 @@ impl Terminal {
     }
 
     fn train_at(&self, line: &StepLine, now: Instant) {
+        if self.verbosity == Verbosity::Silent {
+            return;
+        }
         let text = line.describe();
         let mut progress = self.lock();
         if self.has_bars {
@@ -190,7 +195,7 @@ impl Terminal {
     }
 
     fn work_at(&self, label: &str, done: u64, total: u64, now: Instant) {
-        if self.verbosity == Verbosity::Quiet {
+        if self.verbosity <= Verbosity::Quiet {
             return;
         }
         let is_over = total > 0 && done >= total;
@@ -224,7 +229,8 @@ impl Terminal {
         let is_shown = match level {
             Level::Debug => self.verbosity == Verbosity::Verbose,
             Level::Info => self.verbosity > Verbosity::Quiet,
-            Level::Result | Level::Warning | Level::Error => true,
+            Level::Result | Level::Warning => self.verbosity > Verbosity::Silent,
+            Level::Error => true,
         };
         if !is_shown {
             return;

@@ -8,6 +8,7 @@ use crate::args::nearest;
 use moeut_plugin_api::abi::client::PluginClient;
 use moeut_plugin_api::abi::manifest::PluginRecord;
 use moeut_plugin_api::{Capabilities, ComponentInfo, ComponentKind, DType, Device, PluginError};
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 /// The plugins of a search path, opened.
@@ -200,6 +201,20 @@ impl Registry {
     /// Every opened plugin, in search order.
     pub fn libraries(&self) -> &[Library] {
         &self.libraries
+    }
+
+    /// SHA-256 of every opened plugin, by name and version.
+    pub fn hashes(&self) -> BTreeMap<String, String> {
+        let mut hashes = BTreeMap::new();
+        for manifest in self.libraries.iter().map(|library| &library.manifest) {
+            let plugin = &manifest.plugin;
+            let name = format!("{} {}", plugin.name, plugin.version);
+            // The first one is the one that is used.
+            hashes
+                .entry(name)
+                .or_insert_with(|| manifest.sha256.clone());
+        }
+        hashes
     }
 
     /// Every component of every opened plugin, shadowed ones too, in search order.

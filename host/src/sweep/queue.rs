@@ -20,14 +20,13 @@ use crate::error::HostError;
 use crate::gpu;
 use crate::log::{Level, Terminal};
 use crate::run_folder::RunFolder;
+use crate::signals::Relay;
 use rustix::process::{Pid, Signal, kill_process};
-use signal_hook::consts::{SIGINT, SIGTERM, SIGUSR1};
+use signal_hook::consts::{SIGINT, SIGTERM};
 use std::fs::File;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 /// How often processes and signals are looked at.
@@ -78,7 +77,7 @@ pub fn run(
     queue.write()?;
     let ending = queue.drain(&Relay::listen()?)?;
     let exit_code = match ending {
-        Some(SIGINT) => 130,
+        Some(Signal::INT) => 130,
         Some(_) => 0,
         None if queue.rows.iter().all(|row| row.state == State::Done) => 0,
         None => EXIT_FAILED,
@@ -183,12 +182,12 @@ struct Active {
 
 impl Queue<'_> {
     /// Trains until nothing is left, or a signal comes; returns that signal.
-    fn drain(&mut self, relay: &Relay) -> Result<Option<i32>, HostError> {
+    fn drain(&mut self, relay: &Relay) -> Result<Option<Signal>, HostError> {
         let mut ending = None;
         loop {
             if let Some(signal) = relay.take() {
                 self.hand_on(signal);
-                if signal != SIGUSR1 {
+                if signal != Signal::USR1 {
                     ending = Some(signal);
                 }
             }
@@ -204,17 +203,12 @@ impl Queue<'_> {
         }
     }
 
-    fn hand_on(&self, signal: i32) {
-        let named = match signal {
-            SIGINT => Signal::INT,
-            SIGTERM => Signal::TERM,
-            _ => Signal::USR1,
-        };
+    fn hand_on(&self, signal: Signal) {
         for active in &self.active {
             // Who has ended meanwhile is reaped in this turn.
-            let _ = kill_process(Pid::from_child(&active.child), named);
+            let _ = kill_process(Pid::from_child(&active.child), signal);
         }
-        if named != Signal::USR1 {
+        if signal != Signal::USR1 {
             let text = format!(
                 "the sweep ends: {} runs are told to save and end",
                 self.active.len()
@@ -412,36 +406,6 @@ fn last_error(log: &Path) -> Option<String> {
             .trim_matches([' ', '×'])
             .to_owned(),
     )
-}
-
-/// The signals that came and were not handed on yet.
-struct Relay {
-    last: Arc<AtomicUsize>,
-}
-
-impl Relay {
-    fn listen() -> Result<Self, HostError> {
-        let last = Arc::new(AtomicUsize::new(0));
-        for signal in [SIGINT, SIGTERM, SIGUSR1] {
-            let number = usize::try_from(signal).unwrap_or_default();
-            signal_hook::flag::register_usize(signal, Arc::clone(&last), number).map_err(
-                |error| {
-                    HostError::new(
-                        "signals cannot be handled",
-                        error.to_string(),
-                        "allow `sigaction` in the container that this runs in",
-                    )
-                },
-            )?;
-        }
-        Ok(Self { last })
-    }
-
-    fn take(&self) -> Option<i32> {
-        i32::try_from(self.last.swap(0, Ordering::SeqCst))
-            .ok()
-            .filter(|&signal| signal != 0)
-    }
 }
 
 #[cfg(test)]

@@ -47,8 +47,12 @@ impl Position {
 /// How a stream becomes batches.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct BatchShape {
-    /// Sequences per optimizer step.
+    /// Sequences per optimizer step, of all processes together.
     pub batch_size: usize,
+    /// The first one of this process.
+    pub first_row: usize,
+    /// How many are this process'.
+    pub n_rows: usize,
     /// Parts in which they are computed, one after the other.
     pub n_microbatches: usize,
     /// Tokens that the model sees per sequence.
@@ -62,8 +66,8 @@ impl BatchShape {
     ///
     /// The reference's chunks can be fewer than asked for and then crash (9 sequences in 4 parts); these are not.
     pub fn microbatch_sizes(&self) -> Vec<usize> {
-        let parts = self.n_microbatches.clamp(1, self.batch_size);
-        let (base, extra) = (self.batch_size / parts, self.batch_size % parts);
+        let parts = self.n_microbatches.clamp(1, self.n_rows.max(1));
+        let (base, extra) = (self.n_rows / parts, self.n_rows % parts);
         (0..parts)
             .map(|part| base + usize::from(part < extra))
             .collect()
@@ -77,7 +81,7 @@ pub struct Microbatch {
     pub tokens: Tensor,
     /// Tokens to be predicted.
     pub n_targets: usize,
-    /// Its share of the batch's targets, 0 to 1.
+    /// Its share of the whole batch's targets, 0 to 1.
     pub weight: f64,
     /// Whether its rows do not go on from where the same rows of the last batch ended: a pass over the data begins, or
     /// rows are documents.
@@ -99,6 +103,8 @@ impl Microbatch {
 
 struct Batch {
     microbatches: Vec<Microbatch>,
+    /// Of all processes.
+    n_targets: usize,
     after: Position,
 }
 
@@ -145,13 +151,13 @@ impl Batches {
                 let mut position = position;
                 loop {
                     let after = position.next(n_batches);
-                    let batch =
-                        read_batch(&stream, &mut sampler, shape, position).map(|microbatches| {
-                            Batch {
-                                microbatches,
-                                after,
-                            }
-                        });
+                    let batch = read_batch(&stream, &mut sampler, shape, position).map(
+                        |(microbatches, n_targets)| Batch {
+                            microbatches,
+                            n_targets,
+                            after,
+                        },
+                    );
                     let has_failed = batch.is_err();
                     position = after;
                     // The receiver is gone when training ends.
@@ -169,7 +175,7 @@ impl Batches {
         })
     }
 
-    /// The next batch, in microbatches.
+    /// This process' part of the next batch, in microbatches.
     ///
     /// # Errors
     /// If the data cannot be read.
@@ -179,7 +185,7 @@ impl Batches {
                 .why("it reported its reason a step before")
         })??;
         self.position = batch.after;
-        self.n_targets = batch.microbatches.iter().map(|part| part.n_targets).sum();
+        self.n_targets = batch.n_targets;
         Ok(batch.microbatches)
     }
 
@@ -188,7 +194,7 @@ impl Batches {
         &self.shape
     }
 
-    /// Tokens to be predicted in the last consumed batch.
+    /// Tokens to be predicted in the last consumed batch, by all processes together.
     pub fn n_targets(&self) -> usize {
         self.n_targets
     }
@@ -204,10 +210,10 @@ fn read_batch(
     sampler: &mut Sampler,
     shape: BatchShape,
     position: Position,
-) -> Result<Vec<Microbatch>, PluginError> {
+) -> Result<(Vec<Microbatch>, usize), PluginError> {
     let windows = sampler.windows(position);
     let n_targets = stream.n_targets(&windows);
-    let mut rest = &windows[..];
+    let mut rest = &windows[shape.first_row..shape.first_row + shape.n_rows];
     let mut microbatches = Vec::new();
     for size in shape.microbatch_sizes() {
         let (part, others) = rest.split_at(size);
@@ -220,7 +226,7 @@ fn read_batch(
             is_start: position.batch == 0 || !sampler.has_lanes(),
         });
     }
-    Ok(microbatches)
+    Ok((microbatches, n_targets))
 }
 
 #[cfg(test)]
@@ -229,14 +235,16 @@ mod tests {
 
     #[test]
     fn microbatches_add_up_and_are_never_empty() {
-        for (batch_size, n_microbatches, sizes) in [
+        for (n_rows, n_microbatches, sizes) in [
             (8, 1, &[8][..]),
             (8, 3, &[3, 3, 2]),
             (9, 4, &[3, 2, 2, 2]),
             (2, 5, &[1, 1]),
         ] {
             let shape = BatchShape {
-                batch_size,
+                batch_size: 16,
+                first_row: 0,
+                n_rows,
                 n_microbatches,
                 seq_len: 1,
                 n_batches: None,

@@ -25,8 +25,9 @@ use super::segments::Segments;
 use super::state::{Rows, TrainState};
 use super::stream::Stream;
 use super::throughput::{self, Throughput};
-use crate::args::{Arguments, HostConfig, SampleConfig, Source, Speedtest};
+use crate::args::{Arguments, GpuChoice, HostConfig, SampleConfig, Source, Speedtest};
 use crate::checkpoint::{Checkpoints, Loaded};
+use crate::distributed::Group;
 use crate::eval::{self, EvalSet, Setting};
 use crate::gpu;
 use crate::job::Job;
@@ -61,8 +62,10 @@ pub struct Blueprint {
     pub config: HostConfig,
     /// Folder of this run.
     pub folder: PathBuf,
-    /// A checkpoint to go on from.
+    /// A checkpoint to go on from, which the first process has.
     pub restored: Option<Loaded>,
+    /// The processes that train together.
+    pub group: Group,
     /// The SLURM job that this start is part of.
     pub job: Option<Job>,
     /// What signals ask for.
@@ -86,7 +89,8 @@ pub fn build(
     terminal: &Arc<Terminal>,
 ) -> Result<Run, TrainError> {
     let clock = Instant::now();
-    let placement = machine(&mut blueprint.config, terminal)?;
+    let group = blueprint.group.clone();
+    let placement = machine(&mut blueprint.config, &group, terminal)?;
     let n_steps = blueprint.config.n_steps.filter(|&n_steps| n_steps > 0);
     let schedule = Schedule::new(
         &blueprint.config.schedule,
@@ -95,8 +99,11 @@ pub fn build(
         d_model(&blueprint.arguments),
     )?;
     let regularizers = Regularizers::new(&blueprint.config, n_steps)?;
+    let Blueprint {
+        config, signals, ..
+    } = &blueprint;
     let services: Arc<dyn HostServices> =
-        Services::new(registry, terminal, &blueprint.config, &blueprint.signals);
+        Services::new(registry, terminal, config, signals, &group);
     let site = Site {
         blueprint: &blueprint,
         registry,
@@ -107,18 +114,17 @@ pub fn build(
     let data_time = clock.elapsed();
 
     let clock = Instant::now();
-    let mut state = site.state()?;
+    let mut state: TrainState = group.share("state", || site.state())?;
     rng::seed(state.seed).or_plugin_error("the random generator cannot be seeded")?;
-    let shape = batch_shape(&blueprint.config, plan.train.seq_len)?;
-    let mut subject = site.subject(&plan.model, &data.info, placement)?;
-    site.recall(&mut subject, &mut state, shape)?;
+    let shape = batch_shape(&blueprint.config, plan.train.seq_len, &group)?;
+    let mut subject = site.subject(&plan.model, &data, placement)?;
+    let device = moeut_torch::device(placement.device);
+    site.recall(&mut subject, &mut state, shape, device)?;
     let sampler = sampler(&blueprint.config, &data.train, state.seed, terminal);
     let batches = Batches::start(data.train.clone(), sampler, shape, state.position)?;
     state.position = batches.position();
 
     let n_steps = n_steps.unwrap_or(u64::MAX);
-    let sinks = Sinks::start(sinks(&blueprint, &mut state, terminal));
-    let device = moeut_torch::device(placement.device);
     let n_skipped = state.n_skipped;
     let watch = watch(
         &blueprint.config,
@@ -127,15 +133,7 @@ pub fn build(
         plan.train.seq_len,
         n_steps,
     )?;
-    let follower = follower(&data.tokenizer, watch.intervals);
-    let files = (follower, Dumps::new(&blueprint.folder));
-    let mut monitor = Monitor::new(sinks, Arc::clone(terminal), watch, files, &state)
-        .with_profile(profile(&blueprint, device, terminal));
-    if blueprint.config.non_finite.is_traced {
-        moeut_torch::anomaly::detect(true).or_plugin_error("`-nan_detect 1` is refused")?;
-        monitor
-            .warn("`-nan_detect 1` looks at every tensor of every step: training is much slower");
-    }
+    let mut monitor = monitor(&blueprint, watch, &data, &mut state, terminal)?;
     announce(&mut monitor, &state, &subject, placement, &data.info);
     monitor.message(&format!(
         "ready: data {:.2} s, model {:.2} s",
@@ -151,14 +149,19 @@ pub fn build(
         restored,
         job,
         signals,
+        ..
     } = blueprint;
-    let eval_batch_size = eval_batch_size(&config, shape);
+    let eval_batch_size = eval_batch_size(&config, shape.n_microbatches, &group);
     let checkpoint_dir = folder.join("checkpoint");
-    let checkpoints = is_training
+    let is_pretrained = config.pretrained.is_some() && !subject.is_restored;
+    let last_saved = || Ok::<_, PluginError>(last_saved(restored, &checkpoint_dir));
+    let last_saved = group.share("last saved", last_saved)?;
+    let checkpoints = (is_training && group.is_first())
         .then(|| Checkpoints::new(&checkpoint_dir, config.n_kept).keep_every(KEEP_EVERY));
     Ok(Run {
         n_steps,
         state,
+        group,
         model: subject.model,
         model_name: subject.name,
         segments: subject.segments,
@@ -178,21 +181,57 @@ pub fn build(
         monitor,
         signals,
         job,
+        saves: is_training,
         checkpoints,
-        is_pretrained: config.pretrained.is_some() && restored.is_none(),
+        is_pretrained,
         parameters: subject.parameters,
         args: arguments.raw_map(),
         samples: samples(plan.prompts, data.tokenizer, &config, shape.seq_len),
-        last_saved: restored
-            .filter(|loaded| is_below(&loaded.path, &checkpoint_dir))
-            .map(|loaded| loaded.snapshot.step),
+        last_saved,
         checkpoint_dir,
         config,
     })
 }
 
+/// Starts the logs, in the first process, and what observes the run for them.
+fn monitor(
+    blueprint: &Blueprint,
+    watch: Watch,
+    data: &Data,
+    state: &mut TrainState,
+    terminal: &Arc<Terminal>,
+) -> Result<Monitor, PluginError> {
+    let sinks = if blueprint.group.is_first() {
+        sinks(blueprint, state, terminal)
+    } else {
+        Vec::new()
+    };
+    let follower = follower(&data.tokenizer, watch.intervals);
+    let files = (follower, Dumps::new(&blueprint.folder));
+    let device = watch.device;
+    let monitor = Monitor::new(
+        Sinks::start(sinks),
+        Arc::clone(terminal),
+        watch,
+        files,
+        state,
+    )
+    .with_profile(profile(blueprint, device, terminal))
+    .with_signals(&blueprint.signals);
+    if blueprint.config.non_finite.is_traced {
+        moeut_torch::anomaly::detect(true).or_plugin_error("`-nan_detect 1` is refused")?;
+        monitor
+            .warn("`-nan_detect 1` looks at every tensor of every step: training is much slower");
+    }
+    Ok(monitor)
+}
+
 /// Chooses device and precision, and sets what holds for the whole process.
-fn machine(config: &mut HostConfig, terminal: &Terminal) -> Result<Placement, PluginError> {
+fn machine(
+    config: &mut HostConfig,
+    group: &Group,
+    terminal: &Terminal,
+) -> Result<Placement, PluginError> {
     if config.deterministic {
         moeut_torch::determinism::set(true).or_plugin_error("`-deterministic 1` is refused")?;
     }
@@ -200,8 +239,40 @@ fn machine(config: &mut HostConfig, terminal: &Terminal) -> Result<Placement, Pl
         tch::set_num_threads(i32::try_from(n_threads).unwrap_or(i32::MAX));
     }
     let n_gpus = n_gpus();
-    config.gpu = gpu::take(config.gpu, n_gpus, terminal);
-    place(config, n_gpus)
+    config.gpu = match config.gpu {
+        // Of several processes each sees one GPU only.
+        GpuChoice::Auto if !group.is_single() && n_gpus > 0 => GpuChoice::Index(0),
+        GpuChoice::Index(index) if !group.is_single() => return Err(one_gpu(index, group)),
+        gpu => gpu::take(gpu, n_gpus, terminal),
+    };
+    let placement = place(config, n_gpus)?;
+    group.agree("device", &placement_facts(placement))?;
+    group.connect(moeut_torch::device(placement.device))?;
+    Ok(placement)
+}
+
+/// What has to be the same everywhere.
+fn placement_facts(placement: Placement) -> BTreeMap<String, String> {
+    let kind = match placement.device {
+        moeut_plugin_api::Device::Cpu => "CPU",
+        moeut_plugin_api::Device::Cuda(_) => "GPU",
+    };
+    [
+        ("kind", kind.to_owned()),
+        ("parameters", placement.dtype.to_string()),
+        ("products", placement.compute_dtype.to_string()),
+    ]
+    .map(|(name, value)| (name.to_owned(), value))
+    .into()
+}
+
+fn one_gpu(index: u32, group: &Group) -> PluginError {
+    PluginError::new(format!(
+        "`-gpu {index}` names one GPU for {} processes",
+        group.n_ranks()
+    ))
+    .why("each process takes the GPU of its number on its host")
+    .fix("leave out `-gpu`; `CUDA_VISIBLE_DEVICES` says which GPUs there are")
 }
 
 /// What `-profile_steps` asks for; only steps of a training are recorded.
@@ -247,10 +318,10 @@ fn watch(
 }
 
 /// As the reference: a batch of the validation is a microbatch of the training, unless told otherwise.
-pub(crate) fn eval_batch_size(config: &HostConfig, shape: BatchShape) -> usize {
+pub(crate) fn eval_batch_size(config: &HostConfig, n_microbatches: usize, group: &Group) -> usize {
+    let n_rows = config.batch_size.div_ceil(group.n_ranks());
     let size = config.eval_batch_size;
-    size.unwrap_or(config.batch_size / shape.n_microbatches)
-        .max(1)
+    size.unwrap_or(n_rows / n_microbatches).max(1)
 }
 
 /// What every part of the building needs.
@@ -280,6 +351,8 @@ struct Subject {
     optimizer: Optimizer,
     scaler: Scaler,
     segments: Segments,
+    /// Whether a checkpoint was there to go on from.
+    is_restored: bool,
 }
 
 impl Site<'_> {
@@ -311,7 +384,11 @@ impl Site<'_> {
         let setting = Setting {
             tokenizer: &tokenizer,
             vocab_size: info.vocab_size,
-            batch_size: eval_batch_size(config, batch_shape(config, plan.train.seq_len)?),
+            batch_size: eval_batch_size(
+                config,
+                n_microbatches(config, &self.blueprint.group),
+                &self.blueprint.group,
+            ),
             seq_len: size(plan.train.seq_len)?,
             compat: config.compat,
             warn: &|text| self.services.log(LogLevel::Warning, text),
@@ -423,68 +500,129 @@ impl Site<'_> {
         client.new_model(&component.info.name, &arguments, &setup, self.services)
     }
 
-    /// Builds model and optimizer, and puts a checkpoint's tensors into them.
+    /// Builds model and optimizer, and puts a checkpoint's tensors into them. The first process has the checkpoint, or
+    /// the first parameters; all others get what it has.
     fn subject(
         &self,
         name: &str,
-        info: &StreamInfo,
+        data: &Data,
         placement: Placement,
     ) -> Result<Subject, PluginError> {
+        let Blueprint {
+            config,
+            restored,
+            group,
+            ..
+        } = self.blueprint;
         let component = self.registry.find(ComponentKind::Model, name)?;
-        let model = self.model(component, info.vocab_size, placement)?;
+        let model = self.model(component, data.info.vocab_size, placement)?;
         let (parameters, trained) = parameters(&model)?;
+        group.agree("data", &data_facts(data))?;
+        group.agree("parameter", &shapes(&parameters))?;
+        let device = moeut_torch::device(placement.device);
         let has_memory = model.abilities()?.has_memory;
-        let optimizer = Optimizer::new(self.blueprint.config.optimizer.clone(), &trained);
-        let is_half = placement.compute_dtype == DType::F16;
-        let scaler = Scaler::new(is_half, moeut_torch::device(placement.device));
-        if let Some(loaded) = &self.blueprint.restored {
-            let stored = &loaded.snapshot;
-            load_tensors("model", &parameters, &stored.model)?;
-            check_nothing_left(&parameters, &stored.model)?;
-            load_tensors("optimizer", &optimizer.tensors(), &stored.optimizer)?;
-            // A run in another precision had no scaler; this one starts afresh then.
-            if stored
-                .optimizer
-                .iter()
-                .any(|(name, _)| name.starts_with("scaler/"))
-            {
-                load_tensors("loss scaler", &scaler.tensors(), &stored.optimizer)?;
-            }
-            restore_rng(&stored.optimizer, moeut_torch::device(placement.device))?;
-        } else if let Some(path) = &self.blueprint.config.pretrained {
-            let stored = pretrained::read(path, self.blueprint.config.sweep_id)?;
+        let weight_counts = weight_counts(&trained);
+        let n_trained = trained.iter().map(|(_, tensor)| tensor.numel()).sum();
+        let optimizer = Optimizer::new(config.optimizer.clone(), trained, group)?;
+        let scaler = Scaler::new(placement.compute_dtype == DType::F16, device);
+
+        let is_restored =
+            group.share("is restored", || Ok::<_, PluginError>(restored.is_some()))?;
+        if let Some(loaded) = restored {
+            load_tensors("model", &parameters, &loaded.snapshot.model)?;
+            check_nothing_left(&parameters, &loaded.snapshot.model)?;
+        } else if let Some(path) = config
+            .pretrained
+            .as_ref()
+            .filter(|_| group.is_first() && !is_restored)
+        {
+            let stored = pretrained::read(path, config.sweep_id)?;
             load_tensors("model", &parameters, &stored)?;
         }
+        let tensors: Vec<&Tensor> = parameters.iter().map(|(_, tensor)| tensor).collect();
+        group.broadcast(&tensors, 0)?;
+        if is_restored {
+            let stored = restored
+                .as_ref()
+                .map_or(&[][..], |loaded| &loaded.snapshot.optimizer);
+            optimizer.restore(|state| load_tensors("optimizer", state, stored))?;
+            // A run in another precision had no scaler; this one starts afresh then.
+            if stored.iter().any(|(name, _)| name.starts_with("scaler/")) {
+                load_tensors("loss scaler", &scaler.tensors(), stored)?;
+            }
+            let tensors = scaler.tensors();
+            group.broadcast(
+                &tensors.iter().map(|(_, tensor)| tensor).collect::<Vec<_>>(),
+                0,
+            )?;
+        }
         Ok(Subject {
+            is_restored,
             name: component.info.name.clone(),
             model,
             parameters,
-            weight_counts: weight_counts(&trained),
-            n_trained: trained.iter().map(|(_, tensor)| tensor.numel()).sum(),
+            weight_counts,
+            n_trained,
             optimizer,
             scaler,
-            segments: Segments::new(has_memory, self.blueprint.config.memory_drop_probability),
+            segments: Segments::new(has_memory, config.memory_drop_probability),
         })
     }
 
-    /// Puts a checkpoint's segment memory back, unless it is of other rows of the text.
+    /// Puts back what a checkpoint has of each process: random generators, and segment memory, unless it is of other
+    /// rows of the text. A process that the earlier start did not have gets random numbers of its own.
     fn recall(
         &self,
         subject: &mut Subject,
         state: &mut TrainState,
         shape: BatchShape,
+        device: Device,
     ) -> Result<(), PluginError> {
+        let Blueprint {
+            config,
+            restored,
+            group,
+            ..
+        } = self.blueprint;
+        let (rank, n_ranks) = (group.rank(), group.n_ranks());
+        let of_first = BatchShape {
+            n_rows: config.batch_size.div_ceil(n_ranks),
+            ..shape
+        };
         let rows = Rows {
-            microbatch_sizes: shape.microbatch_sizes(),
+            microbatch_sizes: of_first.microbatch_sizes(),
             seq_len: shape.seq_len,
+            n_ranks,
         };
         let earlier = state.rows.replace(rows);
-        match &self.blueprint.restored {
-            Some(loaded) if earlier == state.rows => subject
-                .segments
-                .restore(&mut subject.model, &loaded.snapshot.optimizer),
-            _ => Ok(()),
+        if rank > 0 {
+            let seed = state.seed ^ (rank as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+            rng::seed(seed).or_plugin_error("the random generator cannot be seeded")?;
         }
+        if !subject.is_restored {
+            return Ok(());
+        }
+        let stored = restored
+            .as_ref()
+            .map_or(&[][..], |loaded| &loaded.snapshot.optimizer);
+        let own = if group.is_single() {
+            stored
+                .iter()
+                .map(|(name, tensor)| (name.clone(), tensor.shallow_clone()))
+                .collect()
+        } else {
+            let stored = stored.iter().filter(|(name, _)| is_of_rank(name));
+            let stored: Named = stored
+                .map(|(name, tensor)| (name.clone(), tensor.shallow_clone()))
+                .collect();
+            let first = group.gather("restored", &stored)?.swap_remove(0);
+            own_of(first, rank)
+        };
+        restore_rng(&own, device)?;
+        if earlier == state.rows {
+            subject.segments.restore(&mut subject.model, &own)?;
+        }
+        Ok(())
     }
 
     /// The arguments of a component, as its configuration.
@@ -595,17 +733,94 @@ fn sampler(config: &HostConfig, stream: &Stream, seed: u64, terminal: &Terminal)
     Sampler::lanes(stream.n_windows(), batch_size)
 }
 
-pub(crate) fn batch_shape(config: &HostConfig, seq_len: u64) -> Result<BatchShape, PluginError> {
-    let n_microbatches = config
-        .n_microbatches
-        .or_else(|| Some(config.batch_size.div_ceil(config.per_device_batch_size?)))
-        .unwrap_or(1);
+fn batch_shape(
+    config: &HostConfig,
+    seq_len: u64,
+    group: &Group,
+) -> Result<BatchShape, PluginError> {
+    let rows = group.share_of(config.batch_size);
+    if rows.is_empty() || config.batch_size < group.n_ranks() {
+        return Err(
+            PluginError::new(format!("`-batch_size {}` is too small", config.batch_size))
+                .why(format!(
+                    "each of {} processes takes at least one sequence of a batch",
+                    group.n_ranks()
+                ))
+                .fix("raise `-batch_size`, or start fewer processes"),
+        );
+    }
     Ok(BatchShape {
         batch_size: config.batch_size,
-        n_microbatches,
+        first_row: rows.start,
+        n_rows: rows.len(),
+        n_microbatches: n_microbatches(config, group),
         seq_len: size(seq_len)?,
         n_batches: config.n_batches,
     })
+}
+
+/// Parts in which each process computes its share of a batch.
+pub(crate) fn n_microbatches(config: &HostConfig, group: &Group) -> usize {
+    let n_rows = config.batch_size.div_ceil(group.n_ranks());
+    config
+        .n_microbatches
+        .or_else(|| Some(n_rows.div_ceil(config.per_device_batch_size?)))
+        .unwrap_or(1)
+}
+
+/// What has to be the same everywhere of the data, wherever it lies.
+fn data_facts(data: &Data) -> BTreeMap<String, String> {
+    let validation = data.validation.iter();
+    let validation = validation.map(|stream| (stream.name.clone(), stream.stream.n_windows()));
+    [
+        ("windows".to_owned(), data.train.n_windows()),
+        ("vocabulary".to_owned(), data.info.vocab_size),
+    ]
+    .into_iter()
+    .chain(validation)
+    .map(|(name, n)| (name, n.to_string()))
+    .chain(
+        data.evaluations
+            .iter()
+            .map(|set| (set.name.clone(), set.len().to_string())),
+    )
+    .collect()
+}
+
+/// Of each tensor, as text.
+fn shapes(parameters: &Named) -> BTreeMap<String, String> {
+    let shape = |tensor: &Tensor| format!("{:?} {:?}", tensor.kind(), tensor.size());
+    parameters
+        .iter()
+        .map(|(name, tensor)| (name.clone(), shape(tensor)))
+        .collect()
+}
+
+/// Whether a checkpoint's tensor belongs to one of several processes.
+fn is_of_rank(name: &str) -> bool {
+    ["rank", "rng/", "memory/"]
+        .iter()
+        .any(|start| name.starts_with(start))
+}
+
+/// Of all processes' tensors those of one, under the names that they have where it is alone.
+fn own_of(all: Named, rank: usize) -> Named {
+    let prefix = format!("rank{rank}/");
+    let own = |(name, tensor): (String, Tensor)| {
+        let name = if rank == 0 {
+            (!name.starts_with("rank")).then_some(name)
+        } else {
+            name.strip_prefix(&prefix).map(str::to_owned)
+        };
+        Some((name?, tensor))
+    };
+    all.into_iter().filter_map(own).collect()
+}
+
+/// The step of the checkpoint that a run goes on from, if it is one of its own.
+fn last_saved(restored: Option<Loaded>, checkpoint_dir: &Path) -> Option<u64> {
+    let own = restored.filter(|loaded| is_below(&loaded.path, checkpoint_dir));
+    own.map(|loaded| loaded.snapshot.step)
 }
 
 /// Whether a checkpoint is one of this run's own.
@@ -708,7 +923,7 @@ fn check_nothing_left(parameters: &Named, stored: &Named) -> Result<(), PluginEr
 fn restore_rng(stored: &[(String, Tensor)], device: Device) -> Result<(), PluginError> {
     for (wanted, place) in [(RNG_CPU, Device::Cpu), (RNG_CUDA, device)] {
         if let Some((_, state)) = stored.iter().find(|(name, _)| name == wanted) {
-            rng::set_state(place, state)
+            rng::set_state(place, &state.to_device(Device::Cpu))
                 .or_plugin_error("the random generator cannot be restored")?;
         }
     }

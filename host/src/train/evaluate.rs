@@ -5,11 +5,13 @@ use super::reporting::Observer;
 use super::segments::Segments;
 use super::stream::Stream;
 use super::{TrainError, forward, int};
+use crate::distributed::Group;
 use crate::signals::Signals;
 use moeut_plugin_api::ForwardInput;
 use moeut_plugin_api::abi::client::ModelClient;
 use moeut_torch::IntoHandle;
-use tch::{Device, Kind};
+use std::ops::Range;
+use tch::{Device, Kind, Tensor};
 
 /// A stream to validate on.
 pub struct EvalStream {
@@ -45,6 +47,8 @@ impl Scores {
 pub struct Watcher<'a> {
     /// End it.
     pub signals: &'a Signals,
+    /// Each process scores its share.
+    pub group: &'a Group,
     /// Gets what the passes tell.
     pub observer: &'a mut Observer,
     /// Hears how many of how many batches are scored.
@@ -80,6 +84,7 @@ fn score(
 ) -> Result<Option<Scores>, TrainError> {
     let Watcher {
         signals,
+        group,
         observer,
         progress,
     } = watcher;
@@ -88,12 +93,13 @@ fn score(
         stream.stream.n_windows(),
         batch_size as u64,
         segments.is_on(),
+        (group.rank() as u64, group.n_ranks() as u64),
     );
-    let (mut loss, mut n_right, mut n_tokens) = (0.0, 0.0, 0);
-    for index in 0..order.n_batches {
-        progress(index, order.n_batches);
-        if signals.is_ending() {
-            return Ok(None);
+    let (mut loss, mut n_right) = (0.0, 0.0);
+    for index in 0..order.n_own {
+        progress(index, order.n_own);
+        if signals.asked().is_some() {
+            break;
         }
         let batch = order.batch(index);
         let tokens_tb = stream
@@ -108,7 +114,7 @@ fn score(
             ForwardInput {
                 tokens_tb: inputs.share(),
                 is_training: false,
-                wishes: observer.wishes(index + 1 == order.n_batches),
+                wishes: observer.wishes(index + 1 == order.n_own),
                 past: segments.validation(index == 0),
             },
         )?;
@@ -121,14 +127,21 @@ fn score(
         let right = logits.argmax(-1, false).eq_tensor(&targets);
         n_right += right.sum(Kind::Double).double_value(&[]);
         observer.add(batch.n_scored, output);
-        n_tokens += stream.stream.n_targets(&batch.windows[..batch.n_scored]) as u64;
     }
-    progress(order.n_batches, order.n_batches);
-    let loss = loss / n_tokens as f64;
+    group.confer(signals)?;
+    if signals.is_ending() {
+        return Ok(None);
+    }
+    progress(order.n_own, order.n_own);
+    let sums = Tensor::from_slice(&[loss, n_right]).to_device(device);
+    group.sum(&[&sums])?;
+    let windows: Vec<u64> = (0..stream.stream.n_windows()).collect();
+    let n_tokens = stream.stream.n_targets(&windows);
+    let [loss, accuracy] = [0, 1].map(|index| sums.double_value(&[index]) / n_tokens as f64);
     Ok(Some(Scores {
         loss,
-        accuracy: n_right / n_tokens as f64,
-        n_tokens,
+        accuracy,
+        n_tokens: n_tokens as u64,
         bits_per_byte: stream
             .utf8_bytes_per_token
             .map(|bytes| loss / std::f64::consts::LN_2 / bytes),
@@ -142,6 +155,8 @@ fn score(
 /// without memory: batch p has the windows p·batch_size, p·batch_size + 1, …
 /// with memory:    row j of batch p is window p + j·n, so that a row goes on from where it ended
 /// ```
+/// Several processes take turns at the batches, or with memory share the rows of `n_ranks · batch_size` in each batch.
+///
 /// With memory the last row can run out before the others. It then repeats the last window, which is not scored again,
 /// because the number of rows that a memory belongs to is fixed.
 ///
@@ -152,6 +167,11 @@ struct Order {
     batch_size: u64,
     n_batches: u64,
     is_by_row: bool,
+    /// This process and how many there are.
+    rank: u64,
+    n_ranks: u64,
+    /// Batches of this process.
+    n_own: u64,
 }
 
 /// One batch of a validation.
@@ -163,26 +183,48 @@ struct Batch {
 }
 
 impl Order {
-    fn new(n_windows: u64, batch_size: u64, is_by_row: bool) -> Self {
-        Self {
+    fn new(n_windows: u64, batch_size: u64, is_by_row: bool, (rank, n_ranks): (u64, u64)) -> Self {
+        let at_once = if is_by_row {
+            batch_size * n_ranks
+        } else {
+            batch_size
+        };
+        let n_batches = n_windows.div_ceil(at_once);
+        let mut order = Self {
             n_windows,
             batch_size,
-            n_batches: n_windows.div_ceil(batch_size),
+            n_batches,
             is_by_row,
+            rank,
+            n_ranks,
+            n_own: n_batches,
+        };
+        if !is_by_row {
+            order.n_own = (n_batches + n_ranks - 1 - rank) / n_ranks;
+        } else if order.rows().is_empty() {
+            order.n_own = 0;
         }
+        order
     }
 
+    /// Rows of this process: as even as possible.
+    fn rows(&self) -> Range<u64> {
+        let n_rows = self.n_windows.div_ceil(self.n_batches);
+        let first = |rank| rank * n_rows / self.n_ranks;
+        first(self.rank)..first(self.rank + 1)
+    }
+
+    /// Of this process' batches.
     fn batch(&self, index: u64) -> Batch {
         let (windows, n_scored) = if self.is_by_row {
-            let n_rows = self.n_windows.div_ceil(self.n_batches);
             let window = |row| index + row * self.n_batches;
             let last = self.n_windows - 1;
             (
-                (0..n_rows).map(|row| window(row).min(last)).collect(),
-                (0..n_rows).filter(|&row| window(row) <= last).count(),
+                self.rows().map(|row| window(row).min(last)).collect(),
+                self.rows().filter(|&row| window(row) <= last).count(),
             )
         } else {
-            let first = index * self.batch_size;
+            let first = (index * self.n_ranks + self.rank) * self.batch_size;
             let windows: Vec<u64> = (first..self.n_windows.min(first + self.batch_size)).collect();
             let n_scored = windows.len();
             (windows, n_scored)
@@ -196,10 +238,36 @@ mod tests {
     use super::*;
 
     fn batches(n_windows: u64, batch_size: u64, is_by_row: bool) -> Vec<Batch> {
-        let order = Order::new(n_windows, batch_size, is_by_row);
-        (0..order.n_batches)
-            .map(|index| order.batch(index))
-            .collect()
+        batches_of(n_windows, batch_size, is_by_row, (0, 1))
+    }
+
+    fn batches_of(
+        n_windows: u64,
+        batch_size: u64,
+        is_by_row: bool,
+        place: (u64, u64),
+    ) -> Vec<Batch> {
+        let order = Order::new(n_windows, batch_size, is_by_row, place);
+        (0..order.n_own).map(|index| order.batch(index)).collect()
+    }
+
+    #[test]
+    fn processes_score_every_window_once() {
+        for (n_windows, batch_size) in [(1, 4), (5, 4), (7, 3), (10, 4), (40, 2)] {
+            for (is_by_row, n_ranks) in [(false, 2), (true, 2), (false, 3), (true, 3), (true, 8)] {
+                let of_rank = |rank| batches_of(n_windows, batch_size, is_by_row, (rank, n_ranks));
+                let mut scored: Vec<u64> = (0..n_ranks)
+                    .flat_map(of_rank)
+                    .flat_map(|batch| batch.windows[..batch.n_scored].to_vec())
+                    .collect();
+                scored.sort_unstable();
+                assert_eq!(
+                    scored,
+                    (0..n_windows).collect::<Vec<_>>(),
+                    "{n_ranks} processes"
+                );
+            }
+        }
     }
 
     #[test]

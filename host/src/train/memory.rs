@@ -22,12 +22,16 @@ pub struct Memory {
 impl Memory {
     /// What a run takes now, and at most so far.
     pub fn of(run: &Run) -> Self {
-        let grads: Vec<Tensor> = run.optimizer.grads().into_iter().map(|(_, g)| g).collect();
-        let state = run.optimizer.tensors();
+        let grads: Vec<Tensor> = run
+            .optimizer
+            .own_grads()
+            .into_iter()
+            .map(|(_, g)| g)
+            .collect();
         Self {
             parameters: bytes(run.parameters.iter().map(|(_, tensor)| tensor)),
             gradients: bytes(grads.iter()),
-            optimizer: bytes(state.iter().map(|(_, tensor)| tensor)),
+            optimizer: run.optimizer.n_bytes(),
             peak: peak(run.device),
         }
     }

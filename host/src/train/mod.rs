@@ -92,17 +92,20 @@ pub fn train(run: &mut Run) -> Result<(), TrainError> {
     run.finish()
 }
 
-/// One optimizer step over all microbatches, whose gradients add up to those of the whole batch.
+/// One optimizer step over all microbatches of all processes, whose gradients add up to those of the whole batch.
 fn train_step(run: &mut Run, lr: f64) -> Result<StepStats, TrainError> {
+    run.group.note_step(run.state.step);
     run.monitor.begin_step(run.state.step + 1);
     let batch = run.batches.next_batch()?;
     run.guard.remember(run.state.step, lr, &batch, run.device)?;
 
     run.monitor.enter(Phase::ForwardBackward);
     let mut stats = forward_backward(run, &batch)?;
+    run.optimizer.collect()?;
+    stats.sum(&run.group, &run.signals)?;
 
     run.monitor.enter(Phase::Optimizer);
-    let overflow = run.scaler.unscale(&run.optimizer.grads())?;
+    let overflow = run.scaler.unscale(&run.optimizer.grads(), &run.group)?;
     non_finite::inspect(run)?;
     let norms = run
         .optimizer
@@ -145,6 +148,7 @@ fn forward_backward(run: &mut Run, batch: &[Microbatch]) -> Result<StepStats, Tr
             .regularizers
             .total(&output.regularizers, run.state.step)?;
         let share = (&loss + regularizers) * microbatch.weight;
+        run.optimizer.expect(index + 1 == batch.len());
         let _backward = Span::begin("backward");
         let _watched = watch("model", run.model.name(), "backward");
         run.scaler

@@ -12,6 +12,7 @@ use super::timing::{Phase, Spent, Timing};
 use super::{StepStats, TrainError, memory};
 use crate::log::{End, Record, Sinks, StepLine, Terminal};
 use crate::profile::Profile;
+use crate::signals::Signals;
 use moeut_plot::Plot;
 use moeut_plugin_api::{Past, PluginError, Wishes};
 use moeut_torch::OrPluginError;
@@ -54,6 +55,7 @@ pub struct Monitor {
     pending: Option<Pending>,
     timing: Timing,
     profile: Option<Profile>,
+    signals: Option<Arc<Signals>>,
     eta: Eta,
     /// Tokens and steps per second of the last record with new steps.
     rates: (f64, f64),
@@ -81,6 +83,7 @@ enum Metric {
     Single(String),
     GradNorm,
     IsBad,
+    Wishes,
     Chart(Sketch),
     /// Counts of this shape.
     Selections(String, Vec<i64>),
@@ -131,6 +134,7 @@ impl Monitor {
             pending: None,
             timing: Timing::default(),
             profile: None,
+            signals: None,
             eta: Eta::default(),
             rates: (0.0, 0.0),
             clock: Clock::new(state.n_tokens),
@@ -143,6 +147,15 @@ impl Monitor {
     #[must_use]
     pub fn with_profile(self, profile: Option<Profile>) -> Self {
         Self { profile, ..self }
+    }
+
+    /// Tells what all processes are asked for, once it has arrived.
+    #[must_use]
+    pub fn with_signals(self, signals: &Arc<Signals>) -> Self {
+        Self {
+            signals: Some(Arc::clone(signals)),
+            ..self
+        }
     }
 
     /// What the model should tell about a microbatch of the coming step, the part `index` of `n`; `past` is what it sees
@@ -267,6 +280,11 @@ impl Monitor {
                 Metric::Single(name) => single.push((name, value)),
                 Metric::GradNorm => grad_norm = value,
                 Metric::IsBad => is_bad = value > 0.0,
+                Metric::Wishes => {
+                    if let Some(signals) = &self.signals {
+                        signals.agree(&values);
+                    }
+                }
                 Metric::Chart(sketch) => self.draw(sketch, &values, labels.as_ref(), &mut details),
                 Metric::Selections(name, size) => {
                     selections.push((name, reporting::counts(&values, &size)));
@@ -507,6 +525,7 @@ impl Pending {
             selections,
             grad_norm,
             is_bad,
+            wishes,
             ..
         } = stats;
         let averaged = averaged
@@ -527,6 +546,7 @@ impl Pending {
             .chain(selections)
             .chain(grad_norm.map(|norm| (Metric::GradNorm, norm)))
             .chain(is_bad.map(|is_bad| (Metric::IsBad, is_bad)))
+            .chain(wishes.map(|wishes| (Metric::Wishes, wishes)))
             .unzip();
         let readback = Readback::start(&tensors.iter().collect::<Vec<_>>())
             .or_plugin_error("the results of a step cannot be read")?;

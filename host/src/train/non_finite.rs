@@ -303,8 +303,9 @@ fn repeat(run: &mut Run, remembered: &Remembered) -> Vec<Finding> {
         }
     }
     // What cannot be repeated has been looked at as far as it went, and scaled gradients overflow as a matter of course.
+    run.optimizer.isolate();
     if forward_backward(run, &remembered.batch).is_ok() && !run.scaler.is_on() {
-        run.inspector.gradients(&run.optimizer.grads());
+        run.inspector.gradients(&run.optimizer.own_grads());
     }
     run.inspector.found.take().unwrap_or_default()
 }

@@ -16,6 +16,7 @@ use super::timing::Phase;
 use super::validation::{validate, validate_pretrained};
 use crate::args::HostConfig;
 use crate::checkpoint::{Checkpoints, Snapshot};
+use crate::distributed::Group;
 use crate::eval::EvalSet;
 use crate::job::Job;
 use crate::signals::{Ending, Signals};
@@ -43,6 +44,8 @@ pub struct Run {
     pub n_steps: u64,
     /// What survives a restart.
     pub state: TrainState,
+    /// The processes that train it.
+    pub group: Group,
     /// The model.
     pub model: ModelClient,
     pub(super) model_name: String,
@@ -78,7 +81,9 @@ pub struct Run {
     pub signals: Arc<Signals>,
     /// The SLURM job, if it is one.
     pub(super) job: Option<Job>,
-    /// Where to save; nowhere if the run only validates or is tried out.
+    /// Whether checkpoints are saved: not if the run only validates or is tried out.
+    pub(super) saves: bool,
+    /// Where to save, in the first process.
     pub(super) checkpoints: Option<Checkpoints>,
     /// Their folder.
     pub(super) checkpoint_dir: PathBuf,
@@ -182,22 +187,25 @@ impl Run {
     /// If the last step was not finite, or a tensor cannot be copied.
     pub fn save(&mut self) -> Result<(), TrainError> {
         self.monitor.settle(&mut self.state)?;
+        if !self.saves || self.last_saved == Some(self.state.step) {
+            return Ok(());
+        }
+        self.last_saved = Some(self.state.step);
+        self.monitor.enter(Phase::Save);
+        if let Some(checkpoints) = &mut self.checkpoints {
+            checkpoints.make_room(); // One copy of the tensors at a time.
+            if let Some(took) = checkpoints.take_save_time() {
+                let scalar = ("timing/s_per_save".into(), took.as_secs_f64());
+                self.monitor.once(self.state.step, vec![scalar]);
+            }
+        }
+        let mut optimizer = self.optimizer.tensors()?;
+        optimizer.extend(self.scaler.tensors());
+        optimizer.extend(self.tensors_of_ranks()?);
         let Some(checkpoints) = &mut self.checkpoints else {
+            self.monitor.enter(Phase::Log);
             return Ok(());
         };
-        if self.last_saved == Some(self.state.step) {
-            return Ok(());
-        }
-        checkpoints.make_room(); // One copy of the tensors at a time.
-        if let Some(took) = checkpoints.take_save_time() {
-            let scalar = ("timing/s_per_save".into(), took.as_secs_f64());
-            self.monitor.once(self.state.step, vec![scalar]);
-        }
-        self.monitor.enter(Phase::Save);
-        let mut optimizer = self.optimizer.tensors();
-        optimizer.extend(self.scaler.tensors());
-        optimizer.extend(rng_states(self.device)?);
-        optimizer.extend(self.segments.tensors(&self.model)?);
         let state = serde_json::to_value(&self.state).map_err(|error| {
             PluginError::new("the training state cannot be written").why(error.to_string())
         })?;
@@ -208,10 +216,25 @@ impl Run {
             state,
             self.args.clone(),
         )?;
+        // The copy has waited for the device: what an exchange that failed has left is not saved.
+        self.group.check()?;
         checkpoints.save_in_background(snapshot);
-        self.last_saved = Some(self.state.step);
         self.monitor.enter(Phase::Log);
         Ok(())
+    }
+
+    /// What each process has of its own: random generators, and what the model remembers of its rows.
+    fn tensors_of_ranks(&self) -> Result<Named, PluginError> {
+        let mut own = rng_states(self.device)?;
+        own.extend(self.segments.tensors(&self.model)?);
+        let all = self
+            .group
+            .gather(&format!("step {}", self.state.step), &own)?;
+        let of_rank = |(rank, named): (usize, Named)| {
+            let under = move |(name, tensor): (String, Tensor)| (name_of_rank(rank, &name), tensor);
+            named.into_iter().map(under)
+        };
+        Ok(all.into_iter().enumerate().flat_map(of_rank).collect())
     }
 
     /// Saves, waits for everything that is still being written, and shows samples or how to go on.
@@ -221,7 +244,8 @@ impl Run {
     pub fn finish(&mut self) -> Result<(), TrainError> {
         self.save()?;
         match self.early_ending() {
-            None => self.show_samples()?,
+            None if self.group.is_first() => self.show_samples()?,
+            None => {}
             Some(ending) => self.monitor.message(&self.farewell(ending)),
         }
         self.wait_for_save()?;
@@ -282,6 +306,15 @@ impl Run {
             self.monitor.warn(&warning);
         }
         Ok(saved?)
+    }
+}
+
+/// The name of a process' own tensor among a checkpoint's optimizer tensors. The first process' are as if it were alone.
+pub(super) fn name_of_rank(rank: usize, name: &str) -> String {
+    if rank == 0 {
+        name.to_owned()
+    } else {
+        format!("rank{rank}/{name}")
     }
 }
 

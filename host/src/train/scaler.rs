@@ -12,6 +12,7 @@
 
 use super::TrainError;
 use super::run::Named;
+use crate::distributed::Group;
 use moeut_torch::OrPluginError;
 use moeut_torch::optim::unscale_;
 use tch::{Device, Kind, Tensor};
@@ -58,11 +59,15 @@ impl Scaler {
         }
     }
 
-    /// Divides gradients by the scale; the flag on the device is 1 if one of them is not finite.
+    /// Divides gradients by the scale; the flag on the device is 1 if one of them, in any process, is not finite.
     ///
     /// # Errors
-    /// If libtorch refuses.
-    pub fn unscale(&mut self, grads: &[(&str, Tensor)]) -> Result<Option<Tensor>, TrainError> {
+    /// If libtorch refuses, or another process has ended.
+    pub fn unscale(
+        &mut self,
+        grads: &[(&str, Tensor)],
+        group: &Group,
+    ) -> Result<Option<Tensor>, TrainError> {
         let Some(state) = &mut self.state else {
             return Ok(None);
         };
@@ -70,6 +75,7 @@ impl Scaler {
         state.found = state.found.zeros_like();
         unscale_(&grads, &state.scale.reciprocal(), &state.found)
             .or_plugin_error("gradients cannot be unscaled")?;
+        group.max(&[&state.found])?;
         Ok(Some(state.found.shallow_clone()))
     }
 
@@ -126,7 +132,10 @@ mod tests {
     /// One step with a gradient; returns the scale after it, and whether the update is dropped.
     fn step(scaler: &mut Scaler, gradient: f64) -> (f64, bool) {
         let grad = Tensor::from(gradient).to_kind(Kind::Float);
-        let found = scaler.unscale(&[("w", grad)]).unwrap().unwrap();
+        let found = scaler
+            .unscale(&[("w", grad)], &Group::single())
+            .unwrap()
+            .unwrap();
         scaler.update().unwrap();
         let scale = scaler.current().unwrap().double_value(&[]);
         (scale, found.double_value(&[]) == 1.0)
@@ -150,7 +159,9 @@ mod tests {
         let w = Tensor::from(3.0_f32).set_requires_grad(true);
         scaler.scale(&w * &w).backward();
         assert_eq!(w.grad().double_value(&[]), 6.0 * START);
-        scaler.unscale(&[("w", w.grad())]).unwrap();
+        scaler
+            .unscale(&[("w", w.grad())], &Group::single())
+            .unwrap();
         assert_eq!(w.grad().double_value(&[]), 6.0);
     }
 
@@ -158,7 +169,7 @@ mod tests {
     fn without_float16_nothing_is_scaled_and_nothing_saved() {
         let mut scaler = Scaler::new(false, Device::Cpu);
         assert_eq!(scaler.scale(Tensor::from(2.0)).double_value(&[]), 2.0);
-        assert!(scaler.unscale(&[]).unwrap().is_none());
+        assert!(scaler.unscale(&[], &Group::single()).unwrap().is_none());
         scaler.update().unwrap();
         assert!(scaler.tensors().is_empty() && scaler.current().is_none());
     }

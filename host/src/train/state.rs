@@ -43,10 +43,17 @@ pub struct TrainState {
 /// How batches are cut: under another shape their rows are other places in the text.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Rows {
-    /// Sequences of each microbatch.
+    /// Sequences of each microbatch of the first process.
     pub microbatch_sizes: Vec<usize>,
     /// Tokens of a sequence.
     pub seq_len: usize,
+    /// Processes that share a batch.
+    #[serde(default = "one")]
+    pub n_ranks: usize,
+}
+
+fn one() -> usize {
+    1
 }
 
 /// A best value and when it was reached.

@@ -1,11 +1,13 @@
 //! What a step leaves behind for the logs, as tensors that nobody has waited for.
 
-use super::Output;
 use super::charts::Sketch;
 use super::optimizer::GradNorms;
 use super::reporting::accumulate;
+use super::{Output, TrainError};
+use crate::distributed::Group;
+use crate::signals::Signals;
 use std::collections::BTreeMap;
-use tch::Tensor;
+use tch::{Kind, Tensor};
 
 /// Results of a step, still on the device: nobody has waited for them.
 #[derive(Debug, Default)]
@@ -24,6 +26,8 @@ pub struct StepStats {
     pub grad_norm: Option<Tensor>,
     /// One float, 1 if the step is not finite.
     pub is_bad: Option<Tensor>,
+    /// Of several processes: what signals ask all of them for.
+    pub wishes: Option<Tensor>,
 }
 
 impl StepStats {
@@ -49,6 +53,37 @@ impl StepStats {
             Some(sum) => sum + share,
             None => share,
         });
+    }
+
+    /// Replaces numbers of this process' microbatches by those of the whole batch; charts stay its own. What signals
+    /// ask for goes with them, so that all processes learn of it in the same step.
+    ///
+    /// # Errors
+    /// If another process has ended.
+    pub(super) fn sum(&mut self, group: &Group, signals: &Signals) -> Result<(), TrainError> {
+        let (Some(wishes), Some(objective)) = (signals.wishes(), &mut self.objective) else {
+            return Ok(());
+        };
+        let device = objective.device();
+        let wishes = Tensor::from_slice(&wishes).to_device(device);
+        let mut numbers: Vec<&mut Tensor> = vec![objective];
+        numbers.extend(self.averaged.values_mut());
+        numbers.extend(self.single.values_mut());
+        let wide: Vec<Tensor> = numbers
+            .iter()
+            .map(|number| number.to_kind(Kind::Double).view([1]))
+            .collect();
+        let sums = Tensor::cat(&wide.iter().chain([&wishes]).collect::<Vec<_>>(), 0);
+        group.sum(&[&sums])?;
+        for (number, index) in numbers.into_iter().zip(0..) {
+            *number = sums.get(index).to_kind(number.kind());
+        }
+        let n_wishes = wishes.numel();
+        self.wishes = Some(sums.slice(0, -i64::try_from(n_wishes).unwrap_or_default(), None, 1));
+        for counts in self.selections.values_mut() {
+            group.sum(&[counts])?;
+        }
+        Ok(())
     }
 
     /// Adds the norms of the gradients.

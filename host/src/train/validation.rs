@@ -108,6 +108,7 @@ fn score(run: &mut Run, is_end: bool) -> Result<Option<AllScores>, TrainError> {
             run.device,
             Watcher {
                 signals: &run.signals,
+                group: &run.group,
                 observer: &mut observer,
                 progress: &|done, all| monitor.work(&label, done, all),
             },
@@ -131,7 +132,7 @@ fn score(run: &mut Run, is_end: bool) -> Result<Option<AllScores>, TrainError> {
             &mut run.model,
             &run.samples.tokenizer,
             run.device,
-            &run.signals,
+            (&run.signals, &run.group),
             |done, all| monitor.work(&label, done, all),
         )?;
         let Some((scores, _)) = result else {

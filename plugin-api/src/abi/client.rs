@@ -8,7 +8,7 @@ use super::{
     RawReport, RawResidualNorm, RawResult, RawRotate, RawRoute, RawRouted, RawSelect, TaskObject,
     TokenDatasetObject, older_dataset,
 };
-use crate::host::{HostInfo, LogLevel};
+use crate::host::{HostInfo, LogLevel, Reduction};
 use crate::kernel::{
     Activation, Capabilities, FusedCall, GroupedMatmul, MoeMlp, MoeProject, Projected,
     ResidualNorm, ResidualNormed, Rotate, Route, Routed, Select, Selected, Selection,
@@ -49,6 +49,14 @@ pub trait HostServices: Send + Sync + 'static {
     /// If there is none of that name, or it does not support device and element type.
     fn kernel(&self, name: &str, device: Device, dtype: DType)
     -> Result<KernelClient, PluginError>;
+    /// Replaces a tensor by its sum or maximum over all processes that train; one alone leaves it as it is.
+    ///
+    /// # Errors
+    /// If another process has ended.
+    fn all_reduce(&self, tensor: TensorHandle, reduction: Reduction) -> Result<(), PluginError> {
+        let _ = (tensor, reduction);
+        Ok(())
+    }
 }
 
 struct Services(Arc<dyn HostServices>);
@@ -82,6 +90,17 @@ impl RawHost for Services {
             .and_then(|(name, device, dtype)| self.0.kernel(&name, device, dtype));
         match made {
             Ok(kernel) => RResult::ROk(kernel.object),
+            Err(error) => RResult::RErr(error.into()),
+        }
+    }
+
+    fn all_reduce(&self, tensor: TensorHandle, reduction: u8) -> RawResult<()> {
+        let reduction = match reduction {
+            0 => Reduction::Sum,
+            _ => Reduction::Max,
+        };
+        match self.0.all_reduce(tensor, reduction) {
+            Ok(()) => RResult::ROk(()),
             Err(error) => RResult::RErr(error.into()),
         }
     }

@@ -273,7 +273,7 @@ pub struct RawRotate {
     sin: TensorHandle,
 }
 
-/// What the host offers to plugins.
+/// What the host offers to plugins. What follows `kernel` came with ABI 1.3; the body is what older hosts do.
 #[sabi_trait]
 pub trait RawHost: Send + Sync {
     fn info(&self) -> RString;
@@ -282,6 +282,14 @@ pub trait RawHost: Send + Sync {
     fn is_cancelled(&self) -> bool;
     #[sabi(last_prefix_field)]
     fn kernel(&self, request_json: RStr<'_>) -> RawResult<KernelObject>;
+    fn all_reduce(&self, _tensor: TensorHandle, _reduction: u8) -> RawResult<()> {
+        RResult::RErr(
+            PluginError::new("this host trains in one process only")
+                .why("it is of a version before 1.3 of the plugin interface")
+                .fix("use a newer moeut-host")
+                .into(),
+        )
+    }
 }
 
 /// A task inside a plugin.
@@ -500,6 +508,20 @@ mod tests {
                 // ABI 1.2.
                 "new_choice_dataset",
                 "count_documents",
+            ]
+        );
+        assert_eq!(
+            fields(<RawHost_trait::VTable_Prefix<(), RBox<()>> as PrefixStableAbi>::LAYOUT),
+            [
+                "_sabi_tys",
+                "_sabi_vtable",
+                "info",
+                "log",
+                "progress",
+                "is_cancelled",
+                "kernel",
+                // ABI 1.3.
+                "all_reduce",
             ]
         );
         assert_eq!(

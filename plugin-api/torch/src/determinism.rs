@@ -49,6 +49,20 @@ pub fn order_devices_by_bus() {
     set_default(DEVICE_ORDER);
 }
 
+/// Lets this process see one GPU only, as number 0: the one with this place among those that the user lets it see. With
+/// a choice of one nothing changes; if there is no such place, it sees none. Call it before the first use of CUDA.
+pub fn see_only(place: usize) {
+    const NAME: &str = "CUDA_VISIBLE_DEVICES";
+    let visible = std::env::var(NAME).unwrap_or_default();
+    let choice = match visible.split(',').collect::<Vec<_>>()[..] {
+        [""] => place.to_string(),
+        [_] => return,
+        ref all => all.get(place).map_or("", |gpu| gpu.trim()).to_owned(),
+    };
+    // SAFETY: as in `set_default`.
+    unsafe { std::env::set_var(NAME, choice) };
+}
+
 /// Sets a variable of the environment that is not set. While the program starts only.
 pub(crate) fn set_default((name, value): (&str, &str)) {
     if std::env::var_os(name).is_none() {

@@ -374,6 +374,7 @@ mod tests {
     impl HostServices for Listener {
         fn info(&self) -> HostInfo {
             HostInfo {
+                n_ranks: 1,
                 cache_dir: self.cache_dir.clone(),
                 n_threads: 1,
                 compat: false,

@@ -1,5 +1,9 @@
 //! The load-balancing regularizer: routers should use all experts alike on average, not for each token.
 
+use crate::Context;
+use moeut_plugin_api::{Host, PluginError, Reduction};
+use moeut_torch::function::{Function, FunctionError, apply};
+use moeut_torch::{IntoHandle, OrPluginError};
 use serde::Deserialize;
 use tch::{Kind, Tensor};
 
@@ -13,7 +17,7 @@ pub enum BalanceMode {
     Time,
     /// The sequence and all applications of a shared layer: the paper's choice.
     LayersTime,
-    /// Sequence, applications and batch.
+    /// Sequence, applications and batch, and all processes if [`BalanceConfig::is_everywhere`].
     Global,
 }
 
@@ -24,6 +28,8 @@ pub struct BalanceConfig {
     pub weight: f64,
     /// What is averaged.
     pub mode: BalanceMode,
+    /// [`BalanceMode::Global`] averages over all processes that train, too.
+    pub is_everywhere: bool,
 }
 
 /// What becomes of the terms of several applications in the modes that do not average distributions over them.
@@ -52,16 +58,26 @@ pub enum Applications {
 pub struct Balance {
     config: BalanceConfig,
     applications: Applications,
+    /// All processes, if the mean is over them.
+    everyone: Option<Host>,
+    /// Distributions in each mean of this process.
+    n_averaged: i64,
     log_means: Vec<Tensor>,
     terms: Vec<Tensor>,
 }
 
 impl Balance {
     /// Nothing gathered yet.
-    pub fn new(config: BalanceConfig, applications: Applications) -> Self {
+    pub fn new(config: BalanceConfig, applications: Applications, ctx: &Context) -> Self {
+        let everyone = ctx.everyone.as_ref();
+        let is_everywhere = config.is_everywhere && config.mode == BalanceMode::Global;
         Self {
             config,
             applications,
+            everyone: everyone
+                .filter(|_| is_everywhere && ctx.is_training)
+                .cloned(),
+            n_averaged: 0,
             log_means: Vec::new(),
             terms: Vec::new(),
         }
@@ -83,7 +99,10 @@ impl Balance {
                 .terms
                 .push(negative_entropy(&log_mean_exp(&log_p, &[1]))),
             BalanceMode::LayersTime => self.log_means.push(log_mean_exp(&log_p, &[1])),
-            BalanceMode::Global => self.log_means.push(log_mean_exp(&log_p, &[0, 1])),
+            BalanceMode::Global => {
+                self.n_averaged = log_p.size()[0] * log_p.size()[1];
+                self.log_means.push(log_mean_exp(&log_p, &[0, 1]));
+            }
         }
     }
 
@@ -104,15 +123,28 @@ impl Balance {
             BalanceMode::Step => panic!("`step` needs each token's distribution"),
             BalanceMode::Time => self.terms.push(negative_entropy(log_means)),
             BalanceMode::LayersTime => self.log_means.push(log_means.shallow_clone()),
-            BalanceMode::Global => self.log_means.push(log_mean_exp(log_means, &[0])),
+            BalanceMode::Global => {
+                self.n_averaged = log_means.size()[0];
+                self.log_means.push(log_mean_exp(log_means, &[0]));
+            }
         }
     }
 
     /// The weighted term, a scalar; nothing if the weight is 0 or nothing was added.
-    pub fn finish(self) -> Option<Tensor> {
+    ///
+    /// # Errors
+    /// If another process has ended.
+    pub fn finish(self) -> Result<Option<Tensor>, PluginError> {
         let term = if !self.log_means.is_empty() {
-            let log_p = Tensor::stack(&self.log_means, 0);
-            negative_entropy(&log_mean_exp(&log_p, &[0]))
+            let log_p = log_mean_exp(&Tensor::stack(&self.log_means, 0), &[0]);
+            let log_p = match &self.everyone {
+                None => log_p,
+                Some(host) => {
+                    let n = self.n_averaged * i64::try_from(self.log_means.len()).unwrap_or(1);
+                    log_mean_exp_everywhere(host, &log_p, n)?
+                }
+            };
+            negative_entropy(&log_p)
         } else if !self.terms.is_empty() {
             let terms = Tensor::stack(&self.terms, 0);
             match self.applications {
@@ -120,9 +152,64 @@ impl Balance {
                 Applications::Averaged => terms.mean(None),
             }
         } else {
-            return None;
+            return Ok(None);
         };
-        Some(term * self.config.weight)
+        Ok(Some(term * self.config.weight))
+    }
+}
+
+/// The mean over all processes of a distribution that is a mean of `n` distributions in this one.
+///
+/// ```text
+/// log p̄ = m + log Σ_ranks n_r exp(log p̄_r − m) − log Σ_ranks n_r,    m = max_ranks log p̄_r
+/// ```
+///
+/// # Source
+/// Reference `framework/utils/distributed_ops.py`, `logmean`.
+fn log_mean_exp_everywhere(host: &Host, log_p: &Tensor, n: i64) -> Result<Tensor, PluginError> {
+    let largest = log_p.detach().copy();
+    host.all_reduce(largest.share(), Reduction::Max)?;
+    let n_all = Tensor::from(n as f64)
+        .to_kind(log_p.kind())
+        .to_device(log_p.device());
+    host.all_reduce(n_all.share(), Reduction::Sum)?;
+    let own = (log_p - &largest).exp() * n as f64;
+    let sum = apply(Sum(host.clone()), &[&own]);
+    let sum = sum
+        .or_plugin_error("the mean over all processes cannot be taken")?
+        .swap_remove(0);
+    Ok(largest + sum.log() - n_all.log())
+}
+
+/// The sum over all processes. Each of them has the gradient of its own share of the loss, and the sum's is all of
+/// theirs together.
+struct Sum(Host);
+
+impl Sum {
+    fn over_all(&self, tensor: &Tensor) -> Result<Tensor, FunctionError> {
+        let sum = tensor.contiguous().copy();
+        let summed = self.0.all_reduce(sum.share(), Reduction::Sum);
+        summed.map_err(|error| FunctionError::from(error.to_string()))?;
+        Ok(sum)
+    }
+}
+
+impl Function for Sum {
+    fn forward(
+        &self,
+        _: &mut moeut_torch::function::Context,
+        inputs: &[Tensor],
+    ) -> Result<Vec<Tensor>, FunctionError> {
+        Ok(vec![self.over_all(&inputs[0])?])
+    }
+
+    fn backward(
+        &self,
+        _: &moeut_torch::function::Context,
+        grads: &[Option<Tensor>],
+    ) -> Result<Vec<Option<Tensor>>, FunctionError> {
+        let grad = grads[0].as_ref().ok_or("the sum has a gradient")?;
+        Ok(vec![Some(self.over_all(grad)?)])
     }
 }
 
@@ -144,15 +231,28 @@ fn negative_entropy(log_p: &Tensor) -> Tensor {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::testing::context;
+    use moeut_plugin_api::abi::client::{HostServices, KernelClient, host_in_process};
+    use moeut_plugin_api::{DType, HostInfo, LogLevel, TensorHandle};
+    use moeut_torch::IntoTensor;
+    use std::sync::{Arc, Barrier, Mutex};
     use tch::Device;
 
+    fn balance(mode: BalanceMode) -> Balance {
+        let config = BalanceConfig {
+            weight: 1.0,
+            mode,
+            is_everywhere: true,
+        };
+        Balance::new(config, Applications::Summed, &context(true))
+    }
+
     fn term(mode: BalanceMode, applications: &[&Tensor]) -> f64 {
-        let config = BalanceConfig { weight: 1.0, mode };
-        let mut balance = Balance::new(config, Applications::Summed);
+        let mut balance = balance(mode);
         for logits in applications {
             balance.add(logits);
         }
-        balance.finish().unwrap().double_value(&[])
+        balance.finish().unwrap().unwrap().double_value(&[])
     }
 
     /// Even use gives −ln E in every mode, one term per application where distributions are not averaged over them.
@@ -191,12 +291,115 @@ mod tests {
             BalanceMode::LayersTime,
             BalanceMode::Global,
         ] {
-            let config = BalanceConfig { weight: 1.0, mode };
-            let mut balance = Balance::new(config, Applications::Summed);
+            let mut balance = balance(mode);
             balance.add_log_means(&means.log());
-            let from_means = balance.finish().unwrap().double_value(&[]);
+            let from_means = balance.finish().unwrap().unwrap().double_value(&[]);
             assert!((from_means - term(mode, &[&logits])).abs() < 1e-12);
         }
+    }
+
+    /// Two processes, as threads that wait for each other.
+    struct Pair {
+        values: Mutex<Vec<Tensor>>,
+        meeting: Barrier,
+    }
+
+    impl HostServices for Pair {
+        fn info(&self) -> HostInfo {
+            HostInfo {
+                cache_dir: std::path::PathBuf::new(),
+                n_threads: 1,
+                compat: false,
+                n_ranks: 2,
+            }
+        }
+
+        fn log(&self, _: LogLevel, _: &str) {}
+
+        fn progress(&self, _: &str, _: u64, _: u64) {}
+
+        fn is_cancelled(&self) -> bool {
+            false
+        }
+
+        fn kernel(
+            &self,
+            _: &str,
+            _: moeut_plugin_api::Device,
+            _: DType,
+        ) -> Result<KernelClient, PluginError> {
+            Err(PluginError::new("no kernel"))
+        }
+
+        fn all_reduce(&self, tensor: TensorHandle, how: Reduction) -> Result<(), PluginError> {
+            let mut tensor = tensor.into_tensor();
+            self.values.lock().unwrap().push(tensor.copy());
+            self.meeting.wait();
+            let values: Vec<Tensor> = {
+                let values = self.values.lock().unwrap();
+                values.iter().map(Tensor::shallow_clone).collect()
+            };
+            tensor.copy_(&match how {
+                Reduction::Sum => &values[0] + &values[1],
+                Reduction::Max => values[0].maximum(&values[1]),
+            });
+            if self.meeting.wait().is_leader() {
+                self.values.lock().unwrap().clear();
+            }
+            self.meeting.wait();
+            Ok(())
+        }
+    }
+
+    /// Two sequences here and one there are three, for the term and for the gradient of what is before it.
+    #[test]
+    fn a_mean_over_processes_is_that_of_all_their_sequences() {
+        moeut_torch::rng::seed(5).unwrap();
+        let options = (Kind::Double, Device::Cpu);
+        let x = Tensor::randn([3, 5, 6], options);
+        let weight = Tensor::randn([6, 4], options);
+        // The share of a process, as a loss that counts by its sequences.
+        let pass = |x: Tensor, weight: &Tensor, everyone: Option<Host>| {
+            let weight = weight.detach().set_requires_grad(true);
+            let config = BalanceConfig {
+                weight: 2.0,
+                mode: BalanceMode::Global,
+                is_everywhere: true,
+            };
+            let mut ctx = context(true);
+            ctx.everyone = everyone;
+            let mut balance = Balance::new(config, Applications::Summed, &ctx);
+            for scale in [1.0, 0.5] {
+                balance.add(&(x.matmul(&weight) * scale));
+            }
+            let term = balance.finish().unwrap().unwrap();
+            (&term * (x.size()[0] as f64 / 3.0)).backward();
+            (term.double_value(&[]), weight.grad())
+        };
+        let (term, grad) = pass(x.shallow_clone(), &weight, None);
+
+        let services: Arc<dyn HostServices> = Arc::new(Pair {
+            values: Mutex::default(),
+            meeting: Barrier::new(2),
+        });
+        let pass = &pass;
+        let parts: Vec<(f64, Tensor)> = std::thread::scope(|scope| {
+            let start = |(first, n)| {
+                let (x, weight) = (x.narrow(0, first, n), weight.shallow_clone());
+                let host = host_in_process(&services).unwrap();
+                scope.spawn(move || pass(x, &weight, Some(host)))
+            };
+            let threads = [(0, 2), (2, 1)].map(start);
+            threads
+                .into_iter()
+                .map(|thread| thread.join().unwrap())
+                .collect()
+        });
+        for (part, _) in &parts {
+            assert!((part - term).abs() < 1e-12, "{part}, not {term}");
+        }
+        let sum = &parts[0].1 + &parts[1].1;
+        assert!((sum - grad).abs().max().double_value(&[]) < 1e-12);
     }
 
     /// The term of stacked logits equals the one of separately added applications.

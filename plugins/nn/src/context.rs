@@ -8,7 +8,7 @@ use moeut_plugin_api::kernel::{
     Activation, FusedCall, MoeMlp, MoeMlpOptions, ResidualNorm, ResidualNormOptions, Rotate,
     Select, SelectOptions,
 };
-use moeut_plugin_api::{DType, Device, GroupedMatmul, PluginError, TensorHandle, Wishes};
+use moeut_plugin_api::{DType, Device, GroupedMatmul, Host, PluginError, TensorHandle, Wishes};
 use moeut_torch::{Autocast, IntoHandle, IntoTensor, OrPluginError, dtype};
 use std::rc::Rc;
 use tch::{Kind, Tensor};
@@ -28,6 +28,8 @@ pub struct Context {
     pub is_training: bool,
     /// What the pass should tell about itself.
     pub wishes: Wishes,
+    /// All processes that train, if there are several.
+    pub everyone: Option<Host>,
     /// Statistics have the reference's definitions where those are wrong.
     pub is_compat: bool,
 }

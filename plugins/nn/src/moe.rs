@@ -153,7 +153,7 @@ impl SigmaMoe {
         MoePass {
             keys_eds: self.keys_eds.to_kind(ctx.compute),
             values_esd: self.values_esd.to_kind(ctx.compute),
-            balance: Balance::new(self.config.balance, Applications::Summed),
+            balance: Balance::new(self.config.balance, Applications::Summed, ctx),
             watch: MoeWatch::new(ctx),
         }
     }
@@ -241,11 +241,14 @@ impl SigmaMoe {
     }
 
     /// Ends a forward pass; `places` are those of the applications in the stack.
-    pub fn finish(pass: MoePass, places: &[usize]) -> MoeReport {
-        MoeReport {
-            balance: pass.balance.finish(),
+    ///
+    /// # Errors
+    /// If another process has ended.
+    pub fn finish(pass: MoePass, places: &[usize]) -> Result<MoeReport, PluginError> {
+        Ok(MoeReport {
+            balance: pass.balance.finish()?,
             stats: pass.watch.finish(places),
-        }
+        })
     }
 
     /// Notes what only the layer itself can measure: the share of hidden units above zero, and how alike the weights are,

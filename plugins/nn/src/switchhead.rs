@@ -255,7 +255,7 @@ impl SwitchHead {
         let balance = |side: &Side| {
             (
                 *side,
-                Balance::new(self.config.balance, Applications::Averaged),
+                Balance::new(self.config.balance, Applications::Averaged, ctx),
             )
         };
         SwitchHeadPass {
@@ -354,18 +354,23 @@ impl SwitchHead {
     }
 
     /// Ends a forward pass.
-    pub fn finish(&self, pass: SwitchHeadPass) -> SwitchHeadReport {
+    ///
+    /// # Errors
+    /// If another process has ended.
+    pub fn finish(&self, pass: SwitchHeadPass) -> Result<SwitchHeadReport, PluginError> {
         let reported = |source: Side| {
             let mut users = self.sources.iter().filter(|&(_, &used)| used == source);
             users.next().map_or(source, |(&side, _)| side)
         };
-        let balances = pass.balances.into_iter();
-        SwitchHeadReport {
-            balances: balances
-                .filter_map(|(source, balance)| Some((reported(source), balance.finish()?)))
-                .collect(),
-            stats: pass.watch.finish(reported),
+        let mut balances = Vec::new();
+        for (source, balance) in pass.balances {
+            let term = balance.finish()?;
+            balances.extend(term.map(|term| (reported(source), term)));
         }
+        Ok(SwitchHeadReport {
+            balances,
+            stats: pass.watch.finish(reported),
+        })
     }
 
     /// Of one application, with `X` projections that have experts and `d` the width of queries or values:

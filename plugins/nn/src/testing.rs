@@ -58,6 +58,7 @@ struct TestHost;
 impl HostServices for TestHost {
     fn info(&self) -> HostInfo {
         HostInfo {
+            n_ranks: 1,
             cache_dir: std::env::temp_dir(),
             n_threads: 1,
             compat: false,
@@ -129,6 +130,7 @@ pub fn context(is_training: bool) -> Context {
         router_dtype: crate::RouterDtype::F32,
         is_training,
         wishes: Wishes::default(),
+        everyone: None,
         is_compat: false,
     }
 }

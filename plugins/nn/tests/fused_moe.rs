@@ -167,6 +167,7 @@ fn weighted(y_mn: &Tensor, gate: &Tensor) -> Tensor {
 const SHAPE: [i64; 3] = [2, 5, 6];
 
 const BALANCE: BalanceConfig = BalanceConfig {
+    is_everywhere: true,
     weight: 0.5,
     mode: BalanceMode::LayersTime,
 };
@@ -209,7 +210,7 @@ fn run<const IS_FUSED: bool>(
     let mut pass = layer.begin(&ctx);
     let reading = ctx.reading(&x, None, layer.norm(), false)?;
     let y = layer.forward(&reading, &mut pass, &ctx)?;
-    let balance = SigmaMoe::finish(pass, &[0]).balance;
+    let balance = SigmaMoe::finish(pass, &[0])?.balance;
     Ok(differentiated(&y, balance, &x, &tensors))
 }
 
@@ -263,7 +264,7 @@ fn run_attention<const IS_FUSED: bool>() -> Result<Vec<Tensor>, PluginError> {
         (&mut earlier, &mut AttentionMaps::new(&ctx)),
         &ctx,
     )?;
-    let balances = layer.finish(pass).balances.into_iter();
+    let balances = layer.finish(pass)?.balances.into_iter();
     let balance = balances.map(|(_, term)| term).reduce(|a, b| a + b);
     Ok(differentiated(&(y + reading.stream), balance, &x, &tensors))
 }
@@ -295,6 +296,7 @@ fn context<const IS_FUSED: bool>() -> Result<Context, PluginError> {
         router_dtype: moeut_nn::RouterDtype::F32,
         is_training: true,
         wishes: moeut_plugin_api::Wishes::default(),
+        everyone: None,
         is_compat: false,
     })
 }

@@ -49,6 +49,7 @@ fn context(is_training: bool) -> Context {
 }
 
 const NO_BALANCE: BalanceConfig = BalanceConfig {
+    is_everywhere: true,
     weight: 0.0,
     mode: BalanceMode::Step,
 };
@@ -148,7 +149,7 @@ fn a_moe_layer_tells_what_counting_by_hand_tells() {
     for x in &inputs {
         let _ = layer.forward(&Reading::plain(x), &mut pass, &ctx).unwrap();
     }
-    let stats = SigmaMoe::finish(pass, &PLACES).stats;
+    let stats = SigmaMoe::finish(pass, &PLACES).unwrap().stats;
 
     let routed = routed(&params, &inputs);
     let mut counts = vec![vec![0.0; N_EXPERTS]; 3];
@@ -242,7 +243,7 @@ fn experts_that_compete_have_a_perplexity_per_selection() {
     let ctx = context(false);
     let mut pass = layer.begin(&ctx);
     let _ = layer.forward(&Reading::plain(&x), &mut pass, &ctx).unwrap();
-    let stats = SigmaMoe::finish(pass, &PLACES[..1]).stats;
+    let stats = SigmaMoe::finish(pass, &PLACES[..1]).unwrap().stats;
     let logits = x.linear(
         &parameter(&params, "expert_sel"),
         Some(&parameter(&params, "sel_bias")),
@@ -398,7 +399,7 @@ fn a_switchhead_layer_tells_what_counting_by_hand_tells() {
             )
             .unwrap();
     }
-    let stats = layer.finish(pass).stats;
+    let stats = layer.finish(pass).unwrap().stats;
 
     let by_hand = |side: &str| -> Vec<_> {
         inputs

@@ -494,6 +494,7 @@ mod tests {
             token_limit,
         };
         let host = HostInfo {
+            n_ranks: 1,
             cache_dir: cache.to_owned(),
             n_threads: 2,
             compat: false,

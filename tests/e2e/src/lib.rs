@@ -13,6 +13,7 @@
 mod build;
 mod metrics;
 mod pth;
+mod ranks;
 mod running;
 mod sandbox;
 mod tiny;
@@ -24,10 +25,11 @@ pub use build::{
 };
 pub use metrics::{checkpoint_files, losses, steps_seen};
 pub use pth::{RawTensor, RawTensors, ReferenceRun, read_safetensors};
+pub use ranks::{Ranks, free_port};
 pub use running::Running;
 pub use sandbox::{DEADLINE, Outcome, Sandbox, patch, read, wait_until};
 pub use tiny::{Args, tiny, tiny_on};
-pub use tools::python;
+pub use tools::{python, skip, torchrun};
 pub use web::{Fault, Request, Web};
 
 /// The plugin file of the main task.

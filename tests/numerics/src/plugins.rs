@@ -131,6 +131,7 @@ pub fn services(kernel: &KernelPlugin) -> Arc<dyn HostServices> {
 impl HostServices for Services {
     fn info(&self) -> HostInfo {
         HostInfo {
+            n_ranks: 1,
             cache_dir: std::env::temp_dir(),
             n_threads: 1,
             compat: true,

@@ -74,6 +74,7 @@ struct Services;
 impl HostServices for Services {
     fn info(&self) -> HostInfo {
         HostInfo {
+            n_ranks: 1,
             cache_dir: "cache".into(),
             n_threads: 1,
             compat: false,

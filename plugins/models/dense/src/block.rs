@@ -176,16 +176,16 @@ impl lm::Block for Block {
         })
     }
 
-    fn finish(&self, pass: BlockPass) -> BlockReport {
+    fn finish(&self, pass: BlockPass) -> Result<BlockReport, PluginError> {
         let maps = pass.maps.finish(&pass.places).into_iter();
         let below = |map: Chart| Chart {
             name: format!("self_attn/{}", map.name),
             ..map
         };
-        BlockReport {
+        Ok(BlockReport {
             maps: maps.map(below).collect(),
             ..BlockReport::default()
-        }
+        })
     }
 
     fn describe(&self) -> String {

@@ -29,6 +29,7 @@ const OWN_ARGS: &[ArgSpec] = &[
         .field("moe.balance.mode")
         .choices("step|global|time|layers_time")
         .help("what the router's distribution is averaged over"),
+    ArgSpec::flag("moe.sync_distributed", "1").field("moe.balance.is_everywhere").help("`global` averages over all processes that train, too"),
     // Attention experts.
     ArgSpec::flag("moe.att.enable", "0").field("attention.has_experts").help("SwitchHead instead of dense attention"),
     ArgSpec::int("moe.att.n_experts", "4").field("attention.n_experts").help("experts of a head"),
@@ -54,7 +55,6 @@ const OWN_ARGS: &[ArgSpec] = &[
     // Accepted because the reference's sweeps and commands set them.
     ArgSpec::retired(ArgKind::Str, "moe.layer_encoding", "the reference no longer has it; its sweeps set it to `none`"),
     ArgSpec::retired(ArgKind::Float, "moe.att.expert_dropout", "the reference never reads it; the live one is `moe.att.drop_expert`"),
-    ArgSpec::retired(ArgKind::Bool, "moe.sync_distributed", "the regularizer's mean over all processes is that of the one process there is"),
     ArgSpec::retired(ArgKind::Float, "moe.dropout_factor", "the reference never applies it"),
 ];
 

@@ -198,10 +198,10 @@ impl lm::Block for Block {
         }
     }
 
-    fn finish(&self, pass: BlockPass) -> BlockReport {
+    fn finish(&self, pass: BlockPass) -> Result<BlockReport, PluginError> {
         let mut report = BlockReport::default();
         if let (Attention::Experts(attention), Some(pass)) = (&self.attention, pass.attention) {
-            let of_attention = attention.finish(pass);
+            let of_attention = attention.finish(pass)?;
             for (side, term) in of_attention.balances {
                 let name = format!("moe_att/{}/entropy", side.name());
                 report.regularizers.push((name, term));
@@ -214,7 +214,7 @@ impl lm::Block for Block {
             report.counts.extend(below(ATTENTION, stats.counts));
             report.pairs.extend(below(ATTENTION, stats.pairs));
         }
-        let MoeReport { balance, stats } = SigmaMoe::finish(pass.moe, &pass.places);
+        let MoeReport { balance, stats } = SigmaMoe::finish(pass.moe, &pass.places)?;
         let balance = balance.map(|term| ("moe".to_owned(), term));
         report.regularizers.extend(balance);
         report.stats.extend(below(MOE, stats.stats));
@@ -222,7 +222,7 @@ impl lm::Block for Block {
         report.pairs.extend(below(MOE, stats.pairs));
         report.charts = named(MOE, stats.charts);
         report.maps = named(ATTENTION, pass.maps.finish(&pass.places));
-        report
+        Ok(report)
     }
 
     fn usage(&self, counted: Counted, tally: &Tally, optimist: Optimist) -> Vec<Chart> {

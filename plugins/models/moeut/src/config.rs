@@ -187,6 +187,7 @@ impl AttentionConfig {
             balance: BalanceConfig {
                 weight: self.balance_weight.unwrap_or(moe.balance.weight),
                 mode: self.balance_mode.unwrap_or(moe.balance.mode),
+                is_everywhere: moe.balance.is_everywhere,
             },
             rope: shell.config.rope,
         })

@@ -159,7 +159,7 @@ impl lm::Block for Block {
         Ok(mixture_btd)
     }
 
-    fn finish(&self, pass: BlockPass) -> BlockReport {
+    fn finish(&self, pass: BlockPass) -> Result<BlockReport, PluginError> {
         let mut report = BlockReport::default();
         for (part, tally) in [
             ("self_attn", &pass.attention.tally),
@@ -189,7 +189,7 @@ impl lm::Block for Block {
         if let (true, Some(depth)) = (pass.wants_stats, pass.last_depth) {
             report.stats.push(("halting/mean_depth".to_owned(), depth));
         }
-        report
+        Ok(report)
     }
 
     fn describe(&self) -> String {
@@ -292,7 +292,7 @@ mod tests {
             x = block.forward(&x, at, &ctx).unwrap();
             pasts.push(past);
         }
-        (x, block.finish(gathered), pasts)
+        (x, block.finish(gathered).unwrap(), pasts)
     }
 
     fn output(block: &Block, x: &Tensor) -> Tensor {

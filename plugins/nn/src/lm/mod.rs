@@ -95,7 +95,10 @@ pub trait Block {
     ) -> Result<Tensor, PluginError>;
 
     /// Ends a forward pass.
-    fn finish(&self, pass: Self::Pass) -> BlockReport;
+    ///
+    /// # Errors
+    /// If a term is about all processes, and another one has ended.
+    fn finish(&self, pass: Self::Pass) -> Result<BlockReport, PluginError>;
 
     /// Charts of what was counted since the last time, below the names that [`BlockReport::counts`] and
     /// [`BlockReport::pairs`] have.
@@ -181,6 +184,7 @@ pub struct LanguageModel<B: Block> {
     memory: Memory,
     tallies: Tallies,
     is_compat: bool,
+    everyone: Option<Host>,
     shell: Shell,
 }
 
@@ -279,6 +283,7 @@ impl<B: Block> LanguageModel<B> {
             memory: Memory::new(shell.config.memory, order.len()),
             tallies: Tallies::new(n_blocks),
             is_compat: setup.compat,
+            everyone: (host.info().n_ranks > 1).then(|| host.clone()),
             order,
             params,
             shell,
@@ -339,8 +344,9 @@ impl<B: Block> LanguageModel<B> {
         self.memory.close(past, &x);
         let logits_tbv = self.head.forward(&x, &ctx);
 
-        let finish = |(block, pass): (_, B::Pass)| (block, B::finish(block, pass));
-        let of_blocks = self.blocks.iter().zip(passes).map(finish).collect();
+        let finish = |(block, pass): (_, B::Pass)| Ok((block, B::finish(block, pass)?));
+        let of_blocks = self.blocks.iter().zip(passes).map(finish);
+        let of_blocks = of_blocks.collect::<Result<_, PluginError>>()?;
         let mut report = self.tallies.report(of_blocks, &ctx);
         report.stats.splice(0..0, stats);
         report.charts.extend(features.charts(&self.head, &ctx)?);
@@ -447,6 +453,7 @@ impl<B: Block> LanguageModel<B> {
             router_dtype: self.router_dtype,
             is_training: input.is_training,
             wishes: input.wishes,
+            everyone: self.everyone.clone(),
             is_compat: self.is_compat,
         }
     }
