@@ -192,7 +192,10 @@ pub fn build(
 }
 
 /// Chooses device and precision, and sets what holds for the whole process.
-fn machine(config: &mut HostConfig, terminal: &Terminal) -> Result<Placement, PluginError> {
+pub(crate) fn machine(
+    config: &mut HostConfig,
+    terminal: &Terminal,
+) -> Result<Placement, PluginError> {
     if config.deterministic {
         moeut_torch::determinism::set(true).or_plugin_error("`-deterministic 1` is refused")?;
     }
@@ -583,7 +586,12 @@ pub(crate) fn eval_stream(
 }
 
 /// Which windows make a batch.
-fn sampler(config: &HostConfig, stream: &Stream, seed: u64, terminal: &Terminal) -> Sampler {
+pub(crate) fn sampler(
+    config: &HostConfig,
+    stream: &Stream,
+    seed: u64,
+    terminal: &Terminal,
+) -> Sampler {
     let batch_size = config.batch_size;
     if let Some(lengths) = stream.lengths() {
         return Sampler::documents(Arc::clone(lengths), batch_size, seed, config.is_bucketed);
