@@ -3,6 +3,7 @@
 use crate::args::{
     Arguments, HostConfig, Owner, asks_for_help, help_text, parse, peek, render_resolved,
 };
+use crate::bench;
 use crate::checkpoint::{self, Loaded};
 use crate::checkpoint_cli;
 use crate::distributed::{Group, World, launch};
@@ -45,6 +46,7 @@ usage: moeut-host -task <task> -name <name> [-<argument> <value> …]   train
        moeut-host model show -task <task> [-<argument> <value> …]     size, cost and layers of the model; --json
        moeut-host sweep show|run|slurm|results|convert <file>         the runs of a sweep file: looked at, or trained
        moeut-host report <run folder> … [-out <file>]                 one HTML page of runs: curves, charts, differences
+       moeut-host bench step|moe|attention|data                       how fast training, layers and data are here; --json
        moeut-host doctor                                              what is wrong with this machine, and the fix
        moeut-host --help [-task <task>]                               every argument
 
@@ -127,11 +129,12 @@ fn dispatch(
         ["eval"] => return eval_cli::command(rest, terminal),
         ["model", "show"] => model_show(rest, terminal)?,
         ["report", ..] => report::command(&argv[1..], terminal)?,
+        ["bench", ..] => bench::command(&argv[1..], terminal)?,
         ["doctor"] => print(&doctor::report(&open_registry(rest)?, cuda)),
         _ => {
             return Err(HostError::new(
                 format!("unknown command `{}`", words.join(" ")),
-                "commands are `launch`, `plugins`, `config show`, `model show`, `checkpoint`, `generate`, `eval`, `sweep`, `report` and `doctor`; without one it trains",
+                "commands are `launch`, `plugins`, `config show`, `model show`, `checkpoint`, `generate`, `eval`, `sweep`, `report`, `bench` and `doctor`; without one it trains",
                 "type `moeut-host --help`",
             ));
         }

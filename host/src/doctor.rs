@@ -172,7 +172,7 @@ fn cpu_model() -> String {
 }
 
 /// Version of NVIDIA's kernel driver.
-fn driver() -> String {
+pub(crate) fn driver() -> String {
     std::fs::read_to_string("/sys/module/nvidia/version").map_or_else(
         |_| "not found".to_owned(),
         |version| version.trim().to_owned(),

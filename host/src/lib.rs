@@ -3,6 +3,7 @@
 //! Reading order is the data flow: [`cli`] → [`args`] → [`plugins`] → [`plan`] → [`train`] → [`log`], [`checkpoint`].
 
 pub mod args;
+pub mod bench;
 pub mod checkpoint;
 pub mod checkpoint_cli;
 pub mod cli;

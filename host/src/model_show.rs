@@ -1,7 +1,6 @@
 //! `model show`: what the model of a run is made of and costs, without data and without storage for its parameters.
 
 use crate::args::{Arguments, HostConfig};
-use crate::distributed::Group;
 use crate::error::HostError;
 use crate::log::Terminal;
 use crate::plan::{Resolved, resolve};
@@ -95,13 +94,8 @@ pub fn overview(
         compat: config.compat,
         is_shape_only: true,
     };
-    let services: Arc<dyn HostServices> = Services::new(
-        registry,
-        terminal,
-        &config,
-        &Arc::default(),
-        &Group::single(),
-    );
+    let services: Arc<dyn HostServices> =
+        Services::new(registry, terminal, &config, &Arc::default());
     let own = arguments.config_for(&component.info.args)?;
     let name = &component.info.name;
     let model = component

@@ -1,7 +1,6 @@
 //! Who takes part in a run, and so whose arguments count: what the task plans, asked before anything is opened or built.
 
 use crate::args::{Arguments, HostConfig, Owner, Role, parse, peek};
-use crate::distributed::Group;
 use crate::error::HostError;
 use crate::log::Terminal;
 use crate::plugins::{Component, Registry};
@@ -56,13 +55,8 @@ pub fn resolve_with(
             plan: None,
         });
     };
-    let services: Arc<dyn HostServices> = Services::new(
-        registry,
-        terminal,
-        &config,
-        &Arc::default(),
-        &Group::single(),
-    );
+    let services: Arc<dyn HostServices> =
+        Services::new(registry, terminal, &config, &Arc::default());
     let task = registry.find(ComponentKind::Task, task)?;
     let plan = ask(task, &arguments, &config, &services)?;
     let owners = participants(task, &plan, sets, &arguments, registry)?;

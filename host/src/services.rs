@@ -21,8 +21,18 @@ pub struct Services {
 }
 
 impl Services {
-    /// Services with the arguments of a run.
+    /// Services of a process alone, with the arguments of a run.
     pub fn new(
+        registry: &Arc<Registry>,
+        terminal: &Arc<Terminal>,
+        config: &HostConfig,
+        signals: &Arc<Signals>,
+    ) -> Arc<Self> {
+        Self::in_group(registry, terminal, config, signals, &Group::single())
+    }
+
+    /// Services of one of the processes that train together.
+    pub fn in_group(
         registry: &Arc<Registry>,
         terminal: &Arc<Terminal>,
         config: &HostConfig,

@@ -99,8 +99,7 @@ impl Trained {
         if let Some(n_threads) = config.threads {
             tch::set_num_threads(i32::try_from(n_threads).unwrap_or(i32::MAX));
         }
-        let services: Arc<dyn HostServices> =
-            Services::new(registry, terminal, config, signals, &Group::single());
+        let services: Arc<dyn HostServices> = Services::new(registry, terminal, config, signals);
         let site = Site {
             blueprint,
             registry,

@@ -23,7 +23,7 @@ HOST = ROOT / "target/release/moeut-host"
 
 # One shape for all: large enough that matrix products dominate, small enough for a laptop.
 VOCAB, SEQ_LEN, BATCH, D_MODEL, N_LAYERS, N_HEADS, FF_MULTIPLIER = 2000, 256, 8, 256, 4, 4, 4
-# The program logs at these steps, with the statistics that a usual run has.
+# The program gathers its statistics at these steps, as a usual run does.
 LOG_INTERVAL = WARMUP_STEPS = 20
 
 SHARED_FLAGS = {
@@ -31,7 +31,7 @@ SHARED_FLAGS = {
     "lm.eval.enabled": 0,
     "batch_size": BATCH, "state_size": D_MODEL, "transformer.encoder_n_layers": N_LAYERS,
     "transformer.n_heads": N_HEADS, "lm.trafo.context_blocks": 0, "lr": 1e-4, "wd": 0.01, "grad_clip": 0.25,
-    "seed": 1, "gpu": "none", "log": "none", "save_interval": "none", "test_interval": 1_000_000, "n_samples": 0,
+    "seed": 1, "gpu": "none", "log_interval": LOG_INTERVAL,
 }
 DENSE = {"transformer.variant": "preln_rope", "transformer.ff_multiplier": FF_MULTIPLIER}
 # 8 of 32 experts of 128: the hidden width 1024 that a token uses is the dense one. Attention is dense in both, and the
@@ -43,18 +43,14 @@ MOE = {
 
 
 def host_step_seconds(flags, n_steps, threads, folder):
-    """Seconds per step of the real program, from the time stamps of its log."""
-    name = f"run{time.monotonic_ns()}"
-    flags = {**SHARED_FLAGS, **flags, "threads": threads, "log_interval": LOG_INTERVAL, "name": name}
-    # A step is logged when the one behind it has run; the last one has none behind it.
-    flags["stop_after"] = WARMUP_STEPS + n_steps + 1
-    command = [str(HOST)] + [word for flag, value in flags.items() for word in (f"-{flag}", str(value))]
+    """Seconds per step of the real program's training loop."""
+    flags = {**SHARED_FLAGS, **flags, "threads": threads, "warmup": WARMUP_STEPS, "rounds": 1, "calls": n_steps}
+    command = [str(HOST), "bench", "step", "--json"]
+    command += [word for flag, value in flags.items() for word in (f"-{flag}", str(value))]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         sys.exit(f"{' '.join(command)}\nended with {done.returncode}:\n{done.stderr}")
-    log = (pathlib.Path(folder) / "save" / name / "metrics.jsonl").read_text().splitlines()
-    times = {record["step"]: record["time"] for record in map(json.loads, log) if "train/loss" in record}
-    return (times[WARMUP_STEPS + n_steps] - times[WARMUP_STEPS]) / n_steps
+    return json.loads(done.stdout)["rows"][0]["seconds"]["median"]
 
 
 def torch_trainer(threads):

@@ -3,7 +3,6 @@
 use super::{Words, choice_sets, is_absent, unknown};
 use crate::args::{HostConfig, Role, parse};
 use crate::cli::print;
-use crate::distributed::Group;
 use crate::error::HostError;
 use crate::log::{Level, Terminal};
 use crate::plan::owners;
@@ -42,8 +41,7 @@ pub(super) fn count(
         terminal.message(Level::Warning, warning);
     }
     let config = HostConfig::new(&arguments)?;
-    let services: Arc<dyn HostServices> =
-        Services::new(registry, terminal, &config, signals, &Group::single());
+    let services: Arc<dyn HostServices> = Services::new(registry, terminal, &config, signals);
     for component in components {
         let own = arguments.config_for(&component.info.args)?;
         let name = &component.info.name;

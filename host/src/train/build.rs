@@ -103,7 +103,7 @@ pub fn build(
         config, signals, ..
     } = &blueprint;
     let services: Arc<dyn HostServices> =
-        Services::new(registry, terminal, config, signals, &group);
+        Services::in_group(registry, terminal, config, signals, &group);
     let site = Site {
         blueprint: &blueprint,
         registry,
@@ -227,7 +227,7 @@ fn monitor(
 }
 
 /// Chooses device and precision, and sets what holds for the whole process.
-fn machine(
+pub(crate) fn machine(
     config: &mut HostConfig,
     group: &Group,
     terminal: &Terminal,
@@ -721,7 +721,12 @@ pub(crate) fn eval_stream(
 }
 
 /// Which windows make a batch.
-fn sampler(config: &HostConfig, stream: &Stream, seed: u64, terminal: &Terminal) -> Sampler {
+pub(crate) fn sampler(
+    config: &HostConfig,
+    stream: &Stream,
+    seed: u64,
+    terminal: &Terminal,
+) -> Sampler {
     let batch_size = config.batch_size;
     if let Some(lengths) = stream.lengths() {
         return Sampler::documents(Arc::clone(lengths), batch_size, seed, config.is_bucketed);
@@ -733,7 +738,7 @@ fn sampler(config: &HostConfig, stream: &Stream, seed: u64, terminal: &Terminal)
     Sampler::lanes(stream.n_windows(), batch_size)
 }
 
-fn batch_shape(
+pub(crate) fn batch_shape(
     config: &HostConfig,
     seq_len: u64,
     group: &Group,

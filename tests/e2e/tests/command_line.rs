@@ -61,6 +61,7 @@ fn nothing_typed_shows_how_to_use_it() {
            moeut-host model show -task <task> [-<argument> <value> …]     size, cost and layers of the model; --json
            moeut-host sweep show|run|slurm|results|convert <file>         the runs of a sweep file: looked at, or trained
            moeut-host report <run folder> … [-out <file>]                 one HTML page of runs: curves, charts, differences
+           moeut-host bench step|moe|attention|data                       how fast training, layers and data are here; --json
            moeut-host doctor                                              what is wrong with this machine, and the fix
            moeut-host --help [-task <task>]                               every argument
 
@@ -240,7 +241,7 @@ fn an_unknown_command() {
     --- stderr
     Error:   × unknown command `plugin list`
       ╰─▶ commands are `plugins`, `config show`, `model show`, `checkpoint`, `generate`, `eval`,
-          `sweep`, `report` and `doctor`; without one it trains
+          `sweep`, `report`, `bench` and `doctor`; without one it trains
       help: type `moeut-host --help`
     ");
 }
