@@ -254,9 +254,12 @@ fn an_offline_run_is_read_and_uploaded_by_wandbs_own_programs() {
             .any(|file| file.starts_with("media/html/examples/0_")),
         "{files:?}"
     );
+    check_table(&lab, id);
+}
 
-    // W&B's pages take the table from its artifact.
-    let artifact = lab.artifact(id);
+/// W&B's pages take the table of texts from its artifact.
+fn check_table(lab: &Lab, run: &str) {
+    let artifact = lab.artifact(run);
     assert_eq!(artifact["state"], "COMMITTED");
     assert_eq!(artifact["artifactTypeName"], "run_table");
     let table = artifact["files"]["examples/all.table.json"]
@@ -265,6 +268,7 @@ fn an_offline_run_is_read_and_uploaded_by_wandbs_own_programs() {
     let table: Value = serde_json::from_str(table).unwrap();
     assert_eq!(table["columns"], json!(["prompt", "text"]));
     assert_eq!(table["data"][0][0], "fn <T>");
+    let uploaded = lab.uploaded(run);
     let named = uploaded["summary"]["examples/all"]["artifact_path"]
         .as_str()
         .unwrap();
