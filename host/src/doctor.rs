@@ -134,6 +134,7 @@ pub fn machine(cuda: &Result<bool, PluginError>) -> String {
     match cuda {
         Ok(true) => {
             let _ = writeln!(text, "CUDA         {n_gpus} device(s); driver {}", driver());
+            let _ = writeln!(text, "GPU          {}", gpus(n_gpus));
         }
         Ok(false) => {
             let _ = writeln!(
@@ -169,6 +170,16 @@ fn cpu_model() -> String {
     model.map_or_else(String::new, |model| {
         format!("{}, ", model.trim_start_matches([' ', '\t', ':']))
     })
+}
+
+/// Names of the GPUs, each once.
+fn gpus(n_gpus: i64) -> String {
+    let indices = (0..n_gpus).filter_map(|index| usize::try_from(index).ok());
+    let names: BTreeSet<String> = indices
+        .filter_map(|index| moeut_torch::cuda::describe(tch::Device::Cuda(index)).ok())
+        .map(|gpu| gpu.name)
+        .collect();
+    names.into_iter().collect::<Vec<_>>().join(", ")
 }
 
 /// Version of NVIDIA's kernel driver.

@@ -150,6 +150,11 @@ impl Model {
         }
     }
 
+    /// Whether it was to be trained without a GPU.
+    pub(crate) fn is_for_cpu(&self) -> bool {
+        self.text("gpu").eq_ignore_ascii_case("none")
+    }
+
     /// How distinct layers make the stack: `abab` or `aabb`.
     pub(crate) fn group_type(&self) -> &str {
         self.text("transformer.universal.group_type")

@@ -36,8 +36,9 @@ macro_rules! sweep_file {
 }
 
 /// The sweep files of this repository for small machines.
-const FILES: [(&str, &str); 9] = [
+const FILES: [(&str, &str); 10] = [
     sweep_file!("dense.yaml"),
+    sweep_file!("universal.yaml"),
     sweep_file!("moeut.yaml"),
     sweep_file!("sigma_moe.yaml"),
     sweep_file!("moeut_postln.yaml"),
@@ -78,8 +79,9 @@ const fn job(
     }
 }
 
-const JOBS: [Job; 14] = [
+const JOBS: [Job; 15] = [
     job("small_dense", "dense.yaml", &[]),
+    job("small_universal", "universal.yaml", &[]),
     job("small_moeut", "moeut.yaml", &[]),
     job("small_sigma_moe", "sigma_moe.yaml", &[]),
     job("small_dense_xs", "dense.yaml", NARROW),

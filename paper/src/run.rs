@@ -24,6 +24,8 @@ use std::path::{Path, PathBuf};
 const RESULTS: [&str; 4] = ["eval.json", "result.json", "result2.json", "result3.json"];
 /// Where scores are in a record, as in the reference's dashboards.
 const VALIDATION: &str = "validation/";
+/// Durations of a step, the more exact one first.
+const STEP_TIMES: [&str; 2] = ["timing/exact_ms_per_iter", "timing/ms_per_iter"];
 /// What every table and figure shows.
 pub(crate) const PERPLEXITY: &str = "validation/val/perplexity";
 
@@ -38,6 +40,8 @@ pub(crate) struct Run {
     pub(crate) model: Model,
     /// The last value of each number; NaN for what was no number.
     metrics: BTreeMap<String, f64>,
+    /// Each record's [`STEP_TIMES`].
+    step_times: [Vec<f64>; 2],
     /// Seconds since 1970 of each start, and of the last record.
     times: (Vec<u64>, Vec<f64>),
     /// The text of all starts.
@@ -88,6 +92,7 @@ impl Run {
             folder: folder.to_owned(),
             model,
             metrics: records.last,
+            step_times: records.step_times,
             times: (start_times(&starts), records.times),
             starts,
         })
@@ -136,8 +141,31 @@ impl Run {
         (sum > 0.0).then_some(sum)
     }
 
+    /// How long a step takes: the median of all records but the first, whose steps come before everything is warm.
+    pub(crate) fn ms_per_step(&self) -> Option<f64> {
+        let times = self.step_times.iter().find(|times| !times.is_empty())?;
+        let mut warm = times[usize::from(times.len() > 1)..].to_vec();
+        warm.sort_by(f64::total_cmp);
+        let middle = warm.len() / 2;
+        Some(if warm.len().is_multiple_of(2) {
+            f64::midpoint(warm[middle - 1], warm[middle])
+        } else {
+            warm[middle]
+        })
+    }
+
+    /// The GPUs of the machine, unless it was trained without.
+    pub(crate) fn gpu(&self) -> Option<&str> {
+        self.machine("GPU").filter(|_| !self.model.is_for_cpu())
+    }
+
+    /// The processor.
+    pub(crate) fn cpu(&self) -> Option<&str> {
+        self.machine("CPU")
+    }
+
     /// What follows a word at the beginning of a line about the last start.
-    pub(crate) fn machine(&self, word: &str) -> Option<&str> {
+    fn machine(&self, word: &str) -> Option<&str> {
         let lines = self.starts.lines().rev();
         let mut found = lines.filter_map(|line| line.strip_prefix(word)?.strip_prefix(' '));
         found.next().map(str::trim)
@@ -174,6 +202,7 @@ struct Records {
     validated: Option<u64>,
     /// Of each record.
     times: Vec<f64>,
+    step_times: [Vec<f64>; 2],
 }
 
 impl Records {
@@ -188,6 +217,9 @@ impl Records {
             let step = record.get("step").and_then(Value::as_u64);
             self.times
                 .extend(record.get("time").and_then(Value::as_f64));
+            for (times, name) in self.step_times.iter_mut().zip(STEP_TIMES) {
+                times.extend(record.get(name).and_then(Value::as_f64));
+            }
             for (name, value) in record {
                 if name.starts_with(VALIDATION) && step.is_some() {
                     self.validated = step;

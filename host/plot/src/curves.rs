@@ -14,8 +14,8 @@ const HEIGHT: f32 = 300.0;
 const N_TICKS: usize = 6;
 /// Series in a legend; of more, every second, fifth, … is named.
 const MAX_NAMED: usize = 18;
-/// Lines with more points show their errors as a band.
-const MAX_ERROR_BARS: usize = 40;
+/// Lines with more points do not mark each, and show their errors as a band.
+const MAX_MARKS: usize = 40;
 
 impl Series {
     fn x(&self, index: usize) -> f64 {
@@ -73,7 +73,11 @@ pub(crate) fn xy(chart: &XyChart, title: &str) -> Drawing {
                 [] => {}
                 _ if series.is_points => dots(&mut drawing, &area, &run, color),
                 [_] => dots(&mut drawing, &area, &run, color),
-                _ => line(&mut drawing, &area, &thinned(run), color),
+                _ if run.len() > MAX_MARKS => line(&mut drawing, &area, &thinned(run), color),
+                _ => {
+                    line(&mut drawing, &area, &run, color);
+                    dots(&mut drawing, &area, &run, color);
+                }
             }
         }
     }
@@ -158,7 +162,7 @@ fn draw_errors(
         let x = series.x(index);
         Some((area.clamp(place(x, low)?), area.clamp(place(x, high)?)))
     };
-    if series.is_points || series.y.len() <= MAX_ERROR_BARS {
+    if series.is_points || series.y.len() <= MAX_MARKS {
         for (low, high) in (0..series.error.len()).filter_map(ends) {
             error_bar(drawing, low.0, low.1, high.1, color);
         }

@@ -298,7 +298,7 @@ const HOST_ARGS: &[ArgSpec] = &[
         .help("`10:12` records these steps for a trace viewer: `profile-10-12.json` in the run's folder"),
     ArgSpec::flag("log_grad_norms", "0")
         .field("logs_grad_norms")
-        .help("Log the norm of each parameter's gradient, after clipping"),
+        .help("Log the norm of each gradient with each step, after clipping"),
     ArgSpec::float("peak_tflops", "none")
         .optional()
         .unit("10^12/s")

@@ -107,9 +107,7 @@ fn train_step(run: &mut Run, lr: f64) -> Result<StepStats, TrainError> {
     run.monitor.enter(Phase::Optimizer);
     let overflow = run.scaler.unscale(&run.optimizer.grads(), &run.group)?;
     non_finite::inspect(run)?;
-    let norms = run
-        .optimizer
-        .clip_grads(run.monitor.wants_grad_norms(&run.state))?;
+    let norms = run.optimizer.clip_grads(run.monitor.wants_grad_norms())?;
     stats.note_grads(norms, run.scaler.current());
     let skip = run.guard.judge(&mut stats, overflow);
     run.optimizer.step(lr, &skip)?;

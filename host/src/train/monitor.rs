@@ -41,7 +41,7 @@ pub struct Watch {
     pub nan_budget: u64,
     /// Whether to wait for the device around each step, for exact times.
     pub is_speedtest: bool,
-    /// Whether to log the norm of each parameter's gradient.
+    /// Whether to log the norm of each parameter's gradient with each step.
     pub logs_grad_norms: bool,
 }
 
@@ -82,6 +82,8 @@ enum Metric {
     /// Of the very step that is logged.
     Single(String),
     GradNorm,
+    /// Logged with each step, under these names.
+    GradNorms(Vec<String>),
     IsBad,
     Wishes,
     Chart(Sketch),
@@ -179,10 +181,9 @@ impl Monitor {
         self.watch.intervals.observer()
     }
 
-    /// Whether the norms of the coming step's gradients will be logged, one by one.
-    pub fn wants_grad_norms(&self, state: &TrainState) -> bool {
-        let step = state.step + 1;
-        self.watch.logs_grad_norms && step.is_multiple_of(self.watch.intervals.record)
+    /// Whether the norms of a step's gradients are logged, one by one.
+    pub fn wants_grad_norms(&self) -> bool {
+        self.watch.logs_grad_norms
     }
 
     /// Says what the host does from now on, for the time split.
@@ -279,6 +280,7 @@ impl Monitor {
                 Metric::Averaged(name) => averaged.push((name, value)),
                 Metric::Single(name) => single.push((name, value)),
                 Metric::GradNorm => grad_norm = value,
+                Metric::GradNorms(names) => details.scalars.extend(names.into_iter().zip(values)),
                 Metric::IsBad => is_bad = value > 0.0,
                 Metric::Wishes => {
                     if let Some(signals) = &self.signals {
@@ -524,6 +526,7 @@ impl Pending {
             charts,
             selections,
             grad_norm,
+            grad_norms,
             is_bad,
             wishes,
             ..
@@ -545,6 +548,7 @@ impl Pending {
             .chain(charts)
             .chain(selections)
             .chain(grad_norm.map(|norm| (Metric::GradNorm, norm)))
+            .chain(grad_norms.map(|(names, norms)| (Metric::GradNorms(names), norms)))
             .chain(is_bad.map(|is_bad| (Metric::IsBad, is_bad)))
             .chain(wishes.map(|wishes| (Metric::Wishes, wishes)))
             .unzip();
@@ -610,7 +614,7 @@ mod tests {
         (sketch, values.shallow_clone())
     }
 
-    /// A step that is no record by itself tells a number, a map of tokens, a chart that is none, and counts.
+    /// A step that is no record by itself tells norms, a number, a map of tokens, a chart that is none, and counts.
     #[test]
     fn what_a_model_tells_is_logged_a_step_later() {
         let folder = tempfile::tempdir().unwrap();
@@ -658,6 +662,10 @@ mod tests {
                 chart("broken", ChartKind::Number, &square),
             ],
             selections: [("counts".to_owned(), Tensor::from_slice2(&[[3i64, 4]]))].into(),
+            grad_norms: Some((
+                vec!["norms/a".to_owned(), "norms/b".to_owned()],
+                Tensor::from_slice(&[1.5, 2.5]),
+            )),
             ..StepStats::default()
         };
         state.step = 3;
@@ -668,7 +676,9 @@ mod tests {
         let records = memory.0.lock().unwrap();
         assert!(records.iter().all(|record| record.step == 3));
         let scalars: Vec<_> = records.iter().flat_map(|record| &record.scalars).collect();
-        assert_eq!(scalars, [&("out_diff_0".to_owned(), 0.25)]);
+        let expected = [("out_diff_0", 0.25), ("norms/a", 1.5), ("norms/b", 2.5)];
+        let expected = expected.map(|(name, value)| (name.to_owned(), value));
+        assert_eq!(scalars, expected.each_ref());
         let plots: Vec<_> = records.iter().flat_map(|record| &record.plots).collect();
         let [(name, Plot::Frames(frames))] = &plots[..] else {
             panic!("{plots:?}");

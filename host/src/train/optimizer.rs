@@ -52,8 +52,8 @@ struct Slot {
 pub struct GradNorms {
     /// Of all of them together, before clipping.
     pub total: Tensor,
-    /// Of each, after clipping, if asked for.
-    pub by_parameter: Vec<(String, Tensor)>,
+    /// Of each, after clipping, if asked for: the parameters' names, and one axis of norms.
+    pub by_parameter: Option<(Vec<String>, Tensor)>,
 }
 
 /// Names of a rule's state tensors, PyTorch's.
@@ -156,14 +156,10 @@ impl Optimizer {
             None => norms(&tensors),
         };
         let Norms { total, each } = norms.or_plugin_error("gradients cannot be clipped")?;
-        let wanted = grads.iter().filter(|_| wants_each);
-        let by_parameter = wanted
-            .zip(0..)
-            .map(|((name, _), index)| ((*name).to_owned(), each.get(index)))
-            .collect();
+        let names = || grads.iter().map(|(name, _)| (*name).to_owned()).collect();
         Ok(GradNorms {
             total,
-            by_parameter,
+            by_parameter: wants_each.then(|| (names(), each)),
         })
     }
 

@@ -10,7 +10,8 @@
 //! | the counts of a step for a file | with `-dump_logs`, each step | with `-dump_logs`, each stream |
 //!
 //! Nothing is counted or charted with `-details_log_interval none`. The reference counts microbatches where steps are
-//! counted here, and shows one step later.
+//! counted here, and shows one step later. Its `layer_stats/…` has no counterpart: it asks for them each twenty steps, but
+//! none of its layers has the method that would answer. What a layer has to tell is among the cheap numbers.
 
 use super::Output;
 use super::charts::{Shown, Sketch};

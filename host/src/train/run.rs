@@ -280,6 +280,7 @@ impl Run {
             prompts,
             sampling,
         } = &self.samples;
+        let mut rows = Vec::new();
         for (index, prompt) in prompts.iter().enumerate() {
             if self.signals.is_ending() {
                 break;
@@ -293,6 +294,15 @@ impl Run {
                 &mut uniform,
             )?;
             self.monitor.sample(self.state.step, index, &text);
+            rows.push(vec![prompt.clone(), text]);
+        }
+        if !rows.is_empty() {
+            let table = moeut_plot::Table {
+                header: ["prompt", "text"].map(str::to_owned).to_vec(),
+                rows,
+            };
+            let plots = vec![("examples/all".to_owned(), table.into())];
+            self.monitor.record(self.state.step, Vec::new(), plots);
         }
         Ok(())
     }

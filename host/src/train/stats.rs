@@ -24,6 +24,8 @@ pub struct StepStats {
     pub objective: Option<Tensor>,
     /// Norm of all gradients before clipping.
     pub grad_norm: Option<Tensor>,
+    /// Norm of each gradient after clipping, by metric, if asked for.
+    pub grad_norms: Option<(Vec<String>, Tensor)>,
     /// One float, 1 if the step is not finite.
     pub is_bad: Option<Tensor>,
     /// Of several processes: what signals ask all of them for.
@@ -89,11 +91,12 @@ impl StepStats {
     /// Adds the norms of the gradients.
     pub(super) fn note_grads(&mut self, norms: GradNorms, loss_scale: Option<Tensor>) {
         self.grad_norm = Some(norms.total);
-        let by_parameter = norms
-            .by_parameter
-            .into_iter()
-            .map(|(name, norm)| (format!("model/grad_norms/{name}"), norm));
-        self.single.extend(by_parameter);
+        self.grad_norms = norms.by_parameter.map(|(parameters, norms)| {
+            let names = parameters
+                .iter()
+                .map(|name| format!("model/grad_norms/{name}"));
+            (names.collect(), norms)
+        });
         let loss_scale = loss_scale.map(|scale| ("amp/loss_scale".to_owned(), scale));
         self.single.extend(loss_scale);
     }

@@ -17,6 +17,7 @@ mod plot_scaling;
 mod plot_update_magnitude;
 mod sut;
 mod sut_result_table;
+mod time_and_memory;
 mod token_experts;
 
 use crate::product::Product;
@@ -27,6 +28,7 @@ pub(crate) const ALL: &[Product] = &[
     sut_result_table::PRODUCT,
     plot_hyperparams::PRODUCT,
     plot_hyperparams_sut::PRODUCT,
+    time_and_memory::PRODUCT,
     plot_compute::PRODUCT,
     plot_scaling::PRODUCT,
     plot_flops_scaling::PRODUCT,

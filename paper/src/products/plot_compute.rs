@@ -44,20 +44,14 @@ fn row(run: &Run) -> Result<Vec<String>, Reason> {
     let seconds = run
         .seconds()
         .ok_or("neither `startup_log.txt` nor `metrics.jsonl` tells how long it took")?;
-    let gpu = run.machine("GPU").or_else(|| {
-        // As the start-up log of a machine with a GPU has it; a run takes one.
-        let line = run.machine("CUDA")?;
-        line.starts_with(|c: char| c.is_ascii_digit())
-            .then_some("1")
-    });
     let macs = model.training_macs().ok_or("it has no `stop_after`")?;
     Ok(vec![
         model.dataset_title().to_owned(),
         model.family().name().to_owned(),
         model.size(),
         format!("{macs:.2e}"),
-        gpu.unwrap_or_default().to_owned(),
-        run.machine("CPU").unwrap_or_default().to_owned(),
+        run.gpu().unwrap_or_default().to_owned(),
+        run.cpu().unwrap_or_default().to_owned(),
         hours_and_minutes(seconds),
         run.name.clone(),
     ])

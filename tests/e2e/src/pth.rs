@@ -3,8 +3,10 @@
 //! Files that PyTorch itself wrote are in `fixtures/pytorch`; this is for those that are too large to keep or hold what
 //! only a test knows. It shares no code with the reader in the host.
 
+use crate::sandbox::read;
 use serde_json::Value;
 use std::collections::BTreeMap;
+use std::path::Path;
 
 /// A tensor's bytes, in row-major order.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -67,6 +69,31 @@ pub struct ReferenceRun {
 }
 
 impl ReferenceRun {
+    /// A checkpoint of ours as the reference would have written it: the same numbers in its file format.
+    pub fn of_checkpoint(folder: &Path, step: u32) -> Self {
+        let tensors = |file: &str| read_safetensors(&read(&folder.join(file)));
+        let model = tensors("model.safetensors");
+        let state: BTreeMap<String, _> = tensors("optimizer.safetensors").into_iter().collect();
+        let slot = |name: &String| -> Option<RawTensors> {
+            ["step", "exp_avg", "exp_avg_sq"]
+                .iter()
+                .map(|key| {
+                    Some((
+                        (*key).to_owned(),
+                        state.get(&format!("{key}/{name}"))?.clone(),
+                    ))
+                })
+                .collect()
+        };
+        let args = serde_json::from_slice(&read(&folder.join("args.json")));
+        Self {
+            step,
+            args: args.expect("the checkpoint has its arguments"),
+            optimizer: model.iter().filter_map(|(name, _)| slot(name)).collect(),
+            model,
+        }
+    }
+
     /// The bytes of the `.pth` file.
     pub fn to_bytes(&self) -> Vec<u8> {
         let mut file = Pickle::default();

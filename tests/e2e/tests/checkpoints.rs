@@ -1,9 +1,6 @@
 //! `moeut-host checkpoint`: to and from the reference's files, and for Python.
 
-use moeut_e2e::{
-    Outcome, RawTensors, ReferenceRun, Sandbox, checkpoint_files, losses, read, read_safetensors,
-    tiny,
-};
+use moeut_e2e::{Outcome, ReferenceRun, Sandbox, checkpoint_files, losses, read, tiny};
 use serde_json::Value;
 use std::collections::BTreeMap;
 use std::fs;
@@ -27,37 +24,14 @@ fn train(sandbox: &Sandbox, name: &str, more: &[&str]) -> Outcome {
     sandbox.run(&tiny(name, &all).as_strs()).ok()
 }
 
-/// A checkpoint of ours as the reference would have written it: the same numbers in its file format.
-fn as_reference(folder: &Path) -> serde_json::Result<ReferenceRun> {
-    let tensors = |file: &str| read_safetensors(&read(&folder.join(file)));
-    let model = tensors("model.safetensors");
-    let state: BTreeMap<String, _> = tensors("optimizer.safetensors").into_iter().collect();
-    let slot = |name: &String| -> Option<RawTensors> {
-        ["step", "exp_avg", "exp_avg_sq"]
-            .iter()
-            .map(|key| {
-                Some((
-                    (*key).to_owned(),
-                    state.get(&format!("{key}/{name}"))?.clone(),
-                ))
-            })
-            .collect()
-    };
-    Ok(ReferenceRun {
-        step: SAVED_AT,
-        args: serde_json::from_slice(&read(&folder.join("args.json")))?,
-        optimizer: model.iter().filter_map(|(name, _)| slot(name)).collect(),
-        model,
-    })
-}
-
 /// Trained here, handed over as the reference's file, converted, gone on with: the same losses and parameters.
 #[test]
 fn a_run_goes_on_from_a_checkpoint_of_the_reference_bit_for_bit() {
     let sandbox = Sandbox::new();
     train(&sandbox, "a", &[]);
     let a = sandbox.run_folder("a");
-    let run = as_reference(&a.join(format!("checkpoint/model-{SAVED_AT}"))).unwrap();
+    let run =
+        ReferenceRun::of_checkpoint(&a.join(format!("checkpoint/model-{SAVED_AT}")), SAVED_AT);
     fs::write(sandbox.work().join("model-6.pth"), run.to_bytes()).unwrap();
 
     let converted = sandbox

@@ -377,6 +377,15 @@ fn papers_runs() -> BTreeMap<String, Args> {
         args.insert(flag.to_owned(), value.to_owned());
         runs.insert(format!("c4_moeut_big_matched_rope_noln_{ending}"), args);
     }
+    let mut universal = runs["c4_baseline_big_rope_nodrop"].clone();
+    for (flag, value) in [
+        ("transformer.variant", "preln_rope_universal"),
+        ("transformer.universal.group_size", "1"),
+        ("transformer.ff_multiplier", "106.3"),
+    ] {
+        universal.insert(flag.to_owned(), value.to_owned());
+    }
+    runs.insert("c4_universal_big".to_owned(), universal);
     runs
 }
 
@@ -388,7 +397,8 @@ struct End {
     torn: &'static str,
 }
 
-/// Writes the folder of a run whose numbers are made up: 90 minutes in two starts, 16 layers.
+/// Writes the folder of a run whose numbers are made up: 90 minutes in two starts, 16 layers, steps of 800 ms and for
+/// shared layers of 1200 ms, of which the first 20 took longer.
 fn write_run(save: &Path, name: &str, args: &Args, end: &End) {
     let folder = save.join(name);
     fs::create_dir_all(folder.join("export")).unwrap();
@@ -399,9 +409,16 @@ fn write_run(save: &Path, name: &str, args: &Args, end: &End) {
     .unwrap();
     let mut lines = String::new();
     let mut line = |record: Value| writeln!(lines, "{record}").unwrap();
-    line(json!({"step": 20, "time": 1600.0, "train/loss": 7.0}));
-    let mut last =
-        json!({"step": end.step, "time": 13_800.0, "validation/val/perplexity": end.perplexity});
+    let ms = if args["transformer.variant"].contains("universal") {
+        1200.0
+    } else {
+        800.0
+    };
+    line(json!({"step": 20, "time": 1600.0, "train/loss": 7.0, "timing/ms_per_iter": 9000.0}));
+    let mut last = json!({
+        "step": end.step, "time": 13_800.0, "validation/val/perplexity": end.perplexity, "timing/ms_per_iter": ms,
+        "memory/peak_bytes": 3_u64 << 30, "average_num_chunks": 2.0,
+    });
     for layer in 0..16 {
         last[format!("activation_norm/abs_update_layer_{layer}")] = json!(1.5 * f64::from(layer));
         last[format!("activation_norm/in_layer_{layer}")] = json!(10.0 + f64::from(layer));
@@ -456,12 +473,13 @@ const FIGURES: [&str; 17] = [
     "token_expert_g1",
     "update_magnitude",
 ];
-const TABLES: [&str; 5] = [
+const TABLES: [&str; 6] = [
     "main_result_table",
     "plot_compute",
     "plot_hyperparams",
     "plot_hyperparams_sut",
     "sut_result_table",
+    "time_and_memory",
 ];
 
 /// Name and time of all files in a folder.
@@ -592,6 +610,13 @@ fn everything_is_made_of_whole_runs_once() {
     let table = text(&out.join("plot_compute.csv"));
     let line = "C4,MoEUT,44M,2.96e17,,\"Toy, 2 cores\",1:30,c4_moeut_small_matched_rope_noln_long";
     assert!(table.lines().any(|found| found == line), "{line}\n{table}");
+    let table = text(&out.join("time_and_memory.csv"));
+    for line in [
+        "Baseline,244M,32 × 1024,800.0,1.00,3.00,\"Toy, 2 cores\",c4_baseline_big_rope_nodrop",
+        "UT,244M,32 × 1024,1200.0,1.50,3.00,\"Toy, 2 cores\",c4_universal_big",
+    ] {
+        assert!(table.lines().any(|found| found == line), "{line}\n{table}");
+    }
     let similarity = text(&out.join("layer_similarity.csv"));
     assert!(similarity.contains("\n0,2,0.5,"), "{similarity}");
 
@@ -601,7 +626,7 @@ fn everything_is_made_of_whole_runs_once() {
     assert_eq!(files(&out), before);
     assert_eq!(
         again.stderr.matches(": nothing has changed").count(),
-        18,
+        19,
         "{}",
         again.stderr
     );
@@ -826,7 +851,7 @@ fn finished_runs_of_weights_and_biases_become_run_folders() {
     );
 }
 
-/// Trains 22 tiny models of all families, and makes everything from them.
+/// Trains 23 tiny models of all families, and makes everything from them.
 #[test]
 fn a_reproduction_of_two_steps_makes_everything_and_goes_on_where_it_was() {
     let dir = tempfile::tempdir().unwrap();
@@ -842,6 +867,11 @@ fn a_reproduction_of_two_steps_makes_everything_and_goes_on_where_it_was() {
     ];
     let said = paper(dir.path(), &line);
     assert_eq!(said.code, Some(0), "{}", said.stderr);
+    assert!(
+        said.stderr.contains(": 32 tokens; 0 of "),
+        "tokens one by one select what whole windows select\n{}",
+        said.stderr
+    );
     let out = dir.path().join("tiny/figures");
     check_all_forms(&out);
     // A number of a figure is that of its run.
@@ -871,7 +901,7 @@ fn a_reproduction_of_two_steps_makes_everything_and_goes_on_where_it_was() {
     assert!(read(&dir.path().join("tiny/save/small_k-4/metrics.jsonl")) == before);
     assert_eq!(
         again.stderr.matches(": nothing has changed").count(),
-        18 + 1,
+        19 + 1,
         "{}",
         again.stderr
     );

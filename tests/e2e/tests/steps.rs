@@ -1,7 +1,7 @@
 //! Single steps: that they repeat, what they log, and what is said when one goes wrong.
 
 use moeut_e2e::{Sandbox, checkpoint_files, losses, read, tiny};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::Path;
 
@@ -131,11 +131,19 @@ fn a_record_has_times_memory_and_norms() {
         "timing/tokens_per_s",
         "timing/mfu",
         "memory/peak_bytes",
-        "model/grad_norms/",
         "max_grad",
     ] {
         assert!(text.contains(name), "no {name} in {text}");
     }
+    let steps_with = |name: &str| -> BTreeSet<u64> {
+        let records = text.lines().filter(|line| line.contains(name));
+        let record = |line| serde_json::from_str::<serde_json::Value>(line).unwrap();
+        records
+            .map(|line| record(line)["step"].as_u64().unwrap())
+            .collect()
+    };
+    assert_eq!(steps_with("model/grad_norms/"), (1..=6).collect());
+    assert_eq!(steps_with("max_grad"), [2, 4, 6].into());
 }
 
 /// After one step the parameters are finite and huge; what is computed from them is not.

@@ -146,6 +146,7 @@ fn small_sweeps_and_their_runs() {
     moeut_preln
     sigma_moe
     sut
+    universal
     ");
 }
 

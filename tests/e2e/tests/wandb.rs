@@ -100,10 +100,25 @@ impl Lab {
         records.collect()
     }
 
+    /// What the server knows.
+    fn state(&self) -> Value {
+        let text = fs::read_to_string(self.sandbox.work().join("server/state.json")).unwrap();
+        serde_json::from_str(&text).unwrap()
+    }
+
     /// What the server knows about a run.
     fn uploaded(&self, run: &str) -> Value {
-        let text = fs::read_to_string(self.sandbox.work().join("server/state.json")).unwrap();
-        serde_json::from_str::<Value>(&text).unwrap()["runs"][run].clone()
+        self.state()["runs"][run].clone()
+    }
+
+    /// The first artifact of a run.
+    fn artifact(&self, run: &str) -> Value {
+        let state = self.state();
+        let mut artifacts = state["artifacts"].as_object().unwrap().values();
+        let found = artifacts.find(|artifact| artifact["runName"] == run);
+        found
+            .unwrap_or_else(|| panic!("no artifact in {state}"))
+            .clone()
     }
 
     /// The folders of W&B below a run's folder, oldest first.
@@ -238,6 +253,28 @@ fn an_offline_run_is_read_and_uploaded_by_wandbs_own_programs() {
             .keys()
             .any(|file| file.starts_with("media/html/examples/0_")),
         "{files:?}"
+    );
+    check_table(&lab, id);
+}
+
+/// W&B's pages take the table of texts from its artifact.
+fn check_table(lab: &Lab, run: &str) {
+    let artifact = lab.artifact(run);
+    assert_eq!(artifact["state"], "COMMITTED");
+    assert_eq!(artifact["artifactTypeName"], "run_table");
+    let table = artifact["files"]["examples/all.table.json"]
+        .as_str()
+        .unwrap();
+    let table: Value = serde_json::from_str(table).unwrap();
+    assert_eq!(table["columns"], json!(["prompt", "text"]));
+    assert_eq!(table["data"][0][0], "fn <T>");
+    let uploaded = lab.uploaded(run);
+    let named = uploaded["summary"]["examples/all"]["artifact_path"]
+        .as_str()
+        .unwrap();
+    assert!(
+        named.contains(artifact["clientID"].as_str().unwrap()),
+        "{named}"
     );
 }
 
@@ -418,6 +455,25 @@ fn rows_logged(folder: &Path) -> usize {
         .unwrap()
         .lines()
         .count()
+}
+
+#[test]
+fn wandb_takes_our_sweep_files() {
+    let Some(lab) = Lab::new(&json!([])) else {
+        return;
+    };
+    let sweeps = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../sweeps");
+    for (number, name) in ["c4_moeut_1b_switchead.yaml", "small/ablation_k.yaml"]
+        .iter()
+        .enumerate()
+    {
+        let file = sweeps.join(name);
+        let said = lab.wandb_says(&["sweep", "-e", "ent", "-p", "lm", file.to_str().unwrap()]);
+        assert!(said.contains("wandb agent ent/lm/swp"), "{said}");
+        let taken = lab.state()["sweeps"][number].clone();
+        let taken = taken.as_str().unwrap();
+        assert!(taken.contains("program: moeut-host\n"), "{taken}");
+    }
 }
 
 /// Every argument of a tiny run as an agent passes it, with Python's words for some.

@@ -1,7 +1,7 @@
 //! Texts and charts as W&B shows them: a small JSON object in a row of history, and files that it names.
 //!
 //! ```text
-//! text        html             table     table, JSON       histogram   in the row itself, at most 512 bins
+//! text        html             table     JSON, artifact    histogram   in the row itself, at most 512 bins
 //! images      png              frames    video, gif        others      Plotly's JSON, or a png of what that cannot draw
 //! ```
 //! Files are below the run's folder `files`, named after metric, row and content, as W&B's own are.
@@ -87,7 +87,20 @@ impl Place<'_> {
     }
 
     fn table(self, table: &Table) -> Media {
-        let content = json!({"columns": table.header, "data": table.rows}).to_string();
+        let cell = json!({"wb_type": "union", "params": {"allowed_types": [{"wb_type": "none"}, {"wb_type": "string"}]}});
+        let types = table.header.iter().map(|name| (name.clone(), cell.clone()));
+        let types: serde_json::Map<String, Value> = types.collect();
+        // Who reads the artifact wants all of it, who reads the file the first two.
+        let content = json!({
+            "columns": table.header,
+            "data": table.rows,
+            "_type": "table",
+            "column_types": {"wb_type": "typedDict", "params": {"type_map": types}},
+            "log_mode": "IMMUTABLE",
+            "ncols": table.header.len(),
+            "nrows": table.rows.len(),
+        })
+        .to_string();
         let size = json!({"ncols": table.header.len(), "nrows": table.rows.len()});
         self.file(
             "table",
@@ -179,10 +192,13 @@ mod tests {
             rows: vec![vec!["x".to_owned(), "1".to_owned()]],
         };
         let media = plot(PLACE, &Plot::Table(table));
+        let content: Value = serde_json::from_slice(&media.files[0].1).unwrap();
         assert_eq!(
-            media.files[0].1,
-            br#"{"columns":["k","v"],"data":[["x","1"]]}"#
+            (&content["columns"], &content["data"]),
+            (&json!(["k", "v"]), &json!([["x", "1"]]))
         );
+        let types = &content["column_types"]["params"]["type_map"];
+        assert_eq!(types.as_object().unwrap().len(), 2);
         assert_eq!(
             (&media.json["ncols"], &media.json["nrows"]),
             (&2.into(), &1.into())

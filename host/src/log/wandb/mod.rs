@@ -11,6 +11,7 @@
 //! of one id behind each other. Rows are counted on through all of them, as the reference's are, and have the number of the
 //! step as `iteration`.
 
+mod artifact;
 mod datastore;
 mod media;
 mod records;
@@ -33,6 +34,7 @@ use crate::run_folder::machine;
 use crate::signals::Ending;
 use crate::startup_log::quoted;
 use crate::whole_file;
+use artifact::Artifact;
 use datastore::DataStore;
 use media::{Media, Place};
 use records::{Environment, RunInfo};
@@ -218,13 +220,14 @@ impl Wandb {
         Ok(())
     }
 
-    /// Texts and charts of a record, by name.
-    fn media(&mut self, record: &Record) -> Vec<(String, Media)> {
+    /// Texts and charts of a record, by name, and tables once more.
+    fn media(&mut self, record: &Record) -> (Vec<(String, Media)>, Vec<Artifact>) {
         let row = self.row;
         let texts = record.texts.iter();
         let mut all: Vec<(String, Media)> = texts
             .map(|(name, text)| (name.clone(), media::text(Place { name, row }, text)))
             .collect();
+        let mut artifacts = Vec::new();
         for (name, plot) in &record.plots {
             if self.drops_tables && matches!(plot, Plot::Table(_)) {
                 let text = "W&B: tables are left out, as `-wandb_bug_workaround 1` says";
@@ -233,9 +236,24 @@ impl Wandb {
                 }
                 continue;
             }
-            all.push((name.clone(), media::plot(Place { name, row }, plot)));
+            let mut media = media::plot(Place { name, row }, plot);
+            if let (Plot::Table(_), [(path, bytes)]) = (plot, &media.files[..]) {
+                let artifact = Artifact::new(&self.run.id, name, (path, bytes), draw_long_id);
+                for (key, value) in artifact.references() {
+                    media.json[key] = value;
+                }
+                artifacts.push(artifact);
+            }
+            all.push((name.clone(), media));
         }
-        all
+        (all, artifacts)
+    }
+
+    /// Has a table uploaded once more, as an artifact. The service has a working folder of its own.
+    fn artifact_record(&self, artifact: &Artifact) -> records::Record {
+        let place = self.files.join(&artifact.path);
+        let place = std::path::absolute(&place).unwrap_or(place);
+        records::artifact(artifact, &self.run, &place.to_string_lossy())
     }
 
     /// Written beside and renamed, so that no upload sees half a file.
@@ -260,7 +278,7 @@ impl Sink for Wandb {
     }
 
     fn write(&mut self, record: &Record) -> Result<(), SinkError> {
-        let media = self.media(record);
+        let (media, artifacts) = self.media(record);
         for (path, bytes) in media.iter().flat_map(|(_, media)| &media.files) {
             self.write_file(path, bytes)?;
         }
@@ -296,6 +314,11 @@ impl Sink for Wandb {
             .iter()
             .flat_map(|(_, media)| media.files.iter().map(|(path, _)| path))
             .collect();
+        written.extend(
+            artifacts
+                .iter()
+                .map(|artifact| self.artifact_record(artifact)),
+        );
         if !files.is_empty() {
             written.push(records::files(files));
         }
@@ -376,6 +399,11 @@ fn draw_id() -> String {
         char::from(DIGITS[usize::try_from(digit).unwrap_or_default()])
     };
     (0..8).map(|_| digit()).collect()
+}
+
+/// An id that no server gives out.
+fn draw_long_id() -> String {
+    (0..16).map(|_| draw_id()).collect()
 }
 
 /// One more than the last row of the run's earlier files that are still there.

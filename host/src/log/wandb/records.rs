@@ -6,6 +6,8 @@ use serde_json::Value;
 
 use super::super::protobuf::Value as Field;
 use super::super::protobuf::{Message, bytes_of, fields, integer_of};
+use super::WandbRun;
+use super::artifact::Artifact;
 
 /// The version whose records these are, and the oldest that reads them.
 const PRODUCER: &str = "0.31.0";
@@ -21,6 +23,7 @@ pub(super) struct Record {
 const HISTORY: u32 = 2;
 const SUMMARY: u32 = 3;
 const FILES: u32 = 6;
+const ARTIFACT: u32 = 8;
 const METRIC: u32 = 12;
 const RUN: u32 = 17;
 const EXIT: u32 = 18;
@@ -190,6 +193,42 @@ pub(super) fn files<'a>(paths: impl IntoIterator<Item = &'a String>) -> Record {
     }
     Record {
         kind: FILES,
+        content,
+    }
+}
+
+/// A table that is uploaded as an artifact; `place` is its file.
+pub(super) fn artifact(artifact: &Artifact, run: &WandbRun, place: &str) -> Record {
+    let layout = Message::default()
+        .bytes(1, b"storageLayout")
+        .bytes(2, b"\"V2\"");
+    let entry = Message::default()
+        .bytes(1, artifact.entry.as_bytes())
+        .bytes(2, artifact.md5.as_bytes())
+        .integer(4, artifact.size)
+        .bytes(6, place.as_bytes())
+        // W&B need not keep a copy of what the run keeps.
+        .integer(8, 1);
+    let manifest = Message::default()
+        .integer(1, 1)
+        .bytes(2, b"wandb-storage-policy-v1")
+        .bytes(3, &layout.0)
+        .bytes(4, &entry.0);
+    let content = Message::default()
+        .bytes(1, run.id.as_bytes())
+        .bytes(2, run.project.as_bytes());
+    let content = with_text(content, 3, &run.entity)
+        .bytes(4, b"run_table")
+        .bytes(5, artifact.name.as_bytes())
+        .bytes(6, artifact.digest().as_bytes())
+        .bytes(11, b"latest")
+        .bytes(12, &manifest.0)
+        .integer(14, 1)
+        .bytes(15, artifact.client_id.as_bytes())
+        .bytes(16, artifact.sequence_id.as_bytes())
+        .bytes(20, b"MANIFEST_MD5");
+    Record {
+        kind: ARTIFACT,
         content,
     }
 }

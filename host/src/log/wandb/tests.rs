@@ -264,6 +264,16 @@ fn wandbs_own_reader_finds_every_kind_of_value() {
         assert_eq!(&row[format!("plot/{n}")]["_type"], kind, "{n} in {row}");
     }
     assert_eq!(row["plot/1"]["values"], serde_json::json!([3, 4]));
+    let artifact = find("artifact");
+    let id = artifact["client_id"].as_str().unwrap();
+    assert_eq!(id.len(), 128);
+    assert_eq!(
+        row["plot/0"]["artifact_path"],
+        format!("wandb-client-artifact://{id}/plot/0.table.json")
+    );
+    let entry = &artifact["manifest"]["contents"][0];
+    let uploaded = fs::read(entry["local_path"].as_str().unwrap()).unwrap();
+    assert_eq!(entry["size"], uploaded.len().to_string());
     let files = find("files")["files"].clone();
     let files: Vec<&str> = files
         .as_array()
