@@ -6,6 +6,7 @@
 
 use proc_macro2::{TokenStream, TokenTree};
 use std::collections::BTreeSet;
+use std::fmt::Write;
 use std::path::Path;
 use syn::{Attribute, Fields, File, ImplItem, Item, TraitItem, Type, Visibility, parse_quote};
 
@@ -41,7 +42,7 @@ fn crate_folder() -> &'static Path {
 /// The public items of a crate, one module behind the other.
 fn listing(library: &Path) -> String {
     let mut modules = Vec::new();
-    let folder = library.parent().expect("a file is in a folder");
+    let folder = library.parent().unwrap_or(library);
     read_module("crate", library, folder, &mut modules);
     let public: BTreeSet<String> = modules
         .iter()
@@ -60,7 +61,7 @@ fn listing(library: &Path) -> String {
                 attrs: Vec::new(),
                 items,
             };
-            text.push_str(&format!("// {path}\n{}\n", prettyplease::unparse(&file)));
+            let _ = write!(text, "// {path}\n{}\n", prettyplease::unparse(&file));
         }
     }
     text
@@ -96,17 +97,13 @@ fn add_module(path: &str, items: Vec<Item>, folder: &Path, all: &mut Vec<Module>
         }
         let path = format!("{path}::{}", module.ident);
         let own = folder.join(module.ident.to_string());
-        match module.content {
-            Some((_, items)) => add_module(&path, items, &own, all),
-            None => {
-                let flat = own.with_extension("rs");
-                let file = if flat.is_file() {
-                    flat
-                } else {
-                    own.join("mod.rs")
-                };
-                read_module(&path, &file, &own, all);
-            }
+        if let Some((_, items)) = module.content {
+            add_module(&path, items, &own, all);
+        } else {
+            let flat = own.with_extension("rs");
+            let is_flat = flat.is_file();
+            let file = if is_flat { flat } else { own.join("mod.rs") };
+            read_module(&path, &file, &own, all);
         }
     }
 }
@@ -224,8 +221,10 @@ fn strip_fields(fields: &mut Fields, keeps_private: bool) {
     for field in fields.iter_mut() {
         strip_attributes(&mut field.attrs);
     }
+    if keeps_private {
+        return;
+    }
     match fields {
-        _ if keeps_private => {}
         Fields::Unit => {}
         Fields::Named(fields) => {
             let n_fields = fields.named.len();
