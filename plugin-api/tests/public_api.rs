@@ -308,7 +308,7 @@ fn without_bodies(tokens: TokenStream) -> TokenStream {
 fn what_is_public_is_listed_and_nothing_else() {
     let folder = tempfile::tempdir().expect("a temporary folder can be made");
     let library = folder.path().join("lib.rs");
-    let source = r#"
+    let source = r"
         //! Documentation.
         mod inner;
         pub use inner::Shown;
@@ -326,7 +326,7 @@ fn what_is_public_is_listed_and_nothing_else() {
         macro_rules! whisper { () => {} }
         #[cfg(test)]
         mod tests { pub fn not_this() {} }
-    "#;
+    ";
     let inner = r"
         #[derive(Debug)]
         pub struct Shown { pub a: u8, b: u8 }
@@ -339,7 +339,7 @@ fn what_is_public_is_listed_and_nothing_else() {
     ";
     std::fs::write(&library, source).expect("a file can be written");
     std::fs::write(folder.path().join("inner.rs"), inner).expect("a file can be written");
-    insta::assert_snapshot!(listing(&library), @r#"
+    insta::assert_snapshot!(listing(&library), @r"
     // crate
     pub use inner::Shown;
     pub const N: usize = 3;
@@ -370,5 +370,5 @@ fn what_is_public_is_listed_and_nothing_else() {
         pub fn new() -> Self {}
     }
     impl Clone for Shown {}
-    "#);
+    ");
 }
