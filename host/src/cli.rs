@@ -83,6 +83,7 @@ pub fn main() -> ExitCode {
 fn start_libtorch() -> Result<bool, PluginError> {
     // Without it training is slower, and that is all: another C library need not know the options.
     let _ = moeut_torch::memory::keep_freed_blocks();
+    watchdog::name_uncaught();
     // Before any other call of libtorch: a question about CUDA caches the answer "none" for good.
     moeut_torch::determinism::order_devices_by_bus();
     let _ = moeut_c10d::prepare_environment();

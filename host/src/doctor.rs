@@ -1,34 +1,34 @@
 //! What is there and what is wrong with it: `plugins list` and `doctor`.
 
-use crate::plugins::{Component, Registry, folders};
+use crate::plugins::listing::{Listed, Listing};
+use crate::plugins::{Problem, Registry, folders};
 use moeut_plugin_api::PluginError;
 use moeut_plugin_api::abi::{ABI_MAJOR, ABI_MINOR};
 use std::collections::BTreeSet;
 use std::fmt::Write;
 
 /// One line per component: kind, name, version, ABI, libtorch, file.
-pub fn plugin_table(registry: &Registry) -> String {
+pub fn plugin_table(listing: &Listing) -> String {
     let mut rows = vec![["KIND", "NAME", "VERSION", "ABI", "LIBTORCH", "FILE"].map(str::to_owned)];
     let mut seen = BTreeSet::new();
-    for component in registry.components() {
-        let is_shadowed = !seen.insert((component.info.kind, component.info.name.clone()));
-        rows.push(row(&component, is_shadowed));
+    for component in &listing.components {
+        let is_shadowed = !seen.insert((component.name.kind, &component.name.name));
+        rows.push(row(component, is_shadowed));
     }
     let mut text = if rows.len() == 1 {
         "no plugins\n".to_owned()
     } else {
         columns(&rows)
     };
-    for note in registry.notes() {
+    for note in listing.screening.notes() {
         let _ = writeln!(text, "note: {note}");
     }
-    text + &problems(registry)
+    text + &problems(listing.screening.problems())
 }
 
-fn row(component: &Component<'_>, is_shadowed: bool) -> [String; 6] {
-    let plugin = &component.library.manifest.plugin;
-    let file = component.library.manifest.path.display();
-    let aliases = &component.info.aliases;
+fn row(component: &Listed, is_shadowed: bool) -> [String; 6] {
+    let Listed { name, plugin, path } = component;
+    let file = path.display();
     let or_dash = |text: &str| {
         if text.is_empty() {
             "-".to_owned()
@@ -37,11 +37,11 @@ fn row(component: &Component<'_>, is_shadowed: bool) -> [String; 6] {
         }
     };
     [
-        component.info.kind.to_string(),
-        if aliases.is_empty() {
-            component.info.name.clone()
+        name.kind.to_string(),
+        if name.aliases.is_empty() {
+            name.name.clone()
         } else {
-            format!("{} ({})", component.info.name, aliases.join(", "))
+            format!("{} ({})", name.name, name.aliases.join(", "))
         },
         plugin.version.clone(),
         plugin.abi.clone(),
@@ -74,9 +74,9 @@ fn columns(rows: &[[String; 6]]) -> String {
     text
 }
 
-fn problems(registry: &Registry) -> String {
+fn problems(problems: &[Problem]) -> String {
     let mut text = String::new();
-    for problem in registry.problems() {
+    for problem in problems {
         let PluginError { what, why, fix } = &problem.error;
         let _ = writeln!(text, "problem: {what}\n    why: {why}\n    fix: {fix}");
     }
@@ -113,7 +113,7 @@ pub fn report(registry: &Registry, cuda: &Result<bool, PluginError>) -> String {
         registry.components().count(),
         registry.problems().len()
     );
-    text + &problems(registry)
+    text + &problems(registry.problems())
 }
 
 /// libtorch, CUDA and CPU, a line each.

@@ -14,6 +14,7 @@ pub mod eval;
 pub mod eval_cli;
 pub mod generate;
 pub mod gpu;
+pub mod growth;
 pub mod job;
 pub mod log;
 pub mod model_show;

@@ -3,14 +3,23 @@
 //!
 //! Whoever calls a plugin holds a [`Watched`] meanwhile; a thread looks at those that are held.
 
-use crate::log::{Level, Terminal};
+use crate::error::HostError;
+use crate::growth::Growth;
+use crate::log::{self, Level, Terminal};
 use std::collections::BTreeMap;
+use std::io::Write;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 /// Calls that have not returned, by number.
 static CALLS: Mutex<BTreeMap<u64, Call>> = Mutex::new(BTreeMap::new());
+
+/// How often each call was made.
+static COUNTS: Mutex<Counts> = Mutex::new(Counts::new());
+
+/// How often each call was made: kind and name of the component, and the call.
+pub type Counts = BTreeMap<(&'static str, Arc<str>, &'static str), u64>;
 
 struct Call {
     kind: &'static str,
@@ -36,6 +45,8 @@ pub fn watch(kind: &'static str, name: &Arc<str>, what: &'static str) -> Watched
         since: Instant::now(),
         patience: None,
     };
+    let mut counts = COUNTS.lock().unwrap_or_else(PoisonError::into_inner);
+    *counts.entry((kind, Arc::clone(name), what)).or_default() += 1;
     let mut calls = CALLS.lock().unwrap_or_else(PoisonError::into_inner);
     calls.insert(number, call);
     Watched(number)
@@ -48,16 +59,48 @@ impl Drop for Watched {
     }
 }
 
-/// Starts the thread; it tells the user of each call that lasts longer than `patience`.
+/// How often each call was made so far.
+pub fn counts() -> Counts {
+    let counts = COUNTS.lock().unwrap_or_else(PoisonError::into_inner);
+    counts.clone()
+}
+
+/// Names the calls that last while nobody catches a C++ exception, which ends the process.
+pub fn name_uncaught() {
+    moeut_torch::uncaught::on_uncaught(|why| {
+        let calls = CALLS.try_lock().map(|calls| {
+            let names = calls.values().map(
+                |Call {
+                     kind, name, what, ..
+                 }| format!("`{what}` of {kind} `{name}`"),
+            );
+            names.collect::<Vec<_>>().join(" and ")
+        });
+        let during = match calls {
+            Ok(names) if !names.is_empty() => format!(" during {names}"),
+            _ => String::new(),
+        };
+        let error = HostError::new(
+            format!("a C++ exception that nobody catches was thrown{during}"),
+            why,
+            "this is a defect of the plugin: report it to its authors (`moeut-host plugins list` names it); the last \
+             checkpoint is intact",
+        );
+        let _ = writeln!(std::io::stderr(), "{}", error.render(log::is_colored()));
+    });
+}
+
+/// Starts the thread; it tells the user of each call that lasts longer than `patience`, and of a process that grows.
 ///
 /// # Errors
 /// If the system starts no thread.
 pub fn start(terminal: &Arc<Terminal>, patience: Duration) -> std::io::Result<()> {
     let terminal = Arc::clone(terminal);
     let look = move || {
+        let mut growth = Growth::default();
         loop {
             std::thread::sleep(patience / 4);
-            for text in overdue(patience) {
+            for text in overdue(patience).into_iter().chain(growth.sample()) {
                 terminal.message(Level::Warning, &text);
             }
         }

@@ -2,8 +2,9 @@
 //!
 //! ```text
 //! moeut-host-<version>-x86_64-linux/
-//!   moeut-host                     launcher: finds libtorch
+//!   moeut-host, moeut-paper        launchers: find libtorch
 //!   lib/bin/moeut-host             the program, and its plugins beside it
+//!   lib/bin/moeut-paper            tables and figures; it starts the program beside it
 //!   lib/bin/plugins/*.so
 //!   .libtorch/                     libtorch, with `--libtorch`; the program finds it there as it does in the checkout
 //!   licenses/ LICENSE-* README.md sweeps/
@@ -28,6 +29,7 @@ use crate::{
 };
 
 const LAUNCHER: &str = include_str!("launcher.sh");
+const PROGRAMS: [&str; 2] = ["moeut-host", "moeut-paper"];
 /// Libraries of the wheels that no program of ours opens: they are for Python.
 const UNUSED: [&str; 3] = ["libtorch_python", "libshm", "libtorch_nvshmem"];
 
@@ -118,8 +120,11 @@ fn fill(
         _ => {}
     }
     let launcher = LAUNCHER.replace("@LIBTORCH@", wheels::LIBTORCH);
-    write(&folder.join("moeut-host"), launcher.as_bytes(), 0o755)?;
-    copy(host, &folder.join("lib/bin/moeut-host"), 0o755)?;
+    for program in PROGRAMS {
+        let built = host.with_file_name(program);
+        copy(&built, &folder.join("lib/bin").join(program), 0o755)?;
+        write(&folder.join(program), launcher.as_bytes(), 0o755)?;
+    }
     copy_all(
         &host.with_file_name("plugins"),
         &folder.join("lib/bin/plugins"),

@@ -1,7 +1,8 @@
 #!/bin/sh
-# Starts moeut-host with libtorch: the one in this folder, `$LIBTORCH`, or that of the Python on the search path.
+# Starts the program of its own name with libtorch: the one in this folder, `$LIBTORCH`, or that of the Python on the search path.
 set -u
-root=$(dirname -- "$(readlink -f -- "$0")")
+self=$(readlink -f -- "$0")
+root=$(dirname -- "$self")
 version=@LIBTORCH@
 
 # A wheel has its version in version.py, an archive of libtorch in build-version.
@@ -30,4 +31,4 @@ END
     LD_LIBRARY_PATH=$found/lib${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}
     export LD_LIBRARY_PATH
 fi
-exec "$root/lib/bin/moeut-host" "$@"
+exec "$root/lib/bin/$(basename -- "$self")" "$@"

@@ -58,7 +58,8 @@ fn without_repeats(all: Vec<Folder>) -> Vec<Folder> {
     unique.into_iter().map(|(_, folder)| folder).collect()
 }
 
-/// The `*.so` files directly in a folder, sorted by name; a folder that does not exist has none.
+/// The `*.so` files directly in a folder, sorted by name, and links of such a name that lead nowhere; a folder that does
+/// not exist has none.
 ///
 /// # Errors
 /// If the folder exists and cannot be read.
@@ -71,7 +72,8 @@ pub fn libraries(folder: &Path) -> std::io::Result<Vec<PathBuf>> {
     let mut files = Vec::new();
     for entry in entries {
         let path = entry?.path();
-        if path.extension().is_some_and(|extension| extension == "so") && path.is_file() {
+        let is_named = path.extension().is_some_and(|extension| extension == "so");
+        if is_named && (path.is_file() || !path.exists()) {
             files.push(path);
         }
     }
@@ -90,12 +92,13 @@ mod tests {
             std::fs::write(dir.path().join(name), "").unwrap();
         }
         std::fs::create_dir(dir.path().join("d.so")).unwrap();
+        std::os::unix::fs::symlink("nowhere", dir.path().join("e.so")).unwrap();
         let names: Vec<_> = libraries(dir.path())
             .unwrap()
             .into_iter()
             .map(|path| path.file_name().unwrap().to_owned())
             .collect();
-        assert_eq!(names, ["a.so", "b.so"]);
+        assert_eq!(names, ["a.so", "b.so", "e.so"]);
     }
 
     #[test]

@@ -1,34 +1,41 @@
 //! Reads what a file says about itself, and decides whether it may be opened. Runs nothing of it.
 
+use super::screening::Candidate;
 use moeut_plugin_api::abi::manifest::{ComponentRecord, PluginRecord, Record, SECTION};
 use moeut_plugin_api::abi::{ABI_MAJOR, ABI_MINOR};
 use moeut_plugin_api::{ComponentKind, PluginError};
 use object::{Object, ObjectSection};
+use rustix::fs::{MemfdFlags, OFlags, SealFlags, fcntl_add_seals, memfd_create};
+use rustix::io::Errno;
 use sha2::{Digest, Sha256};
-use std::fmt::Write;
-use std::fs::File;
-use std::io::Read;
-use std::os::unix::fs::MetadataExt;
+use std::fmt::Write as _;
+use std::fs::{File, Metadata, OpenOptions};
+use std::io::{Read, Write};
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 /// Larger files are no plugins of ours: the largest so far has 5 MB unstripped.
 pub const MAX_BYTES: u64 = 1 << 30;
+
+/// The longest name that the kernel takes for what lies in memory.
+const MAX_IMAGE_NAME: usize = 249;
 
 /// A plugin file that may be opened.
 #[derive(Debug)]
 pub struct Manifest {
     /// Where it is.
     pub path: PathBuf,
-    /// The handle whose bytes were read; opening goes through it, so that nobody can swap the file in between.
-    pub file: File,
+    /// Its owner, mode and times when it was read.
+    pub metadata: Metadata,
+    /// What is opened: a copy in memory of the bytes that were hashed.
+    pub image: File,
     /// SHA-256 of the file, in hex.
     pub sha256: String,
     /// About the library.
     pub plugin: PluginRecord,
     /// Its components.
     pub components: Vec<ComponentRecord>,
-    /// Whether others of the file's group may write it, which deserves a warning.
-    pub is_group_writable: bool,
 }
 
 /// Why a file is not opened.
@@ -157,8 +164,8 @@ impl Refusal {
 pub struct Contents {
     /// The handle that it was read through.
     pub file: File,
-    /// Its owner and mode.
-    pub metadata: std::fs::Metadata,
+    /// Its owner, mode and times, of before it was read.
+    pub metadata: Metadata,
     /// All of it.
     pub bytes: Vec<u8>,
     /// SHA-256 of the bytes, in hex.
@@ -166,20 +173,13 @@ pub struct Contents {
 }
 
 impl Manifest {
-    /// What a file that was read says.
-    pub fn new(
-        path: &Path,
-        contents: Contents,
-        plugin: PluginRecord,
-        components: Vec<ComponentRecord>,
-    ) -> Self {
-        Self {
-            path: path.to_owned(),
-            file: contents.file,
-            sha256: contents.sha256,
-            plugin,
-            components,
-            is_group_writable: contents.metadata.mode() & 0o020 != 0,
+    /// What the screening goes by.
+    pub fn candidate(&self) -> Candidate<'_> {
+        Candidate {
+            path: &self.path,
+            sha256: &self.sha256,
+            plugin: &self.plugin.name,
+            is_group_writable: self.metadata.mode() & 0o020 != 0,
         }
     }
 }
@@ -195,7 +195,41 @@ pub fn inspect(path: &Path) -> Result<Manifest, Refusal> {
     check_abi(&plugin)?;
     check_target(&plugin)?;
     check_libtorch(&plugin)?;
-    Ok(Manifest::new(path, contents, plugin, components))
+    let image = image(path, contents.file, &contents.bytes)
+        .map_err(|error| Refusal::Unreadable(error.to_string()))?;
+    Ok(Manifest {
+        path: path.to_owned(),
+        metadata: contents.metadata,
+        image,
+        sha256: contents.sha256,
+        plugin,
+        components,
+    })
+}
+
+/// A copy of the bytes in memory that nobody can write, this process included: what is opened is what was hashed, and a
+/// run keeps it whatever becomes of the file. `cp` over a library that is mapped would end the run.
+///
+/// A system that forbids to run what is in memory leaves the handle that was read, against swaps but not overwriting.
+fn image(path: &Path, file: File, bytes: &[u8]) -> std::io::Result<File> {
+    let name = path.file_name().unwrap_or_default().as_bytes();
+    let name = &name[..name.len().min(MAX_IMAGE_NAME)];
+    let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+    let made = match memfd_create(name, flags | MemfdFlags::EXEC) {
+        // Linux before 6.3 knows no such flag, and lets everything run.
+        Err(Errno::INVAL) => memfd_create(name, flags),
+        made => made,
+    };
+    let Ok(made) = made else {
+        return Ok(file);
+    };
+    let mut image = File::from(made);
+    image.write_all(bytes)?;
+    fcntl_add_seals(
+        &image,
+        SealFlags::SEAL | SealFlags::WRITE | SealFlags::GROW | SealFlags::SHRINK,
+    )?;
+    Ok(image)
 }
 
 /// Reads a file that may be a plugin.
@@ -204,8 +238,17 @@ pub fn inspect(path: &Path) -> Result<Manifest, Refusal> {
 /// If it cannot be read, or is too large to be one.
 pub fn read(path: &Path) -> Result<Contents, Refusal> {
     let unreadable = |error: std::io::Error| Refusal::Unreadable(error.to_string());
-    let mut file = File::open(path).map_err(unreadable)?;
+    // To open a pipe would wait for somebody to write into it.
+    let nonblocking = OFlags::NONBLOCK.bits().cast_signed();
+    let mut file = OpenOptions::new()
+        .read(true)
+        .custom_flags(nonblocking)
+        .open(path)
+        .map_err(unreadable)?;
     let metadata = file.metadata().map_err(unreadable)?;
+    if !metadata.is_file() {
+        return Err(Refusal::Unreadable("it is no plain file".to_owned()));
+    }
     if metadata.len() > MAX_BYTES {
         return Err(Refusal::NotALibrary(format!(
             "{} bytes are too many",
@@ -213,7 +256,8 @@ pub fn read(path: &Path) -> Result<Contents, Refusal> {
         )));
     }
     let mut bytes = Vec::new();
-    file.read_to_end(&mut bytes).map_err(unreadable)?;
+    let mut rest = (&mut file).take(MAX_BYTES);
+    rest.read_to_end(&mut bytes).map_err(unreadable)?;
     Ok(Contents {
         file,
         metadata,
@@ -233,17 +277,14 @@ pub fn claims(path: &Path) -> Vec<(ComponentKind, String)> {
 
 /// What a file says of itself, whether or not it would be refused; none if it does not say.
 pub fn records(path: &Path) -> Option<(PluginRecord, Vec<ComponentRecord>)> {
-    let mut bytes = Vec::new();
-    let file = File::open(path).ok()?;
-    file.take(MAX_BYTES).read_to_end(&mut bytes).ok()?;
-    read_records(&bytes).ok()
+    read_records(&read(path).ok()?.bytes).ok()
 }
 
 /// Refuses a file that others may change, or replace: in its folder or, behind a link, in the one where it really is.
 ///
 /// # Errors
 /// If they may.
-pub fn check_place(path: &Path, metadata: &std::fs::Metadata) -> Result<(), Refusal> {
+pub fn check_place(path: &Path, metadata: &Metadata) -> Result<(), Refusal> {
     let unreadable = |error: std::io::Error| Refusal::Unreadable(error.to_string());
     check_owner(path, metadata)?;
     let real = path.canonicalize().map_err(unreadable)?;
@@ -256,7 +297,7 @@ pub fn check_place(path: &Path, metadata: &std::fs::Metadata) -> Result<(), Refu
 }
 
 /// Refuses what others may change; a sticky folder such as `/tmp` is as open as any.
-fn check_owner(path: &Path, metadata: &std::fs::Metadata) -> Result<(), Refusal> {
+fn check_owner(path: &Path, metadata: &Metadata) -> Result<(), Refusal> {
     if metadata.mode() & 0o002 != 0 {
         return Err(Refusal::WorldWritable(path.to_owned()));
     }
@@ -271,7 +312,7 @@ fn check_owner(path: &Path, metadata: &std::fs::Metadata) -> Result<(), Refusal>
 }
 
 /// The effective user, as the owner of this process's folder in `/proc`.
-fn current_user() -> Option<u32> {
+pub(super) fn current_user() -> Option<u32> {
     std::fs::metadata("/proc/self")
         .ok()
         .map(|metadata| metadata.uid())
@@ -416,10 +457,10 @@ pub fn describe(components: impl Iterator<Item = (ComponentKind, String)>) -> St
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
 
-    const PLUGIN: &str = r#"{"record":"plugin","abi":"1.0","name":"p","version":"0.1.0","libtorch":"","target":"t","profile":"release","git":"","license":"MIT","authors":"a"}"#;
+    pub(in super::super) const PLUGIN: &str = r#"{"record":"plugin","abi":"1.0","name":"p","version":"0.1.0","libtorch":"","target":"t","profile":"release","git":"","license":"MIT","authors":"a"}"#;
 
     #[test]
     fn records_parse_and_padding_is_skipped() {
@@ -481,6 +522,25 @@ mod tests {
             let refusal = record(change).unwrap_err().to_string();
             assert!(refusal.contains(expected), "{refusal}");
         }
+    }
+
+    /// What is opened is what was hashed, and nobody can change it.
+    #[test]
+    fn the_image_is_of_the_bytes_that_were_hashed() {
+        use std::io::Seek;
+        let path = std::env::current_exe().unwrap();
+        let bytes = std::fs::read(path).unwrap();
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("x.so");
+        std::fs::write(&path, &bytes).unwrap();
+        let mut image = image(&path, File::open(&path).unwrap(), &bytes).unwrap();
+        std::fs::write(&path, "overwritten in place").unwrap();
+        let mut kept = Vec::new();
+        image.read_to_end(&mut kept).unwrap();
+        assert!(kept == bytes);
+        image.rewind().unwrap();
+        assert!(image.write_all(b"x").is_err());
+        assert!(image.set_len(0).is_err());
     }
 
     #[test]

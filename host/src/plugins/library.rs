@@ -32,15 +32,15 @@ pub fn open(manifest: Manifest) -> Result<Library, Refusal> {
         Err(refusal) => {
             // It may be loaded all the same, and the loader knows it by the number of this handle: given to the next
             // file, that number would mean this one.
-            std::mem::forget(manifest.file);
+            std::mem::forget(manifest.image);
             Err(refusal)
         }
     }
 }
 
 fn open_and_compare(manifest: &Manifest) -> Result<(PluginClient, Vec<ComponentInfo>), Refusal> {
-    // Through the handle that was hashed: the path may point elsewhere by now.
-    let handle = PathBuf::from(format!("/proc/self/fd/{}", manifest.file.as_raw_fd()));
+    // What was hashed: the path may point elsewhere by now.
+    let handle = PathBuf::from(format!("/proc/self/fd/{}", manifest.image.as_raw_fd()));
     let client = PluginClient::open(&handle).map_err(|error| refusal(&error, &handle, manifest))?;
     let (plugin, _) = parse_records(client.manifest().as_bytes())?;
     let components = client
@@ -69,7 +69,7 @@ fn open_and_compare(manifest: &Manifest) -> Result<(PluginClient, Vec<ComponentI
 fn refusal(error: &OpenError, handle: &Path, manifest: &Manifest) -> Refusal {
     let unresolved = || {
         let mut bytes = Vec::new();
-        let mut file = &manifest.file;
+        let mut file = &manifest.image;
         file.rewind().ok()?;
         file.read_to_end(&mut bytes).ok()?;
         let resolution = Here::now().resolve(&Needs::read(&bytes).ok()?).ok()?;

@@ -34,11 +34,11 @@ struct Locked {
 
 impl Lock {
     /// Locks these files; identical ones count once.
-    pub fn new<'a>(manifests: impl IntoIterator<Item = &'a Manifest>) -> Self {
-        let locked = |manifest: &Manifest| Locked {
-            name: manifest.plugin.name.clone(),
-            version: manifest.plugin.version.clone(),
-            sha256: manifest.sha256.clone(),
+    pub fn new(manifests: impl IntoIterator<Item = Manifest>) -> Self {
+        let locked = |manifest: Manifest| Locked {
+            name: manifest.plugin.name,
+            version: manifest.plugin.version,
+            sha256: manifest.sha256,
             file: manifest
                 .path
                 .file_name()
@@ -212,16 +212,16 @@ impl Gate {
         Ok(Self { policy, lock })
     }
 
-    /// Whether a file may be opened. Its hash is that of the handle through which it will be.
+    /// Whether a file of this plugin and SHA-256 may be opened. Whoever opens it has hashed what it opens.
     ///
     /// # Errors
     /// If it may not.
-    pub fn check(&self, manifest: &Manifest) -> Result<Pass, Refusal> {
+    pub fn check(&self, plugin: &str, sha256: &str) -> Result<Pass, Refusal> {
         let Some(lock) = &self.lock else {
             return Ok(Pass::Unlocked);
         };
-        let by_hash = |one: &&Locked| one.sha256 == manifest.sha256;
-        let by_name = |one: &&Locked| one.name == manifest.plugin.name;
+        let by_hash = |one: &&Locked| one.sha256 == sha256;
+        let by_name = |one: &&Locked| one.name == plugin;
         if lock.plugins.iter().any(|one| by_hash(&one)) {
             return Ok(Pass::Locked);
         }
@@ -232,7 +232,7 @@ impl Gate {
             .map(|one| Refusal::Changed {
                 name: one.name.clone(),
                 locked: one.sha256.clone(),
-                found: manifest.sha256.clone(),
+                found: sha256.to_owned(),
             });
         match (self.policy, changed) {
             (Policy::Strict, changed) => Err(changed.unwrap_or(Refusal::NotLocked)),

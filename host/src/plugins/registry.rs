@@ -1,34 +1,20 @@
 //! All components that are there, by kind and name.
 
-use super::folders::{Folder, libraries};
-use super::inspect::{self, Manifest};
-use super::library::{self, Library};
-use super::lock::{Gate, Pass};
+use super::folders::Folder;
+use super::library::Library;
+use super::lock::Gate;
+use super::screening::{Problem, Screening};
 use crate::args::nearest;
 use moeut_plugin_api::abi::client::PluginClient;
 use moeut_plugin_api::abi::manifest::PluginRecord;
 use moeut_plugin_api::{Capabilities, ComponentInfo, ComponentKind, DType, Device, PluginError};
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
 
 /// The plugins of a search path, opened.
 pub struct Registry {
     libraries: Vec<Library>,
-    problems: Vec<Problem>,
-    notes: Vec<String>,
     folders: Vec<Folder>,
-    gate: Gate,
-}
-
-/// A file that was skipped; fatal only to whoever needs it.
-#[derive(Debug, Clone)]
-pub struct Problem {
-    /// The file or folder.
-    pub path: PathBuf,
-    /// What, why and fix.
-    pub error: PluginError,
-    /// The components that the file would have had, as far as it says.
-    pub would_provide: Vec<(ComponentKind, String)>,
+    screening: Screening,
 }
 
 /// One component of an opened plugin.
@@ -90,102 +76,28 @@ fn distinct(plugin: &PluginRecord, other: &PluginRecord) -> String {
 impl Registry {
     /// Opens every plugin of the search path that passes inspection and that the gate lets through.
     pub fn open(folders: Vec<Folder>, gate: Gate) -> Self {
-        let mut registry = Self {
-            libraries: Vec::new(),
-            problems: Vec::new(),
-            notes: Vec::new(),
+        let mut screening = Screening::new(gate);
+        let mut libraries = Vec::new();
+        for folder in &folders {
+            for path in screening.files(folder) {
+                libraries.extend(screening.open(&path));
+            }
+        }
+        Self {
+            libraries,
             folders,
-            gate,
-        };
-        for folder in registry.folders.clone() {
-            registry.open_folder(&folder);
+            screening,
         }
-        registry
-    }
-
-    fn open_folder(&mut self, folder: &Folder) {
-        let files = match libraries(&folder.path) {
-            Ok(files) => files,
-            Err(error) => {
-                let problem = PluginError::new(format!(
-                    "plugin folder `{}` ({}) cannot be read",
-                    folder.path.display(),
-                    folder.origin
-                ))
-                .why(error.to_string())
-                .fix("correct the path or its permissions");
-                self.problem(&folder.path, problem, Vec::new());
-                return;
-            }
-        };
-        for path in files {
-            match inspect::inspect(&path) {
-                Ok(manifest) => self.open_file(manifest),
-                Err(refusal) => {
-                    self.problem(&path, refusal.into_error(&path), inspect::claims(&path));
-                }
-            }
-        }
-    }
-
-    fn open_file(&mut self, manifest: Manifest) {
-        let path = manifest.path.clone();
-        if let Some(same) = self
-            .libraries
-            .iter()
-            .find(|library| library.manifest.sha256 == manifest.sha256)
-        {
-            self.notes.push(format!(
-                "`{}` is identical to `{}` and counts once",
-                path.display(),
-                same.manifest.path.display()
-            ));
-            return;
-        }
-        if manifest.is_group_writable {
-            self.notes.push(format!(
-                "`{}` may be written by its group, and loading a plugin runs it",
-                path.display()
-            ));
-        }
-        let would_provide = manifest
-            .components
-            .iter()
-            .map(|component| (component.kind, component.name.clone()))
-            .collect();
-        let opened = self.gate.check(&manifest).and_then(|pass| {
-            if let Pass::Changed(warning) = pass {
-                self.notes.push(format!("`{}`: {warning}", path.display()));
-            }
-            library::open(manifest)
-        });
-        match opened {
-            Ok(library) => self.libraries.push(library),
-            Err(refusal) => self.problem(&path, refusal.into_error(&path), would_provide),
-        }
-    }
-
-    fn problem(
-        &mut self,
-        path: &Path,
-        error: PluginError,
-        would_provide: Vec<(ComponentKind, String)>,
-    ) {
-        self.problems.push(Problem {
-            path: path.to_owned(),
-            error,
-            would_provide,
-        });
     }
 
     /// Files that were skipped.
     pub fn problems(&self) -> &[Problem] {
-        &self.problems
+        self.screening.problems()
     }
 
     /// What a user may want to know about the files that were taken.
     pub fn notes(&self) -> &[String] {
-        &self.notes
+        self.screening.notes()
     }
 
     /// The folders that were searched.
@@ -195,7 +107,7 @@ impl Registry {
 
     /// What lets files through.
     pub fn gate(&self) -> &Gate {
-        &self.gate
+        self.screening.gate()
     }
 
     /// Every opened plugin, in search order.
@@ -333,7 +245,7 @@ impl Registry {
             None => format!("unknown {kind} `{name}`"),
             Some(plugin) => format!("unknown {kind} `{name}` of plugin `{plugin}`"),
         };
-        let refused = self.problems.iter().find(|problem| {
+        let refused = self.screening.problems().iter().find(|problem| {
             problem
                 .would_provide
                 .iter()

@@ -3,7 +3,7 @@
 //! [`super::inspect::inspect`] is the same for loading, where the first failure is enough. Nothing of the file runs.
 
 use super::inspect::{
-    self, Manifest, Refusal, check_abi, check_libtorch, check_place, check_target, describe,
+    self, Refusal, check_abi, check_libtorch, check_place, check_target, describe,
 };
 use super::lock::{Gate, Pass};
 use super::needs::{Here, Needs};
@@ -33,7 +33,7 @@ pub fn verify(path: &Path, gate: &Gate, here: &Here) -> Vec<Check> {
     checks.add("owner", check_place(path, &contents.metadata), |()| {
         "yours or root's, and not for everybody to write".to_owned()
     });
-    let Some((plugin, components)) = checks.add(
+    let Some((plugin, _)) = checks.add(
         "manifest",
         inspect::read_records(&contents.bytes),
         |(plugin, components)| {
@@ -60,8 +60,8 @@ pub fn verify(path: &Path, gate: &Gate, here: &Here) -> Vec<Check> {
         }
     });
     checks.add("symbols", needs(&contents.bytes, here), Clone::clone);
-    let manifest = Manifest::new(path, contents, plugin.clone(), components);
-    checks.add("lock", gate.check(&manifest), |pass| match pass {
+    let pass = gate.check(&plugin.name, &contents.sha256);
+    checks.add("lock", pass, |pass| match pass {
         Pass::Locked => "named with this SHA-256".to_owned(),
         Pass::Unlocked => "not named, and need not be".to_owned(),
         Pass::Changed(warning) => format!("warning: {warning}"),

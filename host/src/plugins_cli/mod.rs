@@ -9,10 +9,12 @@ use crate::doctor::plugin_table;
 use crate::error::HostError;
 use crate::plugins::folders::libraries;
 use crate::plugins::inspect::inspect;
+use crate::plugins::known::Known;
+use crate::plugins::listing::Listing;
 use crate::plugins::lock;
 use crate::plugins::needs::{Here, counted};
 use crate::plugins::verify::{Check, verify};
-use crate::plugins::{Gate, Lock, Manifest};
+use crate::plugins::{Gate, Lock};
 use crate::words::{Grammar, Words};
 use moeut_plugin_api::PluginError;
 use std::fmt::Write;
@@ -58,7 +60,9 @@ pub fn command(argv: &[String]) -> Result<u8, HostError> {
         [] => USAGE.to_owned(),
         ["list"] => {
             words.allow(&[])?;
-            plugin_table(&open_registry(argv)?)
+            let gate = Gate::from_args(argv)?;
+            let listing = Listing::new(&plugin_folders(argv)?, gate, Known::of_user());
+            plugin_table(&listing)
         }
         ["show", wanted] => {
             words.allow(&["symbols"])?;
@@ -169,17 +173,15 @@ fn line(file: &Path, check: &Check) -> String {
 
 /// Locks every file of the search path that passes inspection; one that differs replaces a lock only if asked to.
 fn lock_plugins(argv: &[String], path: &Path, is_update: bool) -> Result<String, HostError> {
-    let mut manifests: Vec<Manifest> = Vec::new();
     let mut text = String::new();
-    for file in all_files(argv)? {
-        match inspect(&file) {
-            Ok(manifest) => manifests.push(manifest),
-            Err(refusal) => {
-                let _ = writeln!(text, "note: `{}` is left out: {refusal}", file.display());
-            }
+    let files = all_files(argv)?.into_iter();
+    let found = Lock::new(files.filter_map(|file| match inspect(&file) {
+        Ok(manifest) => Some(manifest),
+        Err(refusal) => {
+            let _ = writeln!(text, "note: `{}` is left out: {refusal}", file.display());
+            None
         }
-    }
-    let found = Lock::new(&manifests);
+    }));
     if found.is_empty() {
         return Err(HostError::new(
             "there is nothing to lock",

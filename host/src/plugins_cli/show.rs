@@ -52,7 +52,7 @@ fn show_file(path: &Path, registry: &Registry, with_symbols: bool) -> Result<Str
     }
     registry
         .gate()
-        .check(&manifest)
+        .check(&manifest.plugin.name, &manifest.sha256)
         .map_err(|refusal| refusal.into_error(path))?;
     let library = library::open(manifest).map_err(|refusal| refusal.into_error(path))?;
     describe(&library, with_symbols)

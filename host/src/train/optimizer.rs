@@ -190,14 +190,10 @@ impl Optimizer {
             }
         }
         let each = squares.sqrt() * factor;
-        let wanted = self.params.iter().filter(|_| wants_each);
-        let by_parameter = wanted
-            .zip(0..)
-            .map(|((name, _), index)| (name.clone(), each.get(index)))
-            .collect();
+        let names = || self.params.iter().map(|(name, _)| name.clone()).collect();
         Ok(GradNorms {
             total: total.to_kind(Kind::Float),
-            by_parameter,
+            by_parameter: wants_each.then(|| (names(), each)),
         })
     }
 

@@ -21,6 +21,8 @@ use abi_stable::sabi_trait::TD_Opaque;
 use abi_stable::std_types::{RResult, RSlice, RSliceMut, RStr, RString, RVec};
 use serde::{Serialize, de::DeserializeOwned};
 use std::cell::{Cell, RefCell};
+use std::io::Write;
+use std::mem::ManuallyDrop;
 use std::panic::{AssertUnwindSafe, catch_unwind, set_hook, take_hook};
 use std::sync::Once;
 
@@ -70,7 +72,12 @@ pub(super) fn guard<T>(
 ) -> RawResult<T> {
     quiet_guarded_panics();
     DEPTH.set(DEPTH.get() + 1);
-    let outcome = catch_unwind(AssertUnwindSafe(body));
+    let outcome = catch_unwind(AssertUnwindSafe(|| {
+        let foreign = ForeignException { origin, call };
+        let outcome = body();
+        std::mem::forget(foreign);
+        outcome
+    }));
     DEPTH.set(DEPTH.get() - 1);
     match outcome {
         Ok(Ok(value)) => RResult::ROk(value),
@@ -100,6 +107,33 @@ pub(super) fn guard<T>(
         }
     }
 }
+
+/// Dropped by an exception of C++ on its way through a plugin's Rust. Rust cannot catch it and would abort without a
+/// word about whose it is.
+struct ForeignException<'a> {
+    origin: Origin,
+    call: &'a str,
+}
+
+impl Drop for ForeignException<'_> {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            return;
+        }
+        let Origin { plugin, component } = self.origin;
+        let text = format!(
+            "Error: `{component}` of plugin `{plugin}` let a C++ exception out of `{}`\n  \
+             why: Rust cannot catch it, so this process ends; the last checkpoint is intact\n  \
+             fix: this is a defect of `{plugin}`: report it to its authors\n",
+            self.call
+        );
+        let _ = std::io::stderr().write_all(text.as_bytes());
+        std::process::exit(EXIT_ERROR);
+    }
+}
+
+/// The host's exit code for errors.
+const EXIT_ERROR: i32 = 2;
 
 /// One component that a plugin crate registers; `inventory` collects them.
 #[derive(Clone, Copy)]
@@ -143,13 +177,7 @@ impl Registration {
             },
             maker: Maker::Task(|origin, config, host| {
                 let task = T::new(read_configuration(config, T::ARGS)?, &host)?;
-                Ok(RawTask_TO::from_value(
-                    Shim {
-                        origin,
-                        inner: task,
-                    },
-                    TD_Opaque,
-                ))
+                Ok(RawTask_TO::from_value(Shim::new(origin, task), TD_Opaque))
             }),
         }
     }
@@ -171,10 +199,7 @@ impl Registration {
                     let request = decode(request, "request")?;
                     let dataset = D::open(read_configuration(config, D::ARGS)?, &request, &host)?;
                     Ok(RawTokenDataset_TO::from_value(
-                        Shim {
-                            origin,
-                            inner: dataset,
-                        },
+                        Shim::new(origin, dataset),
                         TD_Opaque,
                     ))
                 },
@@ -207,10 +232,7 @@ impl Registration {
             maker: Maker::Choice(|origin, config, host| {
                 let dataset = D::open(read_configuration(config, D::ARGS)?, &host)?;
                 Ok(RawChoiceDataset_TO::from_value(
-                    Shim {
-                        origin,
-                        inner: dataset,
-                    },
+                    Shim::new(origin, dataset),
                     TD_Opaque,
                 ))
             }),
@@ -229,13 +251,7 @@ impl Registration {
             maker: Maker::Model(|origin, config, setup, host| {
                 let setup = decode(setup, "setup")?;
                 let model = M::build(read_configuration(config, M::ARGS)?, &setup, &host)?;
-                Ok(RawModel_TO::from_value(
-                    Shim {
-                        origin,
-                        inner: model,
-                    },
-                    TD_Opaque,
-                ))
+                Ok(RawModel_TO::from_value(Shim::new(origin, model), TD_Opaque))
             }),
         }
     }
@@ -255,10 +271,7 @@ impl Registration {
             maker: Maker::Kernel(|origin, host| {
                 let kernel = K::new(&host)?;
                 Ok(RawKernel_TO::from_value(
-                    Shim {
-                        origin,
-                        inner: kernel,
-                    },
+                    Shim::new(origin, kernel),
                     TD_Opaque,
                 ))
             }),
@@ -395,7 +408,30 @@ fn make<T>(
 /// An author's value behind a stable vtable.
 struct Shim<T> {
     origin: Origin,
-    inner: T,
+    inner: ManuallyDrop<T>,
+}
+
+impl<T> Shim<T> {
+    fn new(origin: Origin, inner: T) -> Self {
+        Self {
+            origin,
+            inner: ManuallyDrop::new(inner),
+        }
+    }
+}
+
+impl<T> Drop for Shim<T> {
+    /// A panic must not reach the vtable, which would abort. It is printed, as there is no result for it to be in.
+    fn drop(&mut self) {
+        let inner = &mut self.inner;
+        let dropped = catch_unwind(AssertUnwindSafe(|| {
+            // SAFETY: the value is not used again: this is the end of what holds it.
+            unsafe { ManuallyDrop::drop(inner) };
+        }));
+        if let Err(payload) = dropped {
+            std::mem::forget(payload);
+        }
+    }
 }
 
 impl<T: Task> RawTask for Shim<T> {
@@ -716,11 +752,5 @@ pub(super) fn kernel_object<K: Kernel>(kernel: K) -> KernelObject {
         plugin: "in process",
         component: K::NAME,
     };
-    RawKernel_TO::from_value(
-        Shim {
-            origin,
-            inner: kernel,
-        },
-        TD_Opaque,
-    )
+    RawKernel_TO::from_value(Shim::new(origin, kernel), TD_Opaque)
 }

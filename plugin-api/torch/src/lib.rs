@@ -27,6 +27,7 @@ pub mod readback;
 pub mod rng;
 pub mod testing;
 pub mod tf32;
+pub mod uncaught;
 pub mod version;
 
 pub use autocast::Autocast;

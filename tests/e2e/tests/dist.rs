@@ -100,8 +100,8 @@ fn the_archive_runs_without_rust() {
     // Through a link, from elsewhere, with an empty environment.
     let link = sandbox.work().join("moeut");
     std::os::unix::fs::symlink(root.join("moeut-host"), &link).unwrap();
-    let start = |args: &[&str], libtorch: Option<PathBuf>| {
-        let mut command = Command::new(&link);
+    let start_program = |program: &Path, args: &[&str], libtorch: Option<PathBuf>| {
+        let mut command = Command::new(program);
         command
             .args(args)
             .env_clear()
@@ -112,6 +112,7 @@ fn the_archive_runs_without_rust() {
         command.envs(libtorch.map(|path| ("LIBTORCH", path)));
         command.output().unwrap()
     };
+    let start = |args: &[&str], libtorch| start_program(&link, args, libtorch);
     let list = start(&["plugins", "list"], Some(libtorch()));
     assert!(list.status.success(), "{}", text(&list));
     let n_plugins = text(&list).matches("/lib/bin/plugins/lib").count();
@@ -126,6 +127,14 @@ fn the_archive_runs_without_rust() {
         "{}",
         text(&trained)
     );
+
+    // The other program finds the plugins and the sweeps that came along.
+    let sweeps = root.join("sweeps/small");
+    let args = ["configurations", sweeps.to_str().unwrap(), "-out", "tables"];
+    let made = start_program(&root.join("moeut-paper"), &args, Some(libtorch()));
+    assert!(made.status.success(), "{}", text(&made));
+    let table = fs::read_to_string(sandbox.work().join("tables/configurations.csv")).unwrap();
+    assert!(table.contains("moeut"), "{table}");
 
     // The wrong libtorch, as none, is not taken.
     let other = sandbox.work().join("other");

@@ -15,8 +15,17 @@ static LIBRARY: LazyLock<PathBuf> = LazyLock::new(|| {
     let sandbox = Sandbox::bare();
     sandbox.run(&["plugins", "new", "model", "hostile"]).ok();
     let folder = sandbox.work().join("moeut-model-hostile");
-    let source = include_str!("../fixtures/hostile/lib.rs");
-    fs::write(folder.join("src/lib.rs"), source).expect("the sandbox can be written");
+    let write = |path: &str, text: &str| {
+        fs::write(folder.join(path), text).expect("the sandbox can be written");
+    };
+    write("src/lib.rs", include_str!("../fixtures/hostile/lib.rs"));
+    write("throws.cpp", include_str!("../fixtures/hostile/throws.cpp"));
+    write("build.rs", include_str!("../fixtures/hostile/build.rs"));
+    let manifest = fs::read_to_string(folder.join("Cargo.toml")).expect("the crate is there");
+    write(
+        "Cargo.toml",
+        &(manifest + "\n[build-dependencies]\ncc = \"1\"\n"),
+    );
     build_new(&folder)
 });
 
@@ -135,6 +144,13 @@ fn models() {
         "stats_vector",
         "stats_empty",
         "stats_name",
+        "leaks",
+        "calls_on",
+        "drop_calls",
+        "drop_panics",
+        "throws",
+        "throws_unannounced",
+        "throws_in_thread",
     ];
     assert_snapshot!(table("model", &ways));
 }
@@ -166,4 +182,50 @@ fn a_call_that_never_returns_is_named() {
         let outcome = running.wait();
         assert_eq!(outcome.code, Some(130), "{outcome}");
     }
+}
+
+/// Whose memory it is that is not freed cannot be told; but what was called meanwhile can.
+#[test]
+fn a_process_that_grows_is_told_with_what_it_calls() {
+    let sandbox = sandbox();
+    let args = "-task hostile -name g -gpu none -batch_size 4 -stop_after 1000000 -n_samples 0 -log none -reset 1 \
+                -watchdog 1 -hostile.model leaks";
+    let args: Vec<&str> = args.split_whitespace().collect();
+    let mut running = sandbox.start(&args, &[]);
+    wait_until("the growth is told", || {
+        running.stderr().contains("this process grows: it has ")
+    });
+    assert!(!running.has_ended());
+    running.signal("INT");
+    let outcome = running.wait();
+    assert_eq!(outcome.code, Some(130), "{outcome}");
+    let told = outcome
+        .stderr
+        .lines()
+        .find(|line| line.contains("this process grows"));
+    assert!(
+        told.is_some_and(|told| told.contains(" times `forward` of model `hostile_table`")),
+        "{outcome}"
+    );
+}
+
+/// An exception of C++ ends the process, but nothing of what was saved.
+#[test]
+fn a_run_goes_on_after_an_exception() {
+    let sandbox = sandbox();
+    let train = |stop_after: &str, how: &str| {
+        let args =
+            "-task hostile -name x -gpu none -batch_size 4 -n_samples 0 -log none -stop_after";
+        let model = ["-hostile.model", how];
+        let args: Vec<&str> = args
+            .split_whitespace()
+            .chain([stop_after])
+            .chain(model)
+            .collect();
+        sandbox.run(&args)
+    };
+    train("4", "well").ok();
+    assert_eq!(train("8", "throws").code, Some(2));
+    let last = train("8", "well").ok();
+    assert!(last.stderr.contains("going on from step 4"), "{last}");
 }

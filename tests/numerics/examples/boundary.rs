@@ -32,7 +32,7 @@ fn main() -> moeut_numerics::Result<()> {
         let path = entry.path();
         let start = Instant::now();
         let manifest = inspect::inspect(&path)?;
-        Gate::default().check(&manifest)?;
+        Gate::default().check(&manifest.plugin.name, &manifest.sha256)?;
         let inspected = start.elapsed();
         let opened = library::open(manifest)?;
         opening.push((

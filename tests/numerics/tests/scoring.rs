@@ -105,7 +105,7 @@ fn log_p(
         device: Device::Cpu,
         can_fork,
     };
-    let predicted = predict(&mut client, items, 32, false, |_, _| true)?;
+    let predicted = predict(&mut client, items, 32, false, (0, 1), |_, _| true)?;
     let (predicted, effort) = predicted.ok_or("nobody ended it")?;
     let of_item = |options: Vec<_>| options.into_iter().map(log_p_of).collect();
     Ok((predicted.into_iter().map(of_item).collect(), effort))

@@ -115,9 +115,7 @@ fn collect(files: &[&Path], texts: &[&Path]) -> Result<(Contents, Vec<Vec<u8>>),
                 ))
                 .fix("make a package for each"));
         }
-        let bytes = read.bytes.clone();
-        let manifest = inspect::Manifest::new(path, read, plugin, components);
-        let build = Build::of(&manifest, bytes.len() as u64);
+        let build = Build::of(path, &read, &plugin, &components);
         if let Some(same) = all
             .builds
             .iter()
@@ -134,7 +132,7 @@ fn collect(files: &[&Path], texts: &[&Path]) -> Result<(Contents, Vec<Vec<u8>>),
             );
         }
         all.builds.push(build);
-        all_bytes.push(bytes);
+        all_bytes.push(read.bytes);
     }
     let contents = contents.ok_or_else(|| {
         PluginError::new("a package needs a plugin file")

@@ -18,10 +18,11 @@ pub mod signature;
 
 pub use archive::{Package, pack, read};
 
-use super::inspect::{self, Manifest};
+use super::inspect;
 use moeut_plugin_api::ComponentKind;
-use moeut_plugin_api::abi::manifest::PluginRecord;
+use moeut_plugin_api::abi::manifest::{ComponentRecord, PluginRecord};
 use serde::{Deserialize, Serialize};
+use std::path::Path;
 
 /// What packages end with.
 pub const EXTENSION: &str = ".moeut.tar.zst";
@@ -78,26 +79,30 @@ pub struct Build {
 }
 
 impl Build {
-    fn of(manifest: &Manifest, n_bytes: u64) -> Self {
-        let plugin = &manifest.plugin;
+    fn of(
+        path: &Path,
+        contents: &inspect::Contents,
+        plugin: &PluginRecord,
+        components: &[ComponentRecord],
+    ) -> Self {
         let libtorch = inspect::minor(&plugin.libtorch);
         let folder = if libtorch.is_empty() {
             "any-libtorch".to_owned()
         } else {
             format!("libtorch-{libtorch}")
         };
-        let file = manifest.path.file_name().unwrap_or_default();
-        let components = manifest.components.iter();
+        let file = path.file_name().unwrap_or_default();
         Self {
             entry: Entry {
                 path: format!("{}/{folder}/{}", plugin.target, file.display()),
-                n_bytes,
-                sha256: manifest.sha256.clone(),
+                n_bytes: contents.bytes.len() as u64,
+                sha256: contents.sha256.clone(),
             },
             target: plugin.target.clone(),
             libtorch,
             abi: plugin.abi.clone(),
             components: components
+                .iter()
                 .map(|component| (component.kind, component.name.clone()))
                 .collect(),
         }
