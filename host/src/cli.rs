@@ -76,7 +76,10 @@ pub fn main() -> ExitCode {
         EXIT_USER_ERROR
     });
     terminal.finish();
-    ExitCode::from(code)
+    let _ = std::io::stdout().flush();
+    // Everything is written. Threads of plugins and of libtorch's engines may still be at work, and must not see libtorch
+    // taken down around them, as the ordinary end of a program would.
+    signal_hook::low_level::exit(code.into())
 }
 
 /// What must come before any other use of libtorch, and before there are threads. Says whether there is a GPU.
@@ -212,10 +215,9 @@ fn train_command(
         }
         EXIT_USER_ERROR
     });
-    terminal.finish();
-    // Everything is written. Threads of the engine and of the store may still be at work, or wait for a process that is
-    // gone, and must not see libtorch taken down around them.
-    signal_hook::low_level::exit(code.into());
+    // To drop it is to wait for what the engine has begun, perhaps with a process that is gone.
+    std::mem::forget(group);
+    Ok(code)
 }
 
 /// How long processes wait for each other: needed before all arguments are known.

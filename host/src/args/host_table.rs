@@ -281,7 +281,7 @@ const HOST_ARGS: &[ArgSpec] = &[
         .help("When loss or gradient are not finite: end, or drop that step's update"),
     ArgSpec::float("watchdog", "300")
         .unit("s")
-        .help("Name a call into a plugin that does not return for so long; 0 never"),
+        .help("Name a call into a plugin that does not return for so long, and a process that grows; 0 never"),
     ArgSpec::int("nan_budget", "10")
         .field("non_finite.n_skips")
         .unit("steps")

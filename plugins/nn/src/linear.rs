@@ -1,6 +1,6 @@
 //! `y = x · weightᵀ + bias`.
 
-use crate::{Init, Params};
+use crate::{Context, Init, Params};
 use tch::Tensor;
 
 /// The plain layer, with a bias; `[.., in]` → `[.., out]`.
@@ -28,5 +28,67 @@ impl Linear {
     /// Applies it.
     pub fn forward(&self, x: &Tensor) -> Tensor {
         x.linear(&self.weight, Some(&self.bias))
+    }
+
+    /// Applies it and appends zeros up to `width` outputs.
+    pub fn forward_to(&self, x: &Tensor, width: i64) -> Tensor {
+        let more = width - self.weight.size()[0];
+        if more == 0 {
+            return self.forward(x);
+        }
+        let weight = self.weight.constant_pad_nd([0, 0, 0, more]);
+        x.linear(&weight, Some(&self.bias.constant_pad_nd([0, more])))
+    }
+
+    /// Applies it to an input with more values than it has weights for; those count nothing.
+    pub fn forward_from(&self, x: &Tensor) -> Tensor {
+        let more = x
+            .size()
+            .last()
+            .map_or(0, |width| width - self.weight.size()[1]);
+        if more == 0 {
+            return self.forward(x);
+        }
+        let weight = self.weight.constant_pad_nd([0, more]);
+        x.linear(&weight, Some(&self.bias))
+    }
+}
+
+/// The width that a hidden layer of `width` has inside. On a GPU, 16-bit products of rows that do not begin at multiples of
+/// 16 bytes are slow: on an H100 a step of a dense model with 4110 hidden units took 390 ms, with 4112 250 ms.
+pub fn aligned(width: i64, ctx: &Context) -> i64 {
+    const VALUES: i64 = 8;
+    if ctx.is_mixed {
+        (width + VALUES - 1) / VALUES * VALUES
+    } else {
+        width
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tch::{Device, Kind};
+
+    /// Three hidden units more change neither the result nor a gradient.
+    #[test]
+    fn a_wider_hidden_layer_is_the_same_function() {
+        moeut_torch::rng::seed(2).unwrap();
+        let x = Tensor::randn([2, 4, 6], (Kind::Double, Device::Cpu));
+        let params = Params::new(Kind::Double, Device::Cpu);
+        let first = Linear::new(&params.sub("first"), 6, 13);
+        let second = Linear::new(&params.sub("second"), 13, 5);
+        let pass = |hidden: Tensor| {
+            let y = second.forward_from(&hidden.relu());
+            let inputs = [&first.weight, &first.bias, &second.weight, &second.bias];
+            let loss = y.square().sum(Kind::Double);
+            (y, Tensor::run_backward(&[loss], &inputs, false, false))
+        };
+        let (plain, plain_grads) = pass(first.forward_to(&x, 13));
+        let (wide, wide_grads) = pass(first.forward_to(&x, 16));
+        assert!((plain - wide).abs().max().double_value(&[]) < 1e-12);
+        for (plain, wide) in plain_grads.iter().zip(&wide_grads) {
+            assert!((plain - wide).abs().max().double_value(&[]) < 1e-12);
+        }
     }
 }

@@ -1,6 +1,7 @@
 //! One layer of the stack: attention, then a two-layer perceptron, around a residual stream.
 
 use moeut_nn::attention::{DenseAttentionConfig, LinearInit};
+use moeut_nn::linear::aligned;
 use moeut_nn::lm::{self, At, BlockReport, Shell};
 use moeut_nn::{
     Activation, AttentionMaps, Context, Cost, DenseAttention, Init, LayerNorm, Linear, Params,
@@ -118,8 +119,11 @@ impl Block {
     }
 
     fn feed(&self, x: &Tensor, ctx: &Context) -> Tensor {
-        let hidden = self.activation.forward(self.linear1.forward(x));
-        let y = self.linear2.forward(&ctx.dropout(hidden, self.dropout));
+        let hidden = self.linear1.forward_to(x, aligned(self.d_ff, ctx));
+        let hidden = self.activation.forward(hidden);
+        let y = self
+            .linear2
+            .forward_from(&ctx.dropout(hidden, self.dropout));
         ctx.dropout(y, self.dropout)
     }
 }
