@@ -225,10 +225,10 @@ fn image(path: &Path, file: File, bytes: &[u8]) -> std::io::Result<File> {
     };
     let mut image = File::from(made);
     image.write_all(bytes)?;
-    fcntl_add_seals(
-        &image,
-        SealFlags::SEAL | SealFlags::WRITE | SealFlags::GROW | SealFlags::SHRINK,
-    )?;
+    // Not `WRITE`: for it the kernel waits until nobody else, itself included, has hold of the pages, and gives up (EBUSY)
+    // where it is busy with them. A copy that cannot be sealed is still one that only this process knows.
+    let seals = SealFlags::SEAL | SealFlags::FUTURE_WRITE | SealFlags::GROW | SealFlags::SHRINK;
+    let _ = fcntl_add_seals(&image, seals);
     Ok(image)
 }
 
