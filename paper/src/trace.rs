@@ -196,24 +196,24 @@ fn follow(
         let whole = counts(trained, &ids[..length], Past::None, &selections.groups)?;
         let mut sums: Vec<Vec<i64>> = whole
             .iter()
-            .map(|counts_e| vec![0; counts_e.len()])
+            .map(|of_layer| vec![0; of_layer.len()])
             .collect();
         for (index, &id) in ids[..length].iter().enumerate() {
             let past = Past::Cache {
                 slot: 0,
                 is_reset: index == 0,
             };
-            let counts_le = counts(trained, &[id], past, &selections.groups)?;
-            for (sums_e, counts_e) in sums.iter_mut().zip(&counts_le) {
-                for (sum, count) in sums_e.iter_mut().zip(counts_e) {
+            let per_layer = counts(trained, &[id], past, &selections.groups)?;
+            for (sums_e, of_layer) in sums.iter_mut().zip(&per_layer) {
+                for (sum, count) in sums_e.iter_mut().zip(of_layer) {
                     *sum += count;
                 }
             }
             selections.tokens.push(id);
             selections.experts.push(
-                counts_le
+                per_layer
                     .iter()
-                    .map(|counts_e| selected(counts_e))
+                    .map(|of_layer| selected(of_layer))
                     .collect(),
             );
             if let std::collections::btree_map::Entry::Vacant(entry) = selections.texts.entry(id) {
@@ -230,8 +230,8 @@ fn follow(
 }
 
 /// Experts that are selected at all.
-fn selected(counts_e: &[i64]) -> Vec<u32> {
-    let selected = (0u32..).zip(counts_e).filter(|(_, count)| **count > 0);
+fn selected(of_layer: &[i64]) -> Vec<u32> {
+    let selected = (0u32..).zip(of_layer).filter(|(_, count)| **count > 0);
     selected.map(|(expert, _)| expert).collect()
 }
 
@@ -261,7 +261,7 @@ fn counts(
         .map(|named| (named.name, named.tensor.into_tensor()))
         .collect();
     let mut used: BTreeMap<usize, usize> = BTreeMap::new();
-    let mut counts_le = Vec::new();
+    let mut per_layer = Vec::new();
     for &group in groups {
         let name = format!("unique_layers.{group}.pkm/counts");
         let by_layer_le = by_name.get(&name).ok_or_else(|| {
@@ -270,7 +270,7 @@ fn counts(
                 .fix("use a model with a mixture of experts in each layer, and plugins of this version")
         })?;
         let place = used.entry(group).or_default();
-        let counts_e: Vec<i64> = by_layer_le
+        let of_layer: Vec<i64> = by_layer_le
             .f_get(i64::try_from(*place).unwrap_or_default())
             .and_then(|row_e| {
                 Vec::try_from(
@@ -281,9 +281,9 @@ fn counts(
             })
             .or_plugin_error("counts of selections cannot be read")?;
         *place += 1;
-        counts_le.push(counts_e);
+        per_layer.push(of_layer);
     }
-    Ok(counts_le)
+    Ok(per_layer)
 }
 
 #[cfg(test)]

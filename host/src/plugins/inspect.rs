@@ -536,6 +536,7 @@ pub(super) mod tests {
         let mut image = image(&path, File::open(&path).unwrap(), &bytes).unwrap();
         std::fs::write(&path, "overwritten in place").unwrap();
         let mut kept = Vec::new();
+        image.rewind().unwrap();
         image.read_to_end(&mut kept).unwrap();
         assert!(kept == bytes);
         image.rewind().unwrap();

@@ -1,5 +1,13 @@
 //! `moeut-host bench`: what it measures adds up, and what it refuses. How fast anything is decides nothing here.
 
+#![expect(
+    clippy::unwrap_used,
+    reason = "helpers of tests: what they cannot do fails the test"
+)]
+#![expect(
+    clippy::float_cmp,
+    reason = "numbers that are computed twice from the same ones are the same"
+)]
 use insta::assert_snapshot;
 use moeut_e2e::{Sandbox, read, tiny};
 use serde_json::Value;
@@ -208,7 +216,7 @@ fn mistakes_say_what_why_and_how_else() {
         let args: Vec<&str> = line.split(' ').collect();
         let outcome = sandbox.run(&args);
         assert_eq!(outcome.code, Some(2), "{line}: {outcome}");
-        seen += &format!("$ moeut-host {line}\n{}", outcome.stderr);
+        seen.extend(["$ moeut-host ", line, "\n", &outcome.stderr]);
     }
     assert_snapshot!(seen);
 }
