@@ -258,6 +258,10 @@ fn git_hash(repo: &Path) -> String {
     {
         return hash;
     }
+    commit(repo)
+}
+
+fn commit(repo: &Path) -> String {
     let git = |args: &[&str]| {
         let output = Command::new("git")
             .current_dir(repo)
@@ -474,6 +478,6 @@ mod tests {
     #[test]
     fn hash_outside_git_is_unknown() {
         let folder = tempfile::TempDir::new().unwrap();
-        assert_eq!(git_hash(folder.path()), "unknown");
+        assert_eq!(commit(folder.path()), "unknown");
     }
 }

@@ -236,24 +236,6 @@ impl Group {
         self.reduce(tensors, Reduction::Max)
     }
 
-    /// The sums of single numbers over all processes, as float64 on `device`: one exchange for all of them.
-    ///
-    /// # Errors
-    /// If another process has ended.
-    pub fn sum_numbers(&self, numbers: &[&Tensor]) -> Result<Vec<Tensor>, PluginError> {
-        let _no_grad = tch::no_grad_guard();
-        let wide: Vec<Tensor> = numbers
-            .iter()
-            .map(|number| number.to_kind(Kind::Double))
-            .collect();
-        if wide.is_empty() || self.is_single() {
-            return Ok(wide);
-        }
-        let all = Tensor::stack(&wide, 0);
-        self.sum(&[&all])?;
-        Ok(all.unbind(0))
-    }
-
     /// Replaces each tensor by that of the process `root`.
     ///
     /// # Errors

@@ -68,6 +68,17 @@ impl Sandbox {
         self.root.path().join("here")
     }
 
+    /// A copy of the cached data, for tests that add to it; relative to the working folder it is `cache`.
+    pub fn copy_cache(&self) -> PathBuf {
+        let cache = self.work().join("cache");
+        let copied = Command::new("cp")
+            .arg("-r")
+            .args([&crate::cached_data(), &cache])
+            .status();
+        assert!(copied.is_ok_and(|status| status.success()), "`cp` works");
+        cache
+    }
+
     /// The folder of a run.
     pub fn run_folder(&self, name: &str) -> PathBuf {
         self.work().join("save").join(name)

@@ -53,6 +53,7 @@ fn nothing_typed_shows_how_to_use_it() {
     exit: 0
     --- stdout
     usage: moeut-host -task <task> -name <name> [-<argument> <value> …]   train
+           moeut-host launch -n <processes> -task … -name … […]           train with several processes on this machine
            moeut-host plugins list|show|verify|lock|new|pack|install|…    what is found, and where; files to trust; a start
            moeut-host config show -task <task> [-<argument> <value> …]    every argument and where its value is from
            moeut-host checkpoint info|convert|export                      what one holds; from and to Python
@@ -240,8 +241,8 @@ fn an_unknown_command() {
     --- stdout
     --- stderr
     Error:   × unknown command `plugin list`
-      ╰─▶ commands are `plugins`, `config show`, `model show`, `checkpoint`, `generate`, `eval`,
-          `sweep`, `report`, `bench` and `doctor`; without one it trains
+      ╰─▶ commands are `launch`, `plugins`, `config show`, `model show`, `checkpoint`, `generate`,
+          `eval`, `sweep`, `report`, `bench` and `doctor`; without one it trains
       help: type `moeut-host --help`
     ");
 }

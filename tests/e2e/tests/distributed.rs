@@ -7,14 +7,13 @@
 
 use insta::assert_snapshot;
 use moeut_e2e::{
-    Args, Outcome, Ranks, RawTensor, Sandbox, cached_data, checkpoint_files, losses, read,
-    read_safetensors, staged_plugins, steps_seen, tiny, wait_until,
+    Args, Outcome, Ranks, RawTensor, Sandbox, checkpoint_files, losses, read, read_safetensors,
+    staged_plugins, steps_seen, tiny, wait_until,
 };
 use serde_json::Value;
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
-use std::process::Command;
 
 /// A batch that neither two nor four processes share evenly, and no chance in the model.
 const EXACT: &[&str] = &[
@@ -155,12 +154,7 @@ fn evaluation_sets_are_shared_out() {
     sandbox
         .run(&tiny("warm", &["-stop_after", "1"]).as_strs())
         .ok();
-    let cache = sandbox.work().join("cache");
-    let copied = Command::new("cp")
-        .arg("-r")
-        .args([&cached_data(), &cache])
-        .status();
-    assert!(copied.unwrap().success());
+    let cache = sandbox.copy_cache();
     fs::create_dir_all(cache.join("Lambada")).unwrap();
     let passage =
         |word: &str| format!("{{\"text\": \"the {word} stood there and she took the {word}\"}}\n");

@@ -9,13 +9,12 @@
 )]
 
 use insta::assert_snapshot;
-use moeut_e2e::{Outcome, Sandbox, cached_data, losses, shared_data, staged_plugins, tiny};
+use moeut_e2e::{Outcome, Sandbox, losses, shared_data, staged_plugins, tiny};
 use serde_json::Value;
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::fs;
 use std::path::Path;
-use std::process::Command;
 
 /// The plugins of the sets.
 const SETS: [&str; 6] = ["ai2arc", "blimp", "cbt", "hellaswag", "lambada", "piqa"];
@@ -229,12 +228,7 @@ fn evaluations_come_with_validations_and_change_nothing_else() {
     // The embedded text with its tokenizer, and sets where downloads are kept.
     let warm = tiny("warm", &["-stop_after", "1"]);
     sandbox.run(&warm.as_strs()).ok();
-    let cache = sandbox.work().join("cache");
-    let copied = Command::new("cp")
-        .arg("-r")
-        .args([&cached_data(), &cache])
-        .status();
-    assert!(copied.unwrap().success());
+    let cache = sandbox.copy_cache();
     fs::create_dir_all(cache.join("Lambada")).unwrap();
     fs::write(cache.join("Lambada/lambada_test.jsonl"), LAMBADA).unwrap();
     let run = |name: &str, more: &[&str]| {
@@ -417,8 +411,8 @@ fn what_cannot_be_evaluated_is_said() {
     Error:   × a file of questions is damaged
       ╰─▶ `sets/lambada_test.jsonl` line 1: invalid type: integer `1`, expected a string at column 10;
           the line starts `{"text": 1}`
-      help: correct the line, or replace `sets/lambada_test.jsonl` by what is published as https://
-            openaipublic.blob.core.windows.net/gpt-2/data/lambada_test.jsonl
+      help: correct the line, or replace `sets/lambada_test.jsonl` by what is published as
+            https://openaipublic.blob.core.windows.net/gpt-2/data/lambada_test.jsonl
     "#);
     // Damaged is not missing, also when everything is asked for.
     assert_eq!(count("-sets all -data.dir sets").code, Some(2));
