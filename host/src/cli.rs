@@ -1,8 +1,6 @@
 //! Entry point: which job is asked for, and the way from `argv` to a run.
 
-use crate::args::{
-    Arguments, HostConfig, Owner, asks_for_help, help_text, parse, peek, render_resolved,
-};
+use crate::args::{HostConfig, Owner, asks_for_help, help_text, parse, peek, render_resolved};
 use crate::bench;
 use crate::checkpoint::{self, Loaded};
 use crate::checkpoint_cli;
@@ -250,8 +248,7 @@ fn train_in(
     let registry = Arc::new(open_registry(argv)?);
     let plugins_time = start.elapsed();
     warn_about_plugins(&registry, terminal);
-    group.agree("program", &startup_log::program())?;
-    group.agree("plugin", &registry.hashes())?;
+    train::agreement::on_program(group, &registry)?;
     let (blueprint, folder) = if group.is_first() {
         let (blueprint, folder) = blueprint(argv, &registry, terminal, job, &signals, group)?;
         let stored = || Ok::<_, HostError>(blueprint.arguments.raw_map());
@@ -260,7 +257,7 @@ fn train_in(
     } else {
         (follow(argv, &registry, terminal, &signals, group)?, None)
     };
-    group.agree("argument", &comparable(&blueprint.arguments))?;
+    train::agreement::on_arguments(group, &blueprint.arguments)?;
     for warning in &blueprint.arguments.warnings {
         terminal.message(Level::Warning, warning);
     }
@@ -473,23 +470,6 @@ fn follow(
         job: None,
         signals: Arc::clone(signals),
     })
-}
-
-/// The arguments that have to be the same in all processes, as text.
-fn comparable(arguments: &Arguments) -> BTreeMap<String, String> {
-    const LOCAL: &[&str] = &[
-        "data.cache_dir",
-        "data.dir",
-        "gpu",
-        "plugin_dir",
-        "save_dir",
-        "threads",
-    ];
-    let values = arguments.values.iter();
-    values
-        .filter(|(name, _)| !LOCAL.contains(&name.as_str()))
-        .map(|(name, value)| (name.clone(), value.to_string()))
-        .collect()
 }
 
 fn run_path(config: &HostConfig) -> Result<PathBuf, HostError> {

@@ -4,7 +4,6 @@
 
 use crate::plugins::Registry;
 use crate::run_folder::machine;
-use std::collections::BTreeMap;
 use std::fmt::Write;
 
 /// Beginnings of the variables that change what a run does.
@@ -25,16 +24,6 @@ const VARIABLES: &[&str] = &[
 
 /// Parts of names whose values nobody should find in a log.
 const SECRETS: &[&str] = &["JWT", "KEY", "PASSWORD", "SECRET", "TOKEN"];
-
-/// What has to be the same in all processes of a run.
-pub fn program() -> BTreeMap<String, String> {
-    [
-        ("version", env!("CARGO_PKG_VERSION")),
-        ("commit", option_env!("MOEUT_GIT_HASH").unwrap_or_default()),
-    ]
-    .map(|(name, value)| (name.to_owned(), value.to_owned()))
-    .into()
-}
 
 /// One start of the program with `argv`, which is without the program's name; `libraries` are lines about the machine.
 pub fn describe(argv: &[String], registry: &Registry, libraries: &str) -> String {

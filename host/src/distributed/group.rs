@@ -11,6 +11,7 @@ use moeut_plugin_api::PluginError;
 use moeut_torch::OrPluginError;
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 use tch::{Device, Kind, Tensor};
@@ -33,6 +34,8 @@ struct Inner {
     lookout: Lookout,
     timeout: Duration,
     engine: OnceLock<(Arc<Engine>, Device)>,
+    /// Whether this process has told the others that it takes no further part.
+    is_gone: AtomicBool,
 }
 
 /// A tensor that is to come.
@@ -123,6 +126,7 @@ impl Group {
             lookout,
             timeout,
             engine: OnceLock::new(),
+            is_gone: AtomicBool::new(false),
         }))))
     }
 
@@ -195,11 +199,12 @@ impl Group {
         Ok(inner.take(&key)?)
     }
 
-    /// Finds out whether all processes have the same `facts` about a subject, such as `argument`.
+    /// Finds out whether all processes have the same `facts` about a subject, such as `argument`; `fix` is what to do if
+    /// not.
     ///
     /// # Errors
     /// In all processes if one differs from the first; it names that one.
-    pub fn agree(&self, subject: &str, facts: &BTreeMap<String, String>) -> Verdict {
+    pub fn agree(&self, subject: &str, facts: &BTreeMap<String, String>, fix: &str) -> Verdict {
         let Some(inner) = &self.0 else {
             return Ok(());
         };
@@ -211,7 +216,8 @@ impl Group {
         }
         let compare = || -> Verdict {
             for rank in 1..self.n_ranks() {
-                compare(subject, facts, rank, &inner.take(&key(rank))?)?;
+                let other = inner.take(&key(rank))?;
+                compare(subject, facts, rank, &other).map_err(|error| error.fix(fix))?;
             }
             Ok(())
         };
@@ -330,7 +336,8 @@ impl Group {
         tells
     }
 
-    /// Waits until all processes are done: one that had ended would be missed by the others.
+    /// Waits until all processes are done: one that had ended would be missed by the others. After [`Group::fail`] nobody
+    /// waits for this one any more.
     ///
     /// # Errors
     /// If another process has ended before it was done.
@@ -338,6 +345,9 @@ impl Group {
         let Some(inner) = &self.0 else {
             return Ok(());
         };
+        if inner.is_gone.load(Ordering::Relaxed) {
+            return Ok(());
+        }
         let all = i64::try_from(inner.world.n_ranks).unwrap_or(i64::MAX);
         inner.add("n_done", 1)?;
         let mut pause = Duration::from_millis(1);
@@ -467,6 +477,7 @@ impl Inner {
 
     /// Ends this process' part; the one with the store waits until the others need it no more.
     fn go(&self) {
+        self.is_gone.store(true, Ordering::Relaxed);
         self.lookout.end();
         let keeps_store = self.world.rank == 0 && !self.world.has_agent_store;
         let all = i64::try_from(self.world.n_ranks).unwrap_or(i64::MAX);
@@ -572,8 +583,7 @@ fn compare(
         "rank 0 has {}, rank {rank} has {}",
         of(first),
         of(other)
-    ))
-    .fix("start the same program with the same plugins and arguments on all hosts"))
+    )))
 }
 
 /// Of `n` things in a row, those of `rank`: as even as possible, larger shares first.

@@ -91,8 +91,9 @@ enum Work {
 /// By item and option.
 type AllPredicted = Vec<Vec<Predicted>>;
 
-/// Predicts all options of all items, or this process' share of them, at most `batch_size` sequences at a time, unless one question alone has more;
-/// nothing if `goes_on`, told how many sequences are done and in all, ends it. `wants_best` fills [`Predicted::best`].
+/// Predicts all options of all items, or the share of process `rank` of `n_ranks`, at most `batch_size` sequences at a time,
+/// unless one question alone has more; nothing if `goes_on`, told how many sequences are done and in all, ends it.
+/// `wants_best` fills [`Predicted::best`].
 ///
 /// # Errors
 /// If the model fails.

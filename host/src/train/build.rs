@@ -2,6 +2,7 @@
 //! that a user can cause come early.
 
 use super::TrainError;
+use super::agreement;
 use super::batches::{BatchShape, Batches};
 use super::border::check_parameters;
 use super::device::{Placement, place};
@@ -16,7 +17,8 @@ use super::optimizer::Optimizer;
 use super::pretrained;
 use super::regularizers::Regularizers;
 use super::reporting::{Intervals, weight_counts};
-use super::run::{Named, RNG_CPU, RNG_CUDA, Run, Samples};
+use super::restore::{self, check_nothing_left, load_tensors};
+use super::run::{Named, Run, Samples};
 use super::sampler::Sampler;
 use super::sampling::Choice;
 use super::scaler::Scaler;
@@ -45,8 +47,7 @@ use moeut_plugin_api::{
     StreamRequest, TaskPlan,
 };
 use moeut_torch::{IntoTensor, OrPluginError, rng};
-use std::collections::{BTreeMap, BTreeSet};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tch::{Device, Tensor};
@@ -154,7 +155,7 @@ pub fn build(
     let eval_batch_size = eval_batch_size(&config, shape.n_microbatches, &group);
     let checkpoint_dir = folder.join("checkpoint");
     let is_pretrained = config.pretrained.is_some() && !subject.is_restored;
-    let last_saved = || Ok::<_, PluginError>(last_saved(restored, &checkpoint_dir));
+    let last_saved = || Ok::<_, PluginError>(restore::last_saved(restored, &checkpoint_dir));
     let last_saved = group.share("last saved", last_saved)?;
     let checkpoints = (is_training && group.is_first())
         .then(|| Checkpoints::new(&checkpoint_dir, config.n_kept).keep_every(KEEP_EVERY));
@@ -246,24 +247,9 @@ pub(crate) fn machine(
         gpu => gpu::take(gpu, n_gpus, terminal),
     };
     let placement = place(config, n_gpus)?;
-    group.agree("device", &placement_facts(placement))?;
+    agreement::on_device(group, placement)?;
     group.connect(moeut_torch::device(placement.device))?;
     Ok(placement)
-}
-
-/// What has to be the same everywhere.
-fn placement_facts(placement: Placement) -> BTreeMap<String, String> {
-    let kind = match placement.device {
-        moeut_plugin_api::Device::Cpu => "CPU",
-        moeut_plugin_api::Device::Cuda(_) => "GPU",
-    };
-    [
-        ("kind", kind.to_owned()),
-        ("parameters", placement.dtype.to_string()),
-        ("products", placement.compute_dtype.to_string()),
-    ]
-    .map(|(name, value)| (name.to_owned(), value))
-    .into()
 }
 
 fn one_gpu(index: u32, group: &Group) -> PluginError {
@@ -472,7 +458,7 @@ impl Site<'_> {
     /// The state to start from: a checkpoint's, or a fresh one.
     fn state(&self) -> Result<TrainState, PluginError> {
         match &self.blueprint.restored {
-            Some(loaded) => read_state(loaded),
+            Some(loaded) => restore::state(loaded),
             None => Ok(TrainState {
                 seed: seed(&self.blueprint.config),
                 ..TrainState::default()
@@ -517,8 +503,15 @@ impl Site<'_> {
         let component = self.registry.find(ComponentKind::Model, name)?;
         let model = self.model(component, data.info.vocab_size, placement)?;
         let (parameters, trained) = parameters(&model)?;
-        group.agree("data", &data_facts(data))?;
-        group.agree("parameter", &shapes(&parameters))?;
+        let (train, vocab_size) = (&data.train, data.info.vocab_size);
+        agreement::on_data(
+            group,
+            train,
+            vocab_size,
+            &data.validation,
+            &data.evaluations,
+        )?;
+        agreement::on_parameters(group, &parameters)?;
         let device = moeut_torch::device(placement.device);
         let has_memory = model.abilities()?.has_memory;
         let weight_counts = weight_counts(&trained);
@@ -605,20 +598,8 @@ impl Site<'_> {
         let stored = restored
             .as_ref()
             .map_or(&[][..], |loaded| &loaded.snapshot.optimizer);
-        let own = if group.is_single() {
-            stored
-                .iter()
-                .map(|(name, tensor)| (name.clone(), tensor.shallow_clone()))
-                .collect()
-        } else {
-            let stored = stored.iter().filter(|(name, _)| is_of_rank(name));
-            let stored: Named = stored
-                .map(|(name, tensor)| (name.clone(), tensor.shallow_clone()))
-                .collect();
-            let first = group.gather("restored", &stored)?.swap_remove(0);
-            own_of(first, rank)
-        };
-        restore_rng(&own, device)?;
+        let own = restore::of_this_rank(group, stored)?;
+        restore::rng(&own, device)?;
         if earlier == state.rows {
             subject.segments.restore(&mut subject.model, &own)?;
         }
@@ -773,68 +754,6 @@ pub(crate) fn n_microbatches(config: &HostConfig, group: &Group) -> usize {
         .unwrap_or(1)
 }
 
-/// What has to be the same everywhere of the data, wherever it lies.
-fn data_facts(data: &Data) -> BTreeMap<String, String> {
-    let validation = data.validation.iter();
-    let validation = validation.map(|stream| (stream.name.clone(), stream.stream.n_windows()));
-    [
-        ("windows".to_owned(), data.train.n_windows()),
-        ("vocabulary".to_owned(), data.info.vocab_size),
-    ]
-    .into_iter()
-    .chain(validation)
-    .map(|(name, n)| (name, n.to_string()))
-    .chain(
-        data.evaluations
-            .iter()
-            .map(|set| (set.name.clone(), set.len().to_string())),
-    )
-    .collect()
-}
-
-/// Of each tensor, as text.
-fn shapes(parameters: &Named) -> BTreeMap<String, String> {
-    let shape = |tensor: &Tensor| format!("{:?} {:?}", tensor.kind(), tensor.size());
-    parameters
-        .iter()
-        .map(|(name, tensor)| (name.clone(), shape(tensor)))
-        .collect()
-}
-
-/// Whether a checkpoint's tensor belongs to one of several processes.
-fn is_of_rank(name: &str) -> bool {
-    ["rank", "rng/", "memory/"]
-        .iter()
-        .any(|start| name.starts_with(start))
-}
-
-/// Of all processes' tensors those of one, under the names that they have where it is alone.
-fn own_of(all: Named, rank: usize) -> Named {
-    let prefix = format!("rank{rank}/");
-    let own = |(name, tensor): (String, Tensor)| {
-        let name = if rank == 0 {
-            (!name.starts_with("rank")).then_some(name)
-        } else {
-            name.strip_prefix(&prefix).map(str::to_owned)
-        };
-        Some((name?, tensor))
-    };
-    all.into_iter().filter_map(own).collect()
-}
-
-/// The step of the checkpoint that a run goes on from, if it is one of its own.
-fn last_saved(restored: Option<Loaded>, checkpoint_dir: &Path) -> Option<u64> {
-    let own = restored.filter(|loaded| is_below(&loaded.path, checkpoint_dir));
-    own.map(|loaded| loaded.snapshot.step)
-}
-
-/// Whether a checkpoint is one of this run's own.
-pub(super) fn is_below(checkpoint: &Path, folder: &Path) -> bool {
-    let parent = checkpoint.canonicalize().ok();
-    let parent = parent.as_deref().and_then(Path::parent);
-    parent.is_some() && parent == folder.canonicalize().ok().as_deref()
-}
-
 pub(crate) fn size(number: u64) -> Result<usize, PluginError> {
     usize::try_from(number)
         .map_err(|_| PluginError::new(format!("a sequence of {number} tokens is too long")))
@@ -857,82 +776,6 @@ pub(crate) fn parameters(model: &ModelClient) -> Result<(Named, Named), PluginEr
         described.map(|((name, tensor), is_trained)| (name.as_str(), tensor, *is_trained)),
     )?;
     Ok((all, trainable))
-}
-
-fn read_state(loaded: &Loaded) -> Result<TrainState, PluginError> {
-    serde_json::from_value(loaded.snapshot.state.clone()).map_err(|error| {
-        PluginError::new(format!(
-            "the state in `{}` cannot be used",
-            loaded.path.display()
-        ))
-        .why(error.to_string())
-        .fix("restore another checkpoint")
-    })
-}
-
-/// Copies a checkpoint's tensors into the run's.
-pub(crate) fn load_tensors(
-    what: &str,
-    into: &[(String, Tensor)],
-    from: &[(String, Tensor)],
-) -> Result<(), PluginError> {
-    let _no_grad = tch::no_grad_guard();
-    let stored: BTreeMap<&str, &Tensor> = from
-        .iter()
-        .map(|(name, tensor)| (name.as_str(), tensor))
-        .collect();
-    let mismatch = |why: String| {
-        PluginError::new(format!("the checkpoint does not fit the {what}"))
-            .why(why)
-            .fix("use the arguments that the checkpoint was made with; they are in its `args.json`")
-    };
-    for (name, tensor) in into {
-        let Some(source) = stored.get(name.as_str()) else {
-            return Err(mismatch(format!("it has no `{name}`")));
-        };
-        if source.size() != tensor.size() {
-            return Err(mismatch(format!(
-                "`{name}` is {:?}, and {:?} is needed",
-                source.size(),
-                tensor.size()
-            )));
-        }
-        tensor
-            .shallow_clone()
-            .f_copy_(source)
-            .or_plugin_error("a tensor cannot be restored")?;
-    }
-    Ok(())
-}
-
-/// A larger model's checkpoint holds all that this one needs, and more.
-fn check_nothing_left(parameters: &Named, stored: &Named) -> Result<(), PluginError> {
-    let known: BTreeSet<&str> = parameters.iter().map(|(name, _)| name.as_str()).collect();
-    let left: Vec<&str> = stored
-        .iter()
-        .map(|(name, _)| name.as_str())
-        .filter(|name| !known.contains(name))
-        .collect();
-    let Some(first) = left.first() else {
-        return Ok(());
-    };
-    Err(PluginError::new("the checkpoint does not fit the model")
-        .why(format!(
-            "{} of its tensors are not in the model, `{first}` for one",
-            left.len()
-        ))
-        .fix("use the arguments that the checkpoint was made with; they are in its `args.json`"))
-}
-
-/// A checkpoint made on another kind of device has no state for this one; its generator stays as seeded.
-fn restore_rng(stored: &[(String, Tensor)], device: Device) -> Result<(), PluginError> {
-    for (wanted, place) in [(RNG_CPU, Device::Cpu), (RNG_CUDA, device)] {
-        if let Some((_, state)) = stored.iter().find(|(name, _)| name == wanted) {
-            rng::set_state(place, &state.to_device(Device::Cpu))
-                .or_plugin_error("the random generator cannot be restored")?;
-        }
-    }
-    Ok(())
 }
 
 fn announce(

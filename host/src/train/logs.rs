@@ -1,6 +1,7 @@
 //! Where a run's records go, by its arguments: the sinks, and TensorBoard's server.
 
-use super::build::{Blueprint, is_below};
+use super::build::Blueprint;
+use super::restore::is_below;
 use super::state::TrainState;
 use crate::args::{LogSink, ServerChoice, Source};
 use crate::log::{

@@ -1,5 +1,6 @@
 //! The training loop: read [`train`] and [`train_step`] first, they are the table of contents.
 
+pub mod agreement;
 pub mod batches;
 pub(crate) mod border;
 pub mod build;
@@ -21,6 +22,7 @@ mod post_mortem;
 pub mod pretrained;
 pub mod regularizers;
 pub mod reporting;
+pub(crate) mod restore;
 pub mod run;
 pub mod sampler;
 pub mod sampling;

@@ -8,6 +8,7 @@ use super::monitor::Monitor;
 use super::non_finite::{Guard, Inspector};
 use super::optimizer::Optimizer;
 use super::regularizers::Regularizers;
+use super::restore;
 use super::scaler::Scaler;
 use super::schedule::Schedule;
 use super::segments::Segments;
@@ -231,7 +232,9 @@ impl Run {
             .group
             .gather(&format!("step {}", self.state.step), &own)?;
         let of_rank = |(rank, named): (usize, Named)| {
-            let under = move |(name, tensor): (String, Tensor)| (name_of_rank(rank, &name), tensor);
+            let under = move |(name, tensor): (String, Tensor)| {
+                (restore::name_of_rank(rank, &name), tensor)
+            };
             named.into_iter().map(under)
         };
         Ok(all.into_iter().enumerate().flat_map(of_rank).collect())
@@ -316,15 +319,6 @@ impl Run {
             self.monitor.warn(&warning);
         }
         Ok(saved?)
-    }
-}
-
-/// The name of a process' own tensor among a checkpoint's optimizer tensors. The first process' are as if it were alone.
-pub(super) fn name_of_rank(rank: usize, name: &str) -> String {
-    if rank == 0 {
-        name.to_owned()
-    } else {
-        format!("rank{rank}/{name}")
     }
 }
 

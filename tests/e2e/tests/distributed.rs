@@ -316,6 +316,30 @@ fn what_one_process_is_asked_for_all_do() {
     );
 }
 
+/// A scheduler's SIGTERM before the first step is no failure, whatever the processes are doing.
+#[test]
+fn preparing_data_is_no_reason_to_wait() {
+    let sandbox = sandbox();
+    let fresh = [
+        "-data.cache_dir",
+        "fresh",
+        "-sentencepiece.n_pieces",
+        "4000",
+    ];
+    let args = long("prepared", &fresh);
+    let ranks = sandbox.start_ranks(&vec![args.as_strs(); 2]);
+    wait_until("the data", || sandbox.work().join("fresh").exists());
+    ranks.signal(0, "TERM");
+    ranks.signal(1, "TERM");
+    let outcomes = ok(ranks.wait());
+    let said = &outcomes[0].stderr;
+    assert!(
+        said.contains("stopped by SIGTERM before the first step") && !said.contains("Error"),
+        "{}",
+        outcomes[0]
+    );
+}
+
 /// A process that stands still is found by its silence, and named.
 #[test]
 fn a_process_that_stands_still_is_named() {
