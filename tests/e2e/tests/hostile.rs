@@ -184,6 +184,24 @@ fn a_call_that_never_returns_is_named() {
     }
 }
 
+/// In one of several processes it is found by what it does not take part in, though it lives: the others end with its
+/// name, and end it.
+#[test]
+fn a_process_that_never_comes_back_is_named_by_the_others() {
+    let sandbox = sandbox();
+    let args = "-task hostile -name c -gpu none -threads 1 -batch_size 4 -stop_after 6 -n_samples 0 -log none \
+                -distributed_timeout 4 -hostile.model blocks_rank_1";
+    let args: Vec<&str> = args.split_whitespace().collect();
+    let outcomes = sandbox.run_ranks(2, &args);
+    for outcome in &outcomes {
+        assert_eq!(outcome.code, Some(2), "{outcome}");
+    }
+    let words: Vec<&str> = outcomes[0].stderr.split_whitespace().collect();
+    let words = words.join(" ");
+    assert!(words.contains("rank 0: rank 1 ended the run"), "{words}");
+    assert!(words.contains("does not come: it is in step 3,"), "{words}");
+}
+
 /// Whose memory it is that is not freed cannot be told; but what was called meanwhile can.
 #[test]
 fn a_process_that_grows_is_told_with_what_it_calls() {
