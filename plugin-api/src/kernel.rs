@@ -115,7 +115,7 @@ pub struct Capabilities {
     pub cuda: Vec<DType>,
     /// Rank for `-moe.kernel auto`: the highest that supports device and element type is taken.
     pub speed_rank: u32,
-    /// Whether two runs give the same bits.
+    /// Whether two runs give the same bits, if libtorch was told to use deterministic algorithms.
     pub is_deterministic: bool,
     /// Whether a call may be captured in a CUDA graph.
     pub is_graph_safe: bool,
@@ -358,7 +358,7 @@ pub struct Projected {
     pub routed: Routed,
 }
 
-/// One call of [`Kernel::residual_norm`], over the last axis, `D`.
+/// One call of [`Kernel::residual_norm`], over the first `D` channels of the last axis, `P`.
 ///
 /// ```text
 /// sum    = x (+ update)
@@ -366,11 +366,12 @@ pub struct Projected {
 /// normed = (sum - mean) / √(var + eps) · weight + bias
 /// ```
 ///
+/// Rows may have more channels than are normalized, `P > D`, so that they begin at aligned addresses; `normed` is 0 in those.
 /// The call has the type of its products, which the options say. Statistics are never in a half type. A kernel may
 /// compute the gradient of the layernorm from `plain`, so that nothing in the type of the stream need be kept.
 #[derive(Debug)]
 pub struct ResidualNorm {
-    /// The stream, `[.., D]`; fp32 where the call has a half type, else in its type.
+    /// The stream, `[.., P]`; fp32 where the call has a half type, else in its type.
     pub x: TensorHandle,
     /// What a layer adds to it, as `x`, in the type of the call.
     pub update: Option<TensorHandle>,

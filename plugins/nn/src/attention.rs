@@ -10,11 +10,17 @@ use moeut_plugin_api::PluginError;
 use tch::Tensor;
 
 /// `softmax(q·kᵀ/√d + mask) · v` per head; `[B, T, H, d]` for queries, `[B, S, H, d]` for keys and values; v may have its
-/// own width.
+/// own width, and zeros may follow the `d_head` channels of queries and keys.
 ///
 /// The reference multiplies q and k by `d^(-1/4)` each and attends with scale 1, which is the same product; leaving the
 /// scale to the fused kernel saves two passes over memory and their rounding.
-pub fn attention(q_bthd: &Tensor, k_bshd: &Tensor, v_bshd: &Tensor, mask: &Mask) -> Tensor {
+pub fn attention(
+    q_bthd: &Tensor,
+    k_bshd: &Tensor,
+    v_bshd: &Tensor,
+    d_head: i64,
+    mask: &Mask,
+) -> Tensor {
     let heads_first = |x: &Tensor| x.transpose(1, 2);
     let (visible_ts, is_causal) = match mask {
         Mask::Causal => (None, true),
@@ -28,7 +34,7 @@ pub fn attention(q_bthd: &Tensor, k_bshd: &Tensor, v_bshd: &Tensor, mask: &Mask)
         visible_ts,
         0.0,
         is_causal,
-        None,
+        Some((d_head as f64).sqrt().recip()),
         false,
     )
     .transpose(1, 2)
@@ -151,9 +157,11 @@ impl DenseAttention {
     ) -> Result<Tensor, PluginError> {
         let Heads { n_heads, d_head } = self.heads;
         let width = n_heads * d_head;
-        let split = |x: Tensor| {
-            let size = x.size();
-            x.view([size[0], size[1], n_heads, d_head])
+        let d_inside = ctx.aligned(d_head);
+        let split = |x: &Tensor, weight: &Tensor| {
+            let y = linear(x, &into_heads(weight, n_heads, x, ctx));
+            let size = y.size();
+            y.view([size[0], size[1], n_heads, d_inside])
         };
         let q_in = &reading.normed;
         let k_in = match attended_bsd {
@@ -162,17 +170,17 @@ impl DenseAttention {
         };
         let v_in = attended_bsd.unwrap_or(&reading.plain);
 
-        let q = ctx.dropout(split(linear(q_in, &self.q)), self.dropout);
-        let k = split(linear(&k_in, &self.kv.narrow(0, 0, width)));
-        let v = split(linear(v_in, &self.kv.narrow(0, width, width)));
+        let q = ctx.dropout(split(q_in, &self.q), self.dropout);
+        let k = split(&k_in, &self.kv.narrow(0, 0, width));
+        let v = split(v_in, &self.kv.narrow(0, width, width));
         let q = self.rope.forward(&q, past.query_offset(), ctx)?;
         let k = self.rope.forward(&k, past.key_offset(), ctx)?;
         let (k, v) = past.joined(k, v);
-        maps.add(&q, &k, past.mask(), &[], ctx)?;
-        let mixed = attention(&q, &k, &v, past.mask());
+        maps.add(&q, &k, d_head, past.mask(), &[], ctx)?;
+        let mixed = attention(&q, &k, &v, d_head, past.mask());
         let size = reading.stream.size();
-        let mixed = mixed.reshape([size[0], size[1], width]);
-        Ok(linear(&mixed, &self.out))
+        let mixed = mixed.reshape([size[0], size[1], n_heads * d_inside]);
+        Ok(linear(&mixed, &out_of_heads(&self.out, n_heads, size[2], ctx)))
     }
 
     /// Of one application: `2·H·d·T·S` for scores and values, `4·D·H·d·T` for projections.
@@ -194,6 +202,30 @@ pub(crate) const KEPT: &str = "attention";
 /// The layer's input, and `width` channels of queries, keys, values and their mixture.
 pub(crate) fn kept_bytes(of: Sequence, d_model: u64, width: u64) -> u64 {
     of.n_tokens * (d_model * of.stream_bytes + width * of.product_bytes)
+}
+
+/// A weight `[H·d, D]` for products with `x`, which give heads as wide as [`Context::aligned`] makes them.
+pub(crate) fn into_heads(weight: &Tensor, n_heads: i64, x: &Tensor, ctx: &Context) -> Tensor {
+    let (size, d_model) = (weight.size(), x.size()[2]);
+    let d_head = size[0] / n_heads;
+    let last = [ctx.aligned(d_head), d_model];
+    if last == [d_head, size[1]] {
+        return weight.shallow_clone();
+    }
+    let weight_hdm = ctx.operand_of(&weight.view([n_heads, d_head, size[1]]), &last);
+    weight_hdm.view([-1, d_model])
+}
+
+/// A weight `[D, H·d]` for products with such heads, which give a stream `d_model` wide.
+pub(crate) fn out_of_heads(weight: &Tensor, n_heads: i64, d_model: i64, ctx: &Context) -> Tensor {
+    let size = weight.size();
+    let d_head = size[1] / n_heads;
+    let last = [d_model, n_heads, ctx.aligned(d_head)];
+    if last == [size[0], n_heads, d_head] {
+        return weight.shallow_clone();
+    }
+    let weight_mhd = ctx.operand_of(&weight.view([size[0], n_heads, d_head]), &last);
+    weight_mhd.view([d_model, -1])
 }
 
 pub(crate) fn linear(x: &Tensor, weight: &Tensor) -> Tensor {

@@ -81,8 +81,8 @@ impl AttentionMaps {
         self.wish.is_some()
     }
 
-    /// Adds an application: queries `[B, T, H, d]` and keys `[B, S, H, d]` as the attention sees them, and what is
-    /// selected for the first sequence.
+    /// Adds an application: queries `[B, T, H, d]` and keys `[B, S, H, d]` as the attention sees them, perhaps with zeros behind
+    /// their `d_head` channels, and what is selected for the first sequence.
     ///
     /// # Errors
     /// If autocast cannot be suspended.
@@ -90,6 +90,7 @@ impl AttentionMaps {
         &mut self,
         q_bthd: &Tensor,
         k_bshd: &Tensor,
+        d_head: i64,
         mask: &Mask,
         gates: &[Gates],
         ctx: &Context,
@@ -108,7 +109,7 @@ impl AttentionMaps {
         tch::no_grad(|| {
             let q_hqd = heads_first(q_bthd).narrow(1, queries.first, queries.n);
             let k_hsd = heads_first(k_bshd);
-            let scale = (q_hqd.size()[2] as f64).sqrt().recip();
+            let scale = (d_head as f64).sqrt().recip();
             let scores = q_hqd.bmm(&k_hsd.transpose(1, 2)) * scale;
             let visible = mask.tensor(n_queries, n_keys, q_bthd.device());
             let hidden = visible.narrow(0, queries.first, queries.n).logical_not();
@@ -261,7 +262,7 @@ mod tests {
         });
         let mut maps = AttentionMaps::new(&ctx);
         let mask = Mask::after(2, 4, Device::Cpu);
-        maps.add(&q, &k, &mask, &[], &ctx).unwrap();
+        maps.add(&q, &k, d_head, &mask, &[], &ctx).unwrap();
         let charts = maps.finish(&[7]);
         assert_eq!(charts.len(), 1);
         let ChartKind::Frames { x, y, titles, .. } = &charts[0].kind else {

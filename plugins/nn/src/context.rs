@@ -1,6 +1,7 @@
 //! What all layers of one forward pass share: the kernel, precision, and whether the pass trains or reports.
 
 use crate::norm::normed;
+use crate::padding::{self, padded};
 use crate::router::{self, RouterDtype};
 use crate::{LayerNorm, Routing};
 use moeut_plugin_api::abi::client::KernelClient;
@@ -34,7 +35,7 @@ pub struct Context {
     pub is_compat: bool,
 }
 
-/// The residual stream where a layer reads it; all three are `[B, T, D]`.
+/// The residual stream where a layer reads it; all three are `[B, T, D]`, or as wide as [`Context::aligned`] makes it.
 #[derive(Debug)]
 pub struct Reading {
     /// The stream itself.
@@ -71,6 +72,21 @@ pub struct Choice {
 }
 
 impl Context {
+    /// The width in which a pass computes `width` channels, the rest of which are zero: the next one that products like, if
+    /// the pass is in mixed precision.
+    pub fn aligned(&self, width: i64) -> i64 {
+        if self.is_mixed {
+            padding::aligned(width)
+        } else {
+            width
+        }
+    }
+
+    /// A weight for products in the compute type, its last axes as long as `last`, the rest zeros.
+    pub(crate) fn operand_of(&self, weight: &Tensor, last: &[i64]) -> Tensor {
+        padded(&weight.to_kind(self.compute), last)
+    }
+
     /// Adds a layer's `update` to the stream, if there is one, and reads it through `norm`, if there is one: in one call
     /// of the kernel, [`moeut_plugin_api::Kernel::residual_norm`], which rounds `plain` to the compute type, or as a
     /// composition that rounds nothing. With `is_wide`, `normed` is as precise as the stream.
@@ -130,7 +146,7 @@ impl Context {
         n_groups: i64,
         top_k: i64,
     ) -> Result<Option<Choice>, PluginError> {
-        let (size, [n_ids, _]) = (x.size(), [weight.size()[0], weight.size()[1]]);
+        let (size, n_ids) = (x.size(), weight.size()[0]);
         let kind = self.router_operands(weight);
         let Some(dtype) = dtype(kind) else {
             return Ok(None);
@@ -147,7 +163,7 @@ impl Context {
         };
         let selected = kernel.select(Select {
             x: x.reshape([-1, size[2]]).to_kind(kind).into_handle(),
-            weight: weight.share(),
+            weight: padded(weight, &size[2..]).into_handle(),
             options: SelectOptions {
                 n_groups,
                 top_k,
@@ -308,7 +324,8 @@ impl Context {
         bias: Option<&Tensor>,
     ) -> Result<Tensor, PluginError> {
         let mixed = self.is_mixed.then_some(self.compute);
-        router::logits(x, weight, bias, self.router_dtype, mixed)
+        let width = &x.size()[x.dim() - 1..];
+        router::logits(x, &padded(weight, width), bias, self.router_dtype, mixed)
             .or_plugin_error("cannot compute router logits")
     }
 

@@ -24,6 +24,7 @@ pub mod lm_head;
 pub mod moe;
 pub mod moe_stats;
 pub mod norm;
+pub mod padding;
 pub mod params;
 pub mod past;
 pub mod rope;

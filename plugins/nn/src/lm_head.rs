@@ -1,6 +1,8 @@
 //! From the last hidden state to logits.
 
+use crate::padding::padded;
 use crate::{Context, Init, LayerNorm, Linear, Params};
+use moeut_plugin_api::PluginError;
 use tch::Tensor;
 
 /// `logits = drop(A · LN(x)) · weightᵀ + bias`; the weight is not tied to the embedding. `A` is an adapter to the width
@@ -37,11 +39,17 @@ impl LmHead {
         }
     }
 
-    /// `[B, T, D]` → `[T, B, V]`, contiguous.
-    pub fn forward(&self, x_btd: &Tensor, ctx: &Context) -> Tensor {
-        let x_btd = crate::norm::normed(self.norm.as_ref(), x_btd);
+    /// `[B, T, D]` → `[T, B, V]`, contiguous; behind the `D` channels there may be more, which count nothing.
+    ///
+    /// # Errors
+    /// Whatever the kernel says.
+    pub fn forward(&self, x_btd: &Tensor, ctx: &Context) -> Result<Tensor, PluginError> {
+        let x_btd = match &self.norm {
+            Some(norm) => ctx.reading(x_btd, None, Some(norm), false)?.normed,
+            None => x_btd.shallow_clone(),
+        };
         let x_btd = match &self.adapter {
-            Some(adapter) => adapter.forward(&x_btd),
+            Some(adapter) => adapter.forward_to(&x_btd, self.weight_vd.size()[1]),
             None => x_btd,
         };
         // The small tensor is transposed, not the logits.
@@ -49,6 +57,7 @@ impl LmHead {
             .dropout(x_btd, self.dropout)
             .transpose(0, 1)
             .contiguous();
-        x_tbd.linear(&self.weight_vd, Some(&self.bias_v))
+        let weight_vd = padded(&self.weight_vd, &x_tbd.size()[2..]);
+        Ok(x_tbd.linear(&weight_vd, Some(&self.bias_v)))
     }
 }

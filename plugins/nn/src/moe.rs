@@ -4,6 +4,7 @@ use crate::balance::Applications;
 use crate::context::Choice;
 use crate::cost::{Cost, ROUTER_BYTES, Sequence, count};
 use crate::moe_stats::{MoeStats, MoeWatch};
+use crate::padding::padded;
 use crate::routing::top_k;
 use crate::{
     Activation, Balance, BalanceConfig, Context, Init, LayerNorm, Params, Reading, Routing,
@@ -150,9 +151,11 @@ impl SigmaMoe {
 
     /// Begins a forward pass; weights are cast once for all applications.
     pub fn begin(&self, ctx: &Context) -> MoePass {
+        let d_model = ctx.aligned(self.router_ed.size()[1]);
+        let d_expert = self.config.d_expert;
         MoePass {
-            keys_eds: self.keys_eds.to_kind(ctx.compute),
-            values_esd: self.values_esd.to_kind(ctx.compute),
+            keys_eds: ctx.operand_of(&self.keys_eds, &[d_model, d_expert]),
+            values_esd: ctx.operand_of(&self.values_esd, &[d_expert, d_model]),
             balance: Balance::new(self.config.balance, Applications::Summed, ctx),
             watch: MoeWatch::new(ctx),
         }
@@ -174,7 +177,7 @@ impl SigmaMoe {
         ctx: &Context,
     ) -> Result<Tensor, PluginError> {
         let x_btd = &reading.plain;
-        let d_model = self.router_ed.size()[1];
+        let d_model = x_btd.size()[2];
         let n_experts = self.config.n_experts;
         let fused = self.fused_route(&reading.normed, pass, ctx)?;
         let (ids_nk, gate_nk, routing) = if let Some(choice) = fused {
@@ -197,7 +200,7 @@ impl SigmaMoe {
         };
         let y_btd = y_nd.view_as(x_btd);
         Ok(match &self.out_bias_d {
-            Some(bias_d) => y_btd + bias_d,
+            Some(bias_d) => y_btd + padded(bias_d, &[d_model]),
             None => y_btd,
         })
     }

@@ -1,5 +1,6 @@
 //! Layer normalization, and where a block puts it.
 
+use crate::padding::padded;
 use crate::{Init, Params};
 use serde::Deserialize;
 use tch::Tensor;
@@ -59,10 +60,14 @@ impl LayerNorm {
         self.affine.as_ref().map(|(weight, bias)| (weight, bias))
     }
 
-    /// `[.., d]` → `[.., d]`.
+    /// `[.., d]` → `[.., d]`; channels behind the first `d` count nothing, and become zero.
     pub fn forward(&self, x: &Tensor) -> Tensor {
         let (weight, bias) = self.affine().unzip();
-        x.layer_norm([self.d], weight, bias, Self::EPS, true)
+        let width = x.size().last().copied().unwrap_or(0);
+        let normed = x
+            .narrow(-1, 0, self.d)
+            .layer_norm([self.d], weight, bias, Self::EPS, true);
+        padded(&normed, &[width])
     }
 }
 

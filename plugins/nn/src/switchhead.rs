@@ -1,6 +1,8 @@
 //! SwitchHead: multi-head attention whose projections are mixtures of experts, with rotary positions.
 
-use crate::attention::{Heads, KEPT, PROJECTIONS, SCORES, attention, kept_bytes, linear};
+use crate::attention::{
+    Heads, KEPT, PROJECTIONS, SCORES, attention, into_heads, kept_bytes, linear, out_of_heads,
+};
 use crate::attention_maps::Gates;
 use crate::balance::Applications;
 use crate::context::at_least_f32;
@@ -251,7 +253,16 @@ impl SwitchHead {
 
     /// Begins a forward pass; weights of experts are cast once for all applications.
     pub fn begin(&self, ctx: &Context) -> SwitchHeadPass {
-        let cast = |side: &Side| (*side, self.projections[side].to_kind(ctx.compute));
+        let widths = [self.d_model, self.config.heads.d_head, self.config.d_value];
+        let [d_model, d_head, d_value] = widths.map(|width| ctx.aligned(width));
+        let cast = |side: &Side| {
+            let last = match side {
+                Side::Q | Side::K => [d_model, d_head],
+                Side::V => [d_model, d_value],
+                Side::O => [d_value, d_model],
+            };
+            (*side, ctx.operand_of(&self.projections[side], &last))
+        };
         let balance = |side: &Side| {
             (
                 *side,
@@ -284,7 +295,7 @@ impl SwitchHead {
         ctx: &Context,
     ) -> Result<Tensor, PluginError> {
         let Heads { n_heads, d_head } = self.config.heads;
-        let d_value = self.config.d_value;
+        let d_value = ctx.aligned(self.config.d_value);
         let scored_btd = &reading.normed;
         let key_in_bsd = attended_bsd.map(|attended_bsd| normed(self.norm.as_ref(), attended_bsd));
         let key_in_bsd = key_in_bsd.as_ref().unwrap_or(scored_btd);
@@ -321,7 +332,8 @@ impl SwitchHead {
         let v = self.project(Side::V, v_in_bsd, route(Side::V), pass, ctx)?;
         let size = reading.stream.size();
         let heads = |x: Tensor, d| x.view([size[0], -1, n_heads, d]);
-        let (q, k, v) = (heads(q, d_head), heads(k, d_head), heads(v, d_value));
+        let d_inside = ctx.aligned(d_head);
+        let (q, k, v) = (heads(q, d_inside), heads(k, d_inside), heads(v, d_value));
         let k = ctx.dropout(k, self.config.dropout);
         let q = self.rope.forward(&q, earlier.query_offset(), ctx)?;
         let k = self.rope.forward(&k, earlier.key_offset(), ctx)?;
@@ -336,16 +348,17 @@ impl SwitchHead {
                 })
             });
             let gates: Vec<Gates> = gates.collect();
-            maps.add(&q, &k, earlier.mask(), &gates, ctx)?;
+            maps.add(&q, &k, d_head, earlier.mask(), &gates, ctx)?;
         }
-        let mixed_bthd = attention(&q, &k, &v, earlier.mask());
+        let mixed_bthd = attention(&q, &k, &v, d_head, earlier.mask());
 
         let Some(Route {
             routing, gate_bthk, ..
         }) = route(Side::O)
         else {
             let joined = mixed_bthd.reshape([size[0], size[1], n_heads * d_value]);
-            return Ok(linear(&joined, &self.projections[&Side::O]));
+            let weight = out_of_heads(&self.projections[&Side::O], n_heads, size[2], ctx);
+            return Ok(linear(&joined, &weight));
         };
         let gate = gate_bthk.reshape([-1, n_heads * self.config.top_k]);
         let mixed = mixed_bthd.reshape([-1, d_value]);
@@ -448,7 +461,11 @@ impl SwitchHead {
         ctx: &Context,
     ) -> Result<Tensor, PluginError> {
         match route {
-            None => Ok(linear(x_btd, &self.projections[&side])),
+            None => {
+                let weight = &self.projections[&side];
+                let n_heads = self.config.heads.n_heads;
+                Ok(linear(x_btd, &into_heads(weight, n_heads, x_btd, ctx)))
+            }
             Some(Route {
                 routing, gate_bthk, ..
             }) => {

@@ -44,6 +44,8 @@ pub(super) fn check(
 struct NormCase {
     name: &'static str,
     shape: [i64; 3],
+    /// Channels that are normalized.
+    width: i64,
     has_update: bool,
     is_wide: bool,
 }
@@ -53,8 +55,16 @@ impl NormCase {
         Self {
             name,
             shape,
+            width: shape[2],
             has_update,
             is_wide,
+        }
+    }
+
+    const fn in_wider_rows(name: &'static str, width: i64, shape: [i64; 3]) -> Self {
+        Self {
+            width,
+            ..Self::new(name, shape, true, false)
         }
     }
 
@@ -64,7 +74,7 @@ impl NormCase {
         device: Device,
         dtype: DType,
     ) -> Subject<'a> {
-        let width = &self.shape[2..];
+        let width = &[self.width];
         let mut leaves = vec![
             Leaf::activation("x", &self.shape),
             Leaf::master("weight", width),
@@ -85,7 +95,10 @@ impl NormCase {
                     None => x.shallow_clone(),
                 };
                 let bias = Some(inputs.get("bias"));
-                let normed = sum.layer_norm(weight.size(), Some(weight), bias, EPS, false);
+                let read = sum.narrow(-1, 0, weight.size()[0]);
+                let normed = read.layer_norm(weight.size(), Some(weight), bias, EPS, false);
+                let n_more = sum.size()[2] - weight.size()[0];
+                let normed = normed.constant_pad_nd([0, n_more]);
                 joined([&sum, &sum, &normed], Kind::Double)
             }),
         }
@@ -128,13 +141,15 @@ impl NormCase {
 
 const EPS: f64 = 1e-5;
 
-const NORMS: [NormCase; 6] = [
+const NORMS: [NormCase; 8] = [
     NormCase::new("plain", [2, 5, 16], true, false),
     NormCase::new("without an update", [2, 5, 16], false, false),
     NormCase::new("a precise result", [2, 5, 16], true, true),
     NormCase::new("a width of 412", [3, 41, 412], true, false),
     NormCase::new("an odd width", [3, 5, 41], true, true),
     NormCase::new("more rows than blocks", [9, 100, 24], true, false),
+    NormCase::in_wider_rows("412 of 416 channels", 412, [3, 41, 416]),
+    NormCase::in_wider_rows("41 of 48 channels", 41, [3, 5, 48]),
 ];
 
 /// Three results as one.
@@ -201,7 +216,7 @@ impl RotationCase {
     }
 }
 
-const ROTATIONS: [RotationCase; 3] = [
+const ROTATIONS: [RotationCase; 4] = [
     RotationCase {
         name: "half of the channels",
         shape: [2, 5, 3, 32],
@@ -211,6 +226,11 @@ const ROTATIONS: [RotationCase; 3] = [
         name: "odd sizes",
         shape: [3, 4, 2, 41],
         n_angles: 10,
+    },
+    RotationCase {
+        name: "halves that are no whole pieces",
+        shape: [2, 5, 3, 48],
+        n_angles: 20,
     },
     RotationCase {
         name: "all channels",

@@ -3,7 +3,7 @@
 use moeut_plugin_api::{DType, PluginError};
 use tch::{Device, Kind, Tensor};
 
-use crate::{Autocast, convert};
+use crate::{Autocast, OrPluginError, convert, determinism};
 
 /// fp64: rounding of sums of some hundred products.
 const TOLERANCE_F64: f64 = 1e-12;
@@ -133,6 +133,11 @@ impl Subject<'_> {
     /// Everything that must hold where the call is supported.
     pub(super) fn check(&self, dtype: DType, is_deterministic: bool) {
         let plain = self.inputs(dtype);
+        if matches!(self.device, Device::Cuda(_)) {
+            // Sums may be in any order unless somebody asks, and what follows compares bits.
+            self.check_against_oracle("in any order", &plain, dtype, false);
+            in_order(true);
+        }
         let first = self.check_against_oracle("", &plain, dtype, false);
         if is_deterministic {
             let again = differentiate(&plain, false, |inputs| self.run(inputs));
@@ -157,6 +162,9 @@ impl Subject<'_> {
         self.check_against_oracle("with transposed memory", &strided, dtype, false);
         self.check_each_gradient_alone(&plain, &first);
         self.check_autocast(&plain, &first.y);
+        if matches!(self.device, Device::Cuda(_)) {
+            in_order(false);
+        }
     }
 
     /// Compares gradients with central differences; needs fp64.
@@ -338,6 +346,10 @@ pub(super) fn assert_explained<T>(what: &str, outcome: Result<T, PluginError>) {
             "{what}: the error lacks a part: {error:?}"
         ),
     }
+}
+
+fn in_order(is_on: bool) {
+    unwrap(determinism::set(is_on).or_plugin_error("libtorch's setting cannot be changed"));
 }
 
 pub(super) fn unwrap<T>(result: Result<T, PluginError>) -> T {

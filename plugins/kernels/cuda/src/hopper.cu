@@ -352,4 +352,51 @@ extern "C" __global__ void __launch_bounds__(GROUP_THREADS, 1)
   if (selection >= 0) p.gate_grads[tile.column0 / TILE * p.n_rows + selection] = dots[threadIdx.x];
 }
 
+// y[target of r] += gate of r · (x[source of r] · weight[expert]), rounded to the element type at each addition, in whatever
+// order blocks come to it. Rows of a result are close in time where tiles are listed by windows, so that it stays in the L2
+// cache, which adds. Nothing that is staged passes through memory.
+struct Added {
+  u16* y;
+  const int* targets;
+  const float* factors;
+  int n_rows, d_out;
+  __device__ __forceinline__ void operator()(const Sums& sums, int column0) const {
+    each_piece(
+        sums, [&](int row) { return factors[row]; },
+        [&](int row, int column, uint4 piece) {
+          if (row >= n_rows || column0 + column >= d_out) return;
+          u16* to = y + i64(targets[row]) * d_out + column0 + column;
+#ifdef IS_F16
+          asm volatile("red.global.add.noftz.v4.f16x2 [%0], {%1, %2, %3, %4};"
+#else
+          asm volatile("red.global.add.noftz.v4.bf16x2 [%0], {%1, %2, %3, %4};"
+#endif
+                       ::"l"(to), "r"(piece.x), "r"(piece.y), "r"(piece.z), "r"(piece.w)
+                       : "memory");
+        });
+  }
+};
+
+template <bool IS_TRANSPOSED>
+__device__ __forceinline__ void added_wide_product(const RowsProduct& p) {
+  __shared__ int targets[TILE];
+  __shared__ float factors[TILE];
+  if (blockIdx.x >= *p.n_tiles) return;
+  const int4 of_rows = p.tiles[blockIdx.x];
+  const int row = of_rows.y + threadIdx.x;
+  if (row < of_rows.z) {
+    targets[threadIdx.x] = p.targets[row];
+    factors[threadIdx.x] = p.gates == nullptr ? 1.f : p.gates[p.order[row]];
+  }
+  wide_product<IS_TRANSPOSED>(p, of_rows, Added{p.y, targets, factors, of_rows.z - of_rows.y, p.d_out});
+}
+
+extern "C" __global__ void __launch_bounds__(N_THREADS, 2) added_product(const __grid_constant__ RowsProduct p) {
+  added_wide_product<false>(p);
+}
+extern "C" __global__ void __launch_bounds__(N_THREADS, 2)
+    added_product_transposed(const __grid_constant__ RowsProduct p) {
+  added_wide_product<true>(p);
+}
+
 #endif

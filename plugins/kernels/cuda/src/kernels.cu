@@ -220,21 +220,23 @@ __device__ __forceinline__ void store_tile(const u16* staged, u16* to, i64 width
   }
 }
 
-// Writes a tile of sums to `to`, the tile's first element in a matrix `width` wide, without shared memory. The four
-// lanes of a row exchange pairs until each has eight neighboring columns: four 16-byte stores of a row lie side by
-// side.
-__device__ __forceinline__ void store_sums(const Sums& sums, u16* to, i64 width, int n_rows, int n_columns) {
+// Calls `visit(row, column, piece)` for each eight neighboring sums of a row, times `factor_of(row)`. The four lanes of a row
+// exchange pairs until each has eight neighboring columns: four pieces of a row lie side by side.
+template <typename Factor, typename Visit>
+__device__ __forceinline__ void each_piece(const Sums& sums, const Factor& factor_of, const Visit& visit) {
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
 #pragma unroll
   for (int i = 0; i < 4; i++) {
 #pragma unroll
     for (int half = 0; half < 2; half++) {
       const int row = (warp & 1) * 64 + i * 16 + half * 8 + (lane >> 2);
+      const float factor = factor_of(row);
 #pragma unroll
       for (int j0 = 0; j0 < 8; j0 += 4) {
         u32 pairs[4];
 #pragma unroll
-        for (int j = 0; j < 4; j++) pairs[j] = pack(sums[i][j0 + j][half * 2], sums[i][j0 + j][half * 2 + 1]);
+        for (int j = 0; j < 4; j++)
+          pairs[j] = pack(factor * sums[i][j0 + j][half * 2], factor * sums[i][j0 + j][half * 2 + 1]);
 #pragma unroll
         for (int distance = 1; distance < 4; distance *= 2) {
           const bool is_upper = lane & distance;
@@ -249,9 +251,7 @@ __device__ __forceinline__ void store_sums(const Sums& sums, u16* to, i64 width,
             }
           }
         }
-        const int column = (warp >> 1) * 64 + (j0 + (lane & 3)) * 8;
-        if (row < n_rows && column < n_columns)
-          *reinterpret_cast<uint4*>(to + row * width + column) = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
+        visit(row, (warp >> 1) * 64 + (j0 + (lane & 3)) * 8, make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]));
       }
     }
   }
@@ -358,11 +358,14 @@ struct RowsProduct {
   // `up`: the argument of the activation is left here, unless null. `down_backward`: what `up` left, its result for
   // ReLU and the argument for GELU.
   u16* hidden;
-  // `down_backward`: gates by selection, selections by row, and the two further results.
+  // `down_backward` and `added_product`: gates by selection, selections by row; null means 1.
   const float* gates;
   const i64* order;
+  // `down_backward`: the two further results.
   float* gate_grads;
   u16* weighted;
+  // `added_product`: the row of the result to which each row is added.
+  const int* targets;
   i64 n_rows;
 };
 
@@ -447,15 +450,27 @@ __device__ __forceinline__ void plain_product(const RowsProduct& p) {
   store_tile(shared_memory, p.y + i64(tile.row0) * p.d_out + tile.column0, p.d_out, tile.n_rows, tile.n_columns);
 }
 
+// What becomes of a tile of sums, the first of whose elements is row 0 and column `column0` of the block's rows.
+struct Stored {
+  u16* y;
+  int n_rows, d_out;
+  __device__ __forceinline__ void operator()(const Sums& sums, int column0) const {
+    each_piece(
+        sums, [](int) { return 1.f; },
+        [&](int row, int column, uint4 piece) {
+          if (row < n_rows && column0 + column < d_out)
+            *reinterpret_cast<uint4*>(y + i64(row) * d_out + column0 + column) = piece;
+        });
+  }
+};
+
 // As `plain_product` for a `d_in` of at most two steps, one block for all columns of its rows. The rows stay in shared
 // memory and the matrix passes by in a ring of its own, which goes on loading while a tile of results is written: with
 // two steps a tile, waiting for the first operands would otherwise take as long as the work.
 constexpr int N_RING = 4;
 
-template <bool IS_TRANSPOSED>
-__device__ __forceinline__ void wide_product(const RowsProduct& p) {
-  if (blockIdx.x >= *p.n_tiles) return;
-  const int4 of_rows = p.tiles[blockIdx.x];
+template <bool IS_TRANSPOSED, typename Write>
+__device__ __forceinline__ void wide_product(const RowsProduct& p, int4 of_rows, const Write& write) {
   const int row0 = of_rows.y, n_rows = of_rows.z - of_rows.y;
   const InnerPlace inner(threadIdx.x);
   const OuterPlace outer(threadIdx.x);
@@ -507,7 +522,7 @@ __device__ __forceinline__ void wide_product(const RowsProduct& p) {
     multiply<false, !IS_TRANSPOSED>(sums, left + step * OPERAND_BYTES, ring + index % N_RING * OPERAND_BYTES);
     if (step + 1 < n_steps) continue;
     const int column0 = (n_steps == 1 ? index : index >> 1) * TILE;
-    store_sums(sums, p.y + i64(row0) * p.d_out + column0, p.d_out, n_rows, p.d_out - column0);
+    write(sums, column0);
 #pragma unroll
     for (int i = 0; i < 4; i++) {
 #pragma unroll
@@ -519,15 +534,22 @@ __device__ __forceinline__ void wide_product(const RowsProduct& p) {
   }
 }
 
+template <bool IS_TRANSPOSED>
+__device__ __forceinline__ void stored_wide_product(const RowsProduct& p) {
+  if (blockIdx.x >= *p.n_tiles) return;
+  const int4 of_rows = p.tiles[blockIdx.x];
+  wide_product<IS_TRANSPOSED>(p, of_rows, Stored{p.y + i64(of_rows.y) * p.d_out, of_rows.z - of_rows.y, p.d_out});
+}
+
 // y = x[source] · weight[expert]
 extern "C" __global__ void __launch_bounds__(N_THREADS, 2) product_wide(const __grid_constant__ RowsProduct p) {
-  wide_product<false>(p);
+  stored_wide_product<false>(p);
 }
 
 // y = x[source] · weight[expert]ᵀ
 extern "C" __global__ void __launch_bounds__(N_THREADS, 2)
     product_wide_transposed(const __grid_constant__ RowsProduct p) {
-  wide_product<true>(p);
+  stored_wide_product<true>(p);
 }
 
 // y = x[source] · weight[expert]

@@ -55,12 +55,20 @@ impl Function for Mlp {
             *activation,
             &ops.tiles(ends, n_rows, x_padded.size()[1], Order::Windows)?,
         )?;
-        let ys = ops.product(
-            Rows::sorted(&a),
-            &padded_weight(w2, kind)?,
-            &ops.tiles(ends, n_rows, a.size()[1], Order::Experts)?,
-        )?;
-        let y = ops.sum_rows(&ys, inverse, *top_k, Some(&wide(gate)?))?;
+        let (w2, gates) = (padded_weight(w2, kind)?, wide(gate)?);
+        let [n_tokens, d_hidden] = [x_padded.size()[0], a.size()[1]];
+        let y = if ops.can_add(d_hidden, w2.size()[2], *top_k) {
+            let selections = Selections {
+                order,
+                gates: &gates,
+            };
+            let targets = (&tokens, n_tokens);
+            ops.added_product(Rows::sorted(&a), (&w2, false), ends, targets, Some(selections))?
+        } else {
+            let tiles = ops.tiles(ends, n_rows, d_hidden, Order::Experts)?;
+            let ys = ops.product(Rows::sorted(&a), &w2, &tiles)?;
+            ops.sum_rows(&ys, inverse, *top_k, Some(&gates))?
+        };
 
         // An absent bias leaves its place empty, at the end.
         let mut saved = vec![&kept];
@@ -138,9 +146,14 @@ impl Function for Mlp {
             input_grads[W1] = Some(like(&dw1, w1)?);
         }
         if needs(X) {
-            let tiles = ops.tiles(ends, n_rows, dh.x.size()[1], Order::Experts)?;
-            let dxs = ops.product_transposed(dh, &padded_weight(w1, x.kind())?, &tiles)?;
-            let dx = ops.sum_rows(&dxs, inverse, *top_k, None)?;
+            let w1 = padded_weight(w1, x.kind())?;
+            let d_hidden = dh.x.size()[1];
+            let dx = if ops.can_add(d_hidden, w1.size()[1], *top_k) {
+                ops.added_product(dh, (&w1, true), ends, (&tokens, x.size()[0]), None)?
+            } else {
+                let tiles = ops.tiles(ends, n_rows, d_hidden, Order::Experts)?;
+                ops.sum_rows(&ops.product_transposed(dh, &w1, &tiles)?, inverse, *top_k, None)?
+            };
             input_grads[X] = Some(like(&dx, x)?);
         }
         Ok(input_grads)

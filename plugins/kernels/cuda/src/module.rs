@@ -29,7 +29,7 @@ const MIN_CAPABILITY_MAJOR: i32 = 8;
 pub(crate) const TILE_SHARED_BYTES: c_uint = 6 * 128 * 64 * 2;
 
 /// Names in [`SOURCE`], in the order of [`Entry`].
-const NAMES: [&CStr; 26] = [
+const NAMES: [&CStr; 27] = [
     c"list_tiles",
     c"product",
     c"product_transposed",
@@ -48,6 +48,7 @@ const NAMES: [&CStr; 26] = [
     c"normalize_backward",
     c"normalize_backward_odd",
     c"rotate",
+    c"rotate_split",
     c"rotate_odd",
     c"select_32",
     c"select_256",
@@ -62,13 +63,15 @@ const NAMES: [&CStr; 26] = [
 pub(crate) const GROUP_SHARED_BYTES: c_uint = 4 * 3 * 128 * 64 * 2;
 
 /// Names of what else there is for GPUs of [`HOPPER`], in the order of [`Entry`], after those above.
-const GROUP_NAMES: [&CStr; 6] = [
+const GROUP_NAMES: [&CStr; 8] = [
     c"product_in_groups",
     c"product_transposed_in_groups",
     c"up_in_groups",
     c"down_backward_in_groups",
     c"outer_product_tall",
     c"outer_product_broad",
+    c"added_product",
+    c"added_product_transposed",
 ];
 
 /// The compute capability whose tensor cores work for warpgroups.
@@ -95,6 +98,7 @@ pub(crate) enum Entry {
     NormalizeBackward,
     NormalizeBackwardOdd,
     Rotate,
+    RotateSplit,
     RotateOdd,
     Select32,
     Select256,
@@ -109,6 +113,8 @@ pub(crate) enum Entry {
     DownBackwardInGroups,
     OuterProductTall,
     OuterProductBroad,
+    AddedProduct,
+    AddedProductTransposed,
 }
 
 /// The kernels of one device and element type, ready to be launched.
@@ -326,7 +332,7 @@ mod tests {
     fn names_and_entries_agree() {
         assert_eq!(Entry::ProductInGroups as usize, NAMES.len());
         let n_names = NAMES.len() + GROUP_NAMES.len();
-        assert_eq!(Entry::OuterProductBroad as usize + 1, n_names);
+        assert_eq!(Entry::AddedProductTransposed as usize + 1, n_names);
         for name in NAMES.into_iter().chain(GROUP_NAMES) {
             let declared = format!(" {}(const __grid_constant__ ", name.to_string_lossy());
             assert!(SOURCE.contains(&declared), "{declared}");

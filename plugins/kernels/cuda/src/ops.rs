@@ -10,7 +10,7 @@ use std::sync::Arc;
 
 use moeut_plugin_api::kernel::Activation;
 use moeut_torch::padding::{ALIGNMENT_BYTES, padded_rows};
-use moeut_torch::{FunctionError, cuda};
+use moeut_torch::{FunctionError, cuda, determinism};
 use tch::{Device, Kind, Tensor};
 
 use crate::driver::LaunchShape;
@@ -40,6 +40,8 @@ pub(crate) enum Order {
     /// For rows that are read by their sources: tiles that run at the same time read one window of tokens, which the L2
     /// cache holds. 6 was the best of 1 to 16 on an H100 with 65536 tokens of 1024 channels, 16 of 387 experts.
     Windows,
+    /// For rows that are added to those of tokens: likewise, for additions in the L2 cache. 3 was the best.
+    Additions,
     /// For rows that lie in the order of the experts: all tiles of an expert, so that its matrix is read once.
     Experts,
 }
@@ -49,6 +51,7 @@ impl Order {
         match self {
             Self::Windows if is_tall => 3,
             Self::Windows => 6,
+            Self::Additions => 3,
             Self::Experts => i32::MAX,
         }
     }
@@ -141,6 +144,7 @@ struct RawRowsProduct {
     order: *const c_void,
     gate_grads: *mut c_void,
     weighted: *mut c_void,
+    targets: *const c_void,
     n_rows: i64,
 }
 
@@ -240,6 +244,43 @@ impl Ops {
             Entry::ProductTransposedInGroups,
         );
         self.launch_product(entries, tiles, &raw)?;
+        Ok(y)
+    }
+
+    /// Whether [`Self::added_product`] serves a product that sums `n_summed` rows each: on GPUs that add 16-bit numbers in
+    /// their L2 cache, unless the user wants every sum in one order.
+    pub(crate) fn can_add(&self, d_in: i64, d_out: i64, n_summed: i64) -> bool {
+        let has_shape = d_in <= TILE && d_out > TILE && n_summed > 1;
+        has_shape && self.module.has_groups() && !determinism::is_set()
+    }
+
+    /// `y[target] = Σ gate · (x[source] · weight[expert])` over the rows of a target, in no fixed order and with a rounding for
+    /// each row; `weight [E, A, B]`, or `[E, B, A]` if it `is_transposed`, `targets` int32 `[M]` below `n_targets` → `[n_targets, B]`.
+    /// Only where [`Self::can_add`] says so.
+    pub(crate) fn added_product(
+        &self,
+        rows: Rows,
+        (weight, is_transposed): (&Tensor, bool),
+        ends: &Tensor,
+        (targets, n_targets): (&Tensor, i64),
+        selections: Option<Selections>,
+    ) -> Result<Tensor> {
+        let n_rows = targets.size1()?;
+        let d_out = weight.size()[if is_transposed { 1 } else { 2 }];
+        let tiles = self.tiles(ends, n_rows, rows.x.size()[1], Order::Additions)?;
+        let y = Tensor::f_zeros([n_targets, d_out], (self.kind, self.device))?;
+        let raw = RawRowsProduct {
+            targets: pointer(targets),
+            gates: selections.map_or(ptr::null(), |selections| pointer(selections.gates)),
+            order: selections.map_or(ptr::null(), |selections| pointer(selections.order)),
+            ..raw_product(rows, weight, &y, &tiles, d_out)?
+        };
+        let entry = if is_transposed {
+            Entry::AddedProductTransposed
+        } else {
+            Entry::AddedProduct
+        };
+        self.launch(entry, tiles.bound, TILE_THREADS, TILE_SHARED_BYTES, &raw)?;
         Ok(y)
     }
 
@@ -578,6 +619,7 @@ fn raw_product(
         order: ptr::null(),
         gate_grads: ptr::null_mut(),
         weighted: ptr::null_mut(),
+        targets: ptr::null(),
         n_rows: tiles.n_rows,
     })
 }

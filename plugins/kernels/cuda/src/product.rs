@@ -32,11 +32,21 @@ impl Function for Product {
 
         let places = sources(order, fanout.per_row)?;
         let x_padded = ops.operand(x)?;
-        let tiles = ops.tiles(ends, order.size1()?, x_padded.size()[1], Order::Windows)?;
         let weight_padded = padded_weight(weight, x.kind())?;
-        let ys = ops.product(Rows::of(&x_padded, &places), &weight_padded, &tiles)?;
-        let gate = gate.first().map(wide).transpose()?;
-        let y = ops.sum_rows(&ys, inverse, fanout.n_summed, gate.as_ref())?;
+        let rows = Rows::of(&x_padded, &places);
+        let gates = gate.first().map(wide).transpose()?;
+        let [d_in, d_out] = [x_padded.size()[1], weight_padded.size()[2]];
+        let n_rows = order.size1()?;
+        let y = if ops.can_add(d_in, d_out, fanout.n_summed) {
+            let targets = sources(order, fanout.n_summed)?;
+            let targets = (&targets, n_rows / fanout.n_summed);
+            let selections = gates.as_ref().map(|gates| Selections { order, gates });
+            ops.added_product(rows, (&weight_padded, false), ends, targets, selections)?
+        } else {
+            let tiles = ops.tiles(ends, n_rows, d_in, Order::Windows)?;
+            let ys = ops.product(rows, &weight_padded, &tiles)?;
+            ops.sum_rows(&ys, inverse, fanout.n_summed, gates.as_ref())?
+        };
         Ok(vec![y.f_narrow(1, 0, weight.size()[2])?.f_contiguous()?])
     }
 

@@ -76,13 +76,15 @@ __device__ __forceinline__ float warp_sum(float value) {
 // ---------------------------------------------------------------------------------------------------------------------
 
 struct Norm {
-  // [n_rows, width]; `update` and with it `sum` may be null.
+  // [n_rows, pitch], of which a row's first `width` channels are normalized, and `normed` is 0 in the others; `update` and
+  // with it `sum` may be null.
   const float* x;
   const u16* update;
   float* sum;
   u16* plain;
   // In fp32 if `is_wide`.
   void* normed;
+  // [pitch], 0 behind the first `width`.
   const float* weight;
   const float* bias;
   // [n_rows]
@@ -94,10 +96,10 @@ struct Norm {
   const void* normed_grads;
   float* x_grads;
   u16* update_grads;
-  // [n_blocks, 2, width]: each block's sums for the gradients of weight and bias.
+  // [n_blocks, 2, pitch]: each block's sums for the gradients of weight and bias.
   float* parts;
   i64 n_rows;
-  int width, is_wide, rows_per_block;
+  int width, pitch, is_wide, rows_per_block;
   float eps;
 };
 
@@ -107,11 +109,11 @@ __device__ __forceinline__ void norm_rows(const Norm& p) {
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   const i64 row = i64(blockIdx.x) * (blockDim.x >> 5) + warp;
   if (row >= p.n_rows) return;
-  float* kept = reinterpret_cast<float*>(shared_memory) + warp * p.width;
-  const i64 first = row * p.width;
+  float* kept = reinterpret_cast<float*>(shared_memory) + warp * p.pitch;
+  const i64 first = row * p.pitch;
   float total = 0.f;
 #pragma unroll 4
-  for (int at = lane * W; at < p.width; at += 32 * W) {
+  for (int at = lane * W; at < p.pitch; at += 32 * W) {
     float values[W];
     load_piece(values, p.x + first + at);
     if (p.update != nullptr) {
@@ -124,20 +126,20 @@ __device__ __forceinline__ void norm_rows(const Norm& p) {
     store_piece(p.plain + first + at, values);
     store_piece(kept + at, values);
 #pragma unroll
-    for (int i = 0; i < W; i++) total += values[i];
+    for (int i = 0; i < W; i++) total += at + i < p.width ? values[i] : 0.f;
   }
   const float mean = warp_sum(total) / p.width;
   float squares = 0.f;
-  for (int at = lane * W; at < p.width; at += 32 * W) {
+  for (int at = lane * W; at < p.pitch; at += 32 * W) {
     float values[W];
     load_piece(values, kept + at);
 #pragma unroll
-    for (int i = 0; i < W; i++) squares += (values[i] - mean) * (values[i] - mean);
+    for (int i = 0; i < W; i++) squares += at + i < p.width ? (values[i] - mean) * (values[i] - mean) : 0.f;
   }
   const float scale = rsqrtf(warp_sum(squares) / p.width + p.eps);
   if (lane == 0) p.means[row] = mean, p.scales[row] = scale;
 #pragma unroll 4
-  for (int at = lane * W; at < p.width; at += 32 * W) {
+  for (int at = lane * W; at < p.pitch; at += 32 * W) {
     float values[W], weight[W], bias[W];
     load_piece(values, kept + at);
     load_piece(weight, p.weight + at);
@@ -162,9 +164,9 @@ extern "C" __global__ void __launch_bounds__(256) normalize_odd(const __grid_con
 template <int W>
 __device__ __forceinline__ void norm_rows_backward(const Norm& p) {
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, n_warps = blockDim.x >> 5;
-  float* weight_sums = reinterpret_cast<float*>(shared_memory) + warp * 2 * p.width;
-  float* bias_sums = weight_sums + p.width;
-  for (int at = lane; at < 2 * p.width; at += 32) weight_sums[at] = 0.f;
+  float* weight_sums = reinterpret_cast<float*>(shared_memory) + warp * 2 * p.pitch;
+  float* bias_sums = weight_sums + p.pitch;
+  for (int at = lane; at < 2 * p.pitch; at += 32) weight_sums[at] = 0.f;
   __syncwarp();
   const auto load_grad = [&](float(&grad)[W], i64 at) {
     if (p.is_wide) {
@@ -176,12 +178,12 @@ __device__ __forceinline__ void norm_rows_backward(const Norm& p) {
   const i64 row0 = i64(blockIdx.x) * p.rows_per_block;
   const i64 end = min(row0 + p.rows_per_block, p.n_rows);
   for (i64 row = row0 + warp; row < end; row += n_warps) {
-    const i64 first = row * p.width;
+    const i64 first = row * p.pitch;
     const float mean = p.means[row], scale = p.scales[row];
     float of_grad = 0.f, of_product = 0.f;
     if (p.normed_grads != nullptr) {
 #pragma unroll 4
-      for (int at = lane * W; at < p.width; at += 32 * W) {
+      for (int at = lane * W; at < p.pitch; at += 32 * W) {
         float grad[W], plain[W], weight[W], weight_sum[W], bias_sum[W];
         load_grad(grad, first + at);
         load_piece(plain, p.plain + first + at);
@@ -203,7 +205,7 @@ __device__ __forceinline__ void norm_rows_backward(const Norm& p) {
       of_product = warp_sum(of_product) / p.width;
     }
 #pragma unroll 4
-    for (int at = lane * W; at < p.width; at += 32 * W) {
+    for (int at = lane * W; at < p.pitch; at += 32 * W) {
       float result[W] = {};
       if (p.normed_grads != nullptr) {
         float grad[W], plain[W], weight[W];
@@ -213,7 +215,7 @@ __device__ __forceinline__ void norm_rows_backward(const Norm& p) {
 #pragma unroll
         for (int i = 0; i < W; i++) {
           const float normed = (plain[i] - mean) * scale;
-          result[i] = scale * (grad[i] * weight[i] - of_grad - normed * of_product);
+          if (at + i < p.width) result[i] = scale * (grad[i] * weight[i] - of_grad - normed * of_product);
         }
       }
       float other[W];
@@ -233,10 +235,10 @@ __device__ __forceinline__ void norm_rows_backward(const Norm& p) {
   }
   __syncthreads();
   const float* sums = reinterpret_cast<const float*>(shared_memory);
-  for (int at = threadIdx.x; at < 2 * p.width; at += blockDim.x) {
+  for (int at = threadIdx.x; at < 2 * p.pitch; at += blockDim.x) {
     float sum = 0.f;
-    for (int w = 0; w < n_warps; w++) sum += sums[w * 2 * p.width + at];
-    p.parts[i64(blockIdx.x) * 2 * p.width + at] = sum;
+    for (int w = 0; w < n_warps; w++) sum += sums[w * 2 * p.pitch + at];
+    p.parts[i64(blockIdx.x) * 2 * p.pitch + at] = sum;
   }
 }
 
@@ -265,31 +267,50 @@ struct Rotation {
   float direction;
 };
 
-template <int W>
+// One thread for a piece of W channels; with IS_WHOLE both halves of the rotated channels are whole pieces.
+template <int W, bool IS_WHOLE>
 __device__ __forceinline__ void rotate_pieces(const Rotation& p) {
-  const i64 index = i64(blockIdx.x) * blockDim.x + threadIdx.x;
-  const int n_pieces = p.d_head / W;
-  const i64 row = index / n_pieces;
+  // There are fewer pieces than 2³², so that divisions are short.
+  const u32 index = blockIdx.x * blockDim.x + threadIdx.x;
+  const u32 n_pieces = p.d_head / W, row = index / n_pieces;
   if (row >= p.n_rows) return;
   const int at = int(index % n_pieces) * W;
-  const i64 first = row * p.d_head;
+  const i64 first = i64(row) * p.d_head;
   float values[W];
   load_piece(values, p.x + first + at);
   if (at < 2 * p.n_angles) {
-    const bool is_second = at >= p.n_angles;
-    const i64 angle = row / p.n_heads % p.seq_len * p.n_angles + (is_second ? at - p.n_angles : at);
-    const float direction = is_second ? p.direction : -p.direction;
-    float others[W], cos[W], sin[W];
-    load_piece(others, p.x + first + (is_second ? at - p.n_angles : at + p.n_angles));
-    load_piece(cos, p.cos + angle);
-    load_piece(sin, p.sin + angle);
+    const i64 angle0 = i64(row / u32(p.n_heads) % u32(p.seq_len)) * p.n_angles;
+    if constexpr (IS_WHOLE) {
+      const bool is_second = at >= p.n_angles;
+      const int angle = is_second ? at - p.n_angles : at;
+      const float direction = is_second ? p.direction : -p.direction;
+      float others[W], cos[W], sin[W];
+      load_piece(others, p.x + first + (is_second ? angle : at + p.n_angles));
+      load_piece(cos, p.cos + angle0 + angle);
+      load_piece(sin, p.sin + angle0 + angle);
 #pragma unroll
-    for (int i = 0; i < W; i++) values[i] = values[i] * cos[i] + direction * others[i] * sin[i];
+      for (int i = 0; i < W; i++) values[i] = values[i] * cos[i] + direction * others[i] * sin[i];
+    } else {
+#pragma unroll
+      for (int i = 0; i < W; i++) {
+        if (at + i >= 2 * p.n_angles) break;
+        const bool is_second = at + i >= p.n_angles;
+        const int angle = is_second ? at + i - p.n_angles : at + i;
+        const float direction = is_second ? p.direction : -p.direction;
+        const float other = unpack(p.x[first + (is_second ? angle : angle + p.n_angles)]).x;
+        values[i] = values[i] * p.cos[angle0 + angle] + direction * other * p.sin[angle0 + angle];
+      }
+    }
   }
   store_piece(p.y + first + at, values);
 }
 
-extern "C" __global__ void __launch_bounds__(256) rotate(const __grid_constant__ Rotation p) { rotate_pieces<8>(p); }
+extern "C" __global__ void __launch_bounds__(256) rotate(const __grid_constant__ Rotation p) {
+  rotate_pieces<8, true>(p);
+}
+extern "C" __global__ void __launch_bounds__(256) rotate_split(const __grid_constant__ Rotation p) {
+  rotate_pieces<8, false>(p);
+}
 extern "C" __global__ void __launch_bounds__(256) rotate_odd(const __grid_constant__ Rotation p) {
-  rotate_pieces<1>(p);
+  rotate_pieces<1, false>(p);
 }

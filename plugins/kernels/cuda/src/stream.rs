@@ -27,14 +27,14 @@ pub(crate) fn residual_norm(
     let ops = open(&x, kind(call.options.dtype))?;
     let update = call.update.map(IntoTensor::into_tensor);
     let (weight, bias) = (call.weight.into_tensor(), call.bias.into_tensor());
-    let width = x.size().last().copied().unwrap_or(0);
+    let pitch = x.size().last().copied().unwrap_or(0);
     let fits = [&x, &weight, &bias].map(Tensor::kind) == [Kind::Float; 3]
-        && [&weight, &bias].map(Tensor::size) == [[width]; 2]
+        && weight.size() == bias.size()
+        && matches!(weight.size()[..], [width] if 0 < width && width <= pitch)
         && update
             .as_ref()
             .is_none_or(|update| update.size() == x.size())
-        && 0 < width
-        && Norm::n_warps(width, 2) > 0;
+        && Norm::n_warps(pitch, 2) > 0;
     if !fits {
         let update = update.as_ref().map(Tensor::size);
         return Err(PluginError::new("the tensors of a layernorm do not fit")
@@ -45,11 +45,12 @@ pub(crate) fn residual_norm(
                 weight.size(),
                 bias.size()
             ))
-            .fix("pass x [.., D] in fp32, update as x, weight [D], bias [D], D up to 12288"));
+            .fix("pass x [.., P] in fp32, update as x, weight [D], bias [D], D up to P, P up to 12288"));
     }
     let node = Norm {
         ops,
         eps: call.options.eps,
+        width: weight.size().first().copied().unwrap_or(0),
         is_wide: call.options.is_wide,
         has_update: update.is_some(),
     };
@@ -100,6 +101,8 @@ pub(crate) fn rotate(
 struct Norm {
     ops: Ops,
     eps: f64,
+    /// Channels that are normalized; rows may have more.
+    width: i64,
     is_wide: bool,
     has_update: bool,
 }
@@ -124,6 +127,7 @@ struct RawNorm {
     parts: *mut c_void,
     n_rows: i64,
     width: i32,
+    pitch: i32,
     is_wide: i32,
     rows_per_block: i32,
     eps: f32,
@@ -131,8 +135,8 @@ struct RawNorm {
 
 impl Norm {
     /// Warps of a block, each of which has `n_rows` rows of fp32 in shared memory; 0 if not even one can.
-    fn n_warps(width: i64, n_rows: i64) -> i64 {
-        let bytes = width * n_rows * 4;
+    fn n_warps(pitch: i64, n_rows: i64) -> i64 {
+        let bytes = pitch * n_rows * 4;
         let fits = |n_warps: &i64| n_warps * bytes <= i64::from(TILE_SHARED_BYTES);
         [8, 4, 2, 1].into_iter().find(fits).unwrap_or(0)
     }
@@ -144,10 +148,10 @@ impl Norm {
         n_kept: i64,
         raw: &RawNorm,
     ) -> ops::Result<()> {
-        let width = i64::from(raw.width);
-        let n_warps = Self::n_warps(width, n_kept);
-        let shared_bytes = narrow(n_warps * width * n_kept * 4)?.cast_unsigned();
-        let entry = if width % NORM_PIECE == 0 {
+        let pitch = i64::from(raw.pitch);
+        let n_warps = Self::n_warps(pitch, n_kept);
+        let shared_bytes = narrow(n_warps * pitch * n_kept * 4)?.cast_unsigned();
+        let entry = if pitch % NORM_PIECE == 0 {
             entries.0
         } else {
             entries.1
@@ -157,6 +161,7 @@ impl Norm {
             .launch(entry, n_blocks, n_threads, shared_bytes, raw)
     }
 
+    /// `weight` is as wide as the rows.
     fn raw(
         &self,
         plain: &Tensor,
@@ -164,7 +169,6 @@ impl Norm {
         means: &Tensor,
         scales: &Tensor,
     ) -> ops::Result<RawNorm> {
-        let width = weight.size1()?;
         #[expect(
             clippy::cast_possible_truncation,
             reason = "a small number beside a variance"
@@ -187,7 +191,8 @@ impl Norm {
             update_grads: ptr::null_mut(),
             parts: ptr::null_mut(),
             n_rows: means.size1()?,
-            width: narrow(width)?,
+            width: narrow(self.width)?,
+            pitch: narrow(weight.size1()?)?,
             is_wide: i32::from(self.is_wide),
             rows_per_block: 0,
             eps,
@@ -202,14 +207,18 @@ impl Function for Norm {
             return Err("too few inputs".into());
         };
         let ops = &self.ops;
-        let (x_read, weight, bias) = (aligned(x)?, aligned(weight)?, aligned(bias)?);
+        let shape = x.size();
+        let pitch = shape.last().copied().unwrap_or(0);
+        let of_rows = |parameter: &Tensor| match pitch - self.width {
+            0 => aligned(parameter),
+            n_more => Ok(parameter.f_constant_pad_nd([0, n_more])?),
+        };
+        let (x_read, weight, bias) = (aligned(x)?, of_rows(weight)?, of_rows(bias)?);
         let update = match update.first() {
             Some(update) => Some(aligned(&update.f_to_kind(ops.kind)?)?),
             None => None,
         };
-        let shape = x.size();
-        let width = weight.size1()?;
-        let n_rows = i64::try_from(x.numel()).map_err(|error| error.to_string())? / width;
+        let n_rows = i64::try_from(x.numel()).map_err(|error| error.to_string())? / pitch;
         let plain = ops.empty(&shape, ops.kind)?;
         let normed = ops.empty(&shape, if self.is_wide { Kind::Float } else { ops.kind })?;
         let sum = match update {
@@ -228,7 +237,7 @@ impl Function for Norm {
             bias: pointer(&bias),
             ..self.raw(&plain, &weight, &means, &scales)?
         };
-        let n_warps = Self::n_warps(width, 1);
+        let n_warps = Self::n_warps(pitch, 1);
         let n_blocks = (n_rows + n_warps - 1) / n_warps;
         self.launch((Entry::Normalize, Entry::NormalizeOdd), n_blocks, 1, &raw)?;
         ctx.save(&[&plain, &weight, &means, &scales])?;
@@ -260,10 +269,10 @@ impl Function for Norm {
         } else {
             None
         };
-        let (n_rows, width) = (means.size1()?, weight.size1()?);
+        let (n_rows, pitch) = (means.size1()?, weight.size1()?);
         let rows_per_block = ((n_rows + N_SUMMING_BLOCKS - 1) / N_SUMMING_BLOCKS).max(1);
         let n_blocks = (n_rows + rows_per_block - 1) / rows_per_block;
-        let parts = ops.empty(&[n_blocks, 2, width], Kind::Float)?;
+        let parts = ops.empty(&[n_blocks, 2, pitch], Kind::Float)?;
         let raw = RawNorm {
             sum_grads: optional(dsum.as_ref()),
             plain_grads: optional(dplain.as_ref()),
@@ -281,7 +290,10 @@ impl Function for Norm {
             &raw,
         )?;
         let of_parameters = parts.f_sum_dim_intlist(0_i64, false, Kind::Float)?;
-        let of_parameter = |index| of_parameters.f_select(0, index).map(Some);
+        let of_parameter = |index| {
+            let of_row = of_parameters.f_select(0, index)?;
+            of_row.f_narrow(0, 0, self.width).map(Some)
+        };
         let mut input_grads = vec![Some(dx), of_parameter(0)?, of_parameter(1)?];
         if self.has_update {
             input_grads.push(dupdate);
@@ -330,13 +342,17 @@ impl Rotation {
             n_angles: narrow(n_angles)?,
             direction,
         };
-        let is_whole = d_head % ROTATION_PIECE == 0 && n_angles % ROTATION_PIECE == 0;
-        let (entry, piece) = if is_whole {
-            (Entry::Rotate, ROTATION_PIECE)
-        } else {
+        let (entry, piece) = if d_head % ROTATION_PIECE != 0 {
             (Entry::RotateOdd, 1)
+        } else if n_angles % ROTATION_PIECE != 0 {
+            (Entry::RotateSplit, ROTATION_PIECE)
+        } else {
+            (Entry::Rotate, ROTATION_PIECE)
         };
         let n_threads = n_rows * (d_head / piece);
+        if u32::try_from(n_threads).is_err() {
+            return Err("too many heads to rotate in one call".into());
+        }
         self.ops
             .launch(entry, blocks(n_threads), THREADS, 0, &raw)?;
         Ok(y)

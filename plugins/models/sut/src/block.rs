@@ -110,6 +110,7 @@ impl Block {
 impl lm::Block for Block {
     type Pass = BlockPass;
     type Carry = HaltingState;
+    const TAKES_WIDE_STREAM: bool = false;
 
     fn begin(&self, ctx: &Context) -> BlockPass {
         let tally = || Tally::new(self.layers.losses, self.layers.formula);

@@ -1,6 +1,7 @@
 //! What a model keeps between calls: segment memory and caches of keys and values, by slot.
 
 use super::args::MemoryConfig;
+use crate::padding::padded;
 use crate::past::{KeyValues, LayerPast, Mask};
 use moeut_plugin_api::{NamedTensor, Past, PluginError};
 use moeut_torch::{IntoHandle, IntoTensor};
@@ -12,6 +13,7 @@ use tch::{Device, Tensor};
 pub(super) struct Memory {
     config: MemoryConfig,
     n_layers: usize,
+    d_model: i64,
     /// Slot → place → states `[B, T, D]`, oldest first. With `is_last_layer` there is one place, the end of the stack.
     segments: BTreeMap<u32, Vec<Vec<Tensor>>>,
     caches: BTreeMap<u32, Cache>,
@@ -63,10 +65,11 @@ pub(super) struct Batch {
 }
 
 impl Memory {
-    pub(super) fn new(config: MemoryConfig, n_layers: usize) -> Self {
+    pub(super) fn new(config: MemoryConfig, n_layers: usize, d_model: i64) -> Self {
         Self {
             config,
             n_layers,
+            d_model,
             segments: BTreeMap::new(),
             caches: BTreeMap::new(),
         }
@@ -166,7 +169,7 @@ impl Memory {
                     new = vec![last_btd.detach()];
                 }
                 for (list, state_btd) in states.iter_mut().zip(new) {
-                    list.push(state_btd);
+                    list.push(state_btd.narrow(2, 0, self.d_model).contiguous());
                     let n_old = list.len().saturating_sub(n_kept);
                     list.drain(..n_old);
                 }
@@ -201,9 +204,9 @@ impl Memory {
     pub(super) fn restore(
         &mut self,
         memory: Vec<NamedTensor>,
-        d_model: i64,
         device: Device,
     ) -> Result<(), PluginError> {
+        let d_model = self.d_model;
         let mut segments: BTreeMap<u32, Vec<Vec<Tensor>>> = BTreeMap::new();
         for NamedTensor { name, tensor } in memory {
             let state_btd = tensor.into_tensor();
@@ -264,7 +267,10 @@ impl PassPast {
                 };
                 match list.map_or(&[][..], Vec::as_slice) {
                     [] => LayerPast::none(self.has_memory),
-                    list => LayerPast::segments(Tensor::cat(list, 1), &self.mask),
+                    list => {
+                        let states_btd = padded(&Tensor::cat(list, 1), &x_btd.size()[2..]);
+                        LayerPast::segments(states_btd, &self.mask)
+                    }
                 }
             }
             Kind::Cache { layers, .. } => {

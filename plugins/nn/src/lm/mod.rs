@@ -11,6 +11,7 @@ mod stack_stats;
 pub use args::{SHELL_ARGS, Shell, ShellConfig, Variant, check_positive, check_probabilities};
 
 use crate::cost::{Cost, Sequence, element_bytes};
+use crate::padding::padded;
 use crate::params::InitStyle;
 use crate::usage::Optimist;
 use crate::{Context, Embedding, LayerNorm, LayerPast, LmHead, Params, RouterDtype, Tally};
@@ -79,11 +80,13 @@ pub trait Block {
     const HAS_MEMORY: bool = true;
     /// Whether it can keep keys and values for generation.
     const HAS_CACHE: bool = true;
+    /// Whether it takes a residual stream as wide as [`Context::aligned`] makes it, with zeros behind the `D` channels.
+    const TAKES_WIDE_STREAM: bool = true;
 
     /// Begins a forward pass.
     fn begin(&self, ctx: &Context) -> Self::Pass;
 
-    /// One application: `[B, T, D]` → `[B, T, D]`.
+    /// One application: `[B, T, D]` → `[B, T, D]`, or both as wide as [`Self::TAKES_WIDE_STREAM`] says.
     ///
     /// # Errors
     /// Whatever the kernel says.
@@ -280,7 +283,7 @@ impl<B: Block> LanguageModel<B> {
             training,
             evaluation,
             router_dtype: experts.map_or(RouterDtype::F32, |experts| experts.router_dtype),
-            memory: Memory::new(shell.config.memory, order.len()),
+            memory: Memory::new(shell.config.memory, order.len(), d_model),
             tallies: Tallies::new(n_blocks),
             is_compat: setup.compat,
             everyone: (host.info().n_ranks > 1).then(|| host.clone()),
@@ -320,6 +323,9 @@ impl<B: Block> LanguageModel<B> {
         if let Some(norm) = &self.input_norm {
             x = norm.forward(&x);
         }
+        if B::TAKES_WIDE_STREAM {
+            x = padded(&x, &[ctx.aligned(self.shell.config.d_model)]);
+        }
 
         let mut stats = Vec::new();
         let mut features = Features::new(&x, &ctx);
@@ -342,7 +348,7 @@ impl<B: Block> LanguageModel<B> {
             x = self.drop_layer(&x, y, &ctx);
         }
         self.memory.close(past, &x);
-        let logits_tbv = self.head.forward(&x, &ctx);
+        let logits_tbv = self.head.forward(&x, &ctx)?;
 
         let finish = |(block, pass): (_, B::Pass)| Ok((block, B::finish(block, pass)?));
         let of_blocks = self.blocks.iter().zip(passes).map(finish);
@@ -381,8 +387,7 @@ impl<B: Block> LanguageModel<B> {
     /// If a name or shape is not one of this model's.
     pub fn set_memory(&mut self, memory: Vec<NamedTensor>) -> Result<(), PluginError> {
         let (_, device) = self.params.options();
-        self.memory
-            .restore(memory, self.shell.config.d_model, device)
+        self.memory.restore(memory, device)
     }
 
     /// See [`moeut_plugin_api::Model::abilities`].

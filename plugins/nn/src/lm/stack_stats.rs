@@ -91,7 +91,7 @@ impl Features {
             };
             let (mut cosines_ll, mut differences_l) = (Vec::new(), Vec::new());
             for x_cld in x_nld.split(Self::PIECE, 0) {
-                let logits_lcv = head.forward(&x_cld, &quiet);
+                let logits_lcv = head.forward(&x_cld, &quiet)?;
                 let p_clv = logits_lcv.transpose(0, 1).softmax(-1, Kind::Float);
                 let _exact = ctx.full_precision(p_clv.device())?;
                 cosines_ll.push(cosines(&p_clv, &p_clv).sum_dim_intlist(0i64, false, None));
