@@ -12,6 +12,8 @@ char* moeut_deterministic(bool is_on) {
   return guard([&] {
     at::globalContext().setDeterministicAlgorithms(is_on, /*warn_only=*/false);
     at::globalContext().setDeterministicCuDNN(is_on);
+    // A help for finding reads of memory that nobody wrote; a step of a 244M model took a quarter longer with it.
+    at::globalContext().setDeterministicFillUninitializedMemory(false);
   });
 }
 

@@ -180,7 +180,10 @@ impl DenseAttention {
         let mixed = attention(&q, &k, &v, d_head, past.mask());
         let size = reading.stream.size();
         let mixed = mixed.reshape([size[0], size[1], n_heads * d_inside]);
-        Ok(linear(&mixed, &out_of_heads(&self.out, n_heads, size[2], ctx)))
+        Ok(linear(
+            &mixed,
+            &out_of_heads(&self.out, n_heads, size[2], ctx),
+        ))
     }
 
     /// Of one application: `2·H·d·T·S` for scores and values, `4·D·H·d·T` for projections.

@@ -220,17 +220,26 @@ __device__ __forceinline__ void store_tile(const u16* staged, u16* to, i64 width
   }
 }
 
-// Calls `visit(row, column, piece)` for each eight neighboring sums of a row, times `factor_of(row)`. The four lanes of a row
-// exchange pairs until each has eight neighboring columns: four pieces of a row lie side by side.
+__device__ __forceinline__ uint4 exchange(uint4 own, int distance) {
+  constexpr u32 ALL = 0xffffffffu;
+  return make_uint4(__shfl_xor_sync(ALL, own.x, distance), __shfl_xor_sync(ALL, own.y, distance),
+                    __shfl_xor_sync(ALL, own.z, distance), __shfl_xor_sync(ALL, own.w, distance));
+}
+
+// Calls `visit(row, column, piece)` for each eight neighboring sums of a row, times `factor_of(row)`. Lanes exchange pairs
+// until each has eight neighboring columns, and then halves of rows: a warp has four whole rows of 64 columns at a time, each
+// of which is a line of the cache.
 template <typename Factor, typename Visit>
 __device__ __forceinline__ void each_piece(const Sums& sums, const Factor& factor_of, const Visit& visit) {
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+  const bool is_second = lane & 16;
 #pragma unroll
   for (int i = 0; i < 4; i++) {
 #pragma unroll
     for (int half = 0; half < 2; half++) {
-      const int row = (warp & 1) * 64 + i * 16 + half * 8 + (lane >> 2);
-      const float factor = factor_of(row);
+      const int row0 = (warp & 1) * 64 + i * 16 + half * 8;
+      const float factor = factor_of(row0 + (lane >> 2));
+      uint4 pieces[2];
 #pragma unroll
       for (int j0 = 0; j0 < 8; j0 += 4) {
         u32 pairs[4];
@@ -251,8 +260,12 @@ __device__ __forceinline__ void each_piece(const Sums& sums, const Factor& facto
             }
           }
         }
-        visit(row, (warp >> 1) * 64 + (j0 + (lane & 3)) * 8, make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]));
+        pieces[j0 / 4] = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
       }
+      const uint4 other = exchange(is_second ? pieces[0] : pieces[1], 16);
+      const int row = row0 + (lane >> 2 & 3), column = (warp >> 1) * 64 + (is_second ? 32 : 0) + (lane & 3) * 8;
+      visit(row, column, is_second ? other : pieces[0]);
+      visit(row + 4, column, is_second ? pieces[1] : other);
     }
   }
 }
@@ -263,36 +276,48 @@ __device__ __forceinline__ void each_piece(const Sums& sums, const Factor& facto
 
 struct TileList {
   const int* ends;
+  // Of the rows, ascending within an expert; or null.
+  const int* sources;
   int4* tiles;
   int* n_tiles;
-  int n_experts, group;
+  // Sources of a window.
+  int n_experts, window;
   // Rows of a tile.
   int n_rows;
 };
 
-// Lists the row tiles of all experts as (expert, first row, end of rows): `group` tiles of each expert, then the next
-// `group` of each, and so on. Rows of an expert are in the order of the tokens, so the tiles of one such round read
-// one window of tokens, which then stays in the L2 cache. Block g makes round g.
+// Lists the row tiles of all experts as (expert, first row, end of rows): those that begin in the first window of sources,
+// expert by expert, then those of the next. Tiles that run at the same time so read or add to one window, which then stays in
+// the L2 cache, however uneven experts are. Without sources there is one window. Block g makes window g.
 extern "C" __global__ void __launch_bounds__(256) list_tiles(const __grid_constant__ TileList p) {
-  const int* ends = p.ends;
-  const int n_experts = p.n_experts, group = p.group;
+  const int n_experts = p.n_experts;
   __shared__ int warp_sums[3][8];
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-  const i64 first = i64(blockIdx.x) * group;
-  const auto tiles_of = [&](int expert, int& start, int& end) {
-    start = expert == 0 ? 0 : ends[expert - 1];
-    end = ends[expert];
-    return (end - start + p.n_rows - 1) / p.n_rows;
+  const bool is_last = blockIdx.x + 1 == gridDim.x;
+  const auto tiles_of = [&](int n_rows) { return (n_rows + p.n_rows - 1) / p.n_rows; };
+  // Tiles of an expert that begin before window `index`.
+  const auto tiles_before = [&](int start, int end, i64 index) {
+    const i64 limit = index * p.window;
+    int low = start, high = index == 0 ? start : end;
+    while (low < high) {
+      const int middle = (low + high) / 2;
+      if (p.sources[middle] < limit) {
+        low = middle + 1;
+      } else {
+        high = middle;
+      }
+    }
+    return tiles_of(low - start);
   };
 
-  // Tiles of earlier rounds, of this one, of all.
+  // Tiles of earlier windows, of this one, of all.
   int counts[3] = {0, 0, 0};
   for (int expert = threadIdx.x; expert < n_experts; expert += blockDim.x) {
-    int start, end;
-    const i64 of_expert = tiles_of(expert, start, end);
-    counts[0] += int(min(of_expert, first));
-    counts[1] += int(min(max(of_expert - first, i64(0)), i64(group)));
-    counts[2] += int(of_expert);
+    const int start = expert == 0 ? 0 : p.ends[expert - 1], end = p.ends[expert];
+    const int all = tiles_of(end - start), before = tiles_before(start, end, blockIdx.x);
+    counts[0] += before;
+    counts[1] += (is_last ? all : tiles_before(start, end, i64(blockIdx.x) + 1)) - before;
+    counts[2] += all;
   }
   for (int c = 0; c < 3; c++) {
     const int sum = __reduce_add_sync(0xffffffffu, counts[c]);
@@ -309,10 +334,11 @@ extern "C" __global__ void __launch_bounds__(256) list_tiles(const __grid_consta
   int at = sums[0];
   for (int expert0 = 0; expert0 < n_experts; expert0 += blockDim.x) {
     const int expert = expert0 + threadIdx.x;
-    int start = 0, end = 0, count = 0;
+    int start = 0, end = 0, first = 0, count = 0;
     if (expert < n_experts) {
-      const i64 of_expert = tiles_of(expert, start, end);
-      count = int(min(max(of_expert - first, i64(0)), i64(group)));
+      start = expert == 0 ? 0 : p.ends[expert - 1], end = p.ends[expert];
+      first = tiles_before(start, end, blockIdx.x);
+      count = (is_last ? tiles_of(end - start) : tiles_before(start, end, i64(blockIdx.x) + 1)) - first;
     }
     int before = count;
     for (int distance = 1; distance < 32; distance *= 2) {
@@ -329,7 +355,7 @@ extern "C" __global__ void __launch_bounds__(256) list_tiles(const __grid_consta
     __syncthreads();
     before -= count;
     for (int i = 0; i < count; i++) {
-      const int row = start + int(first + i) * p.n_rows;
+      const int row = start + (first + i) * p.n_rows;
       p.tiles[at + before + i] = make_int4(expert, row, min(row + p.n_rows, end), 0);
     }
     at += of_all;
@@ -356,12 +382,12 @@ struct RowsProduct {
   // Bias [n_experts, d_out] of `up`, or null.
   const u16* bias;
   // `up`: the argument of the activation is left here, unless null. `down_backward`: what `up` left, its result for
-  // ReLU and the argument for GELU.
+  // ReLU and the argument for GELU. `added_product_transposed_with_dots`: with what rows are multiplied.
   u16* hidden;
   // `down_backward` and `added_product`: gates by selection, selections by row; null means 1.
   const float* gates;
   const i64* order;
-  // `down_backward`: the two further results.
+  // The two further results of `down_backward`, and the one of `added_product_transposed_with_dots`.
   float* gate_grads;
   u16* weighted;
   // `added_product`: the row of the result to which each row is added.
@@ -454,7 +480,7 @@ __device__ __forceinline__ void plain_product(const RowsProduct& p) {
 struct Stored {
   u16* y;
   int n_rows, d_out;
-  __device__ __forceinline__ void operator()(const Sums& sums, int column0) const {
+  __device__ __forceinline__ void operator()(const Sums& sums, int column0) {
     each_piece(
         sums, [](int) { return 1.f; },
         [&](int row, int column, uint4 piece) {
@@ -470,7 +496,7 @@ struct Stored {
 constexpr int N_RING = 4;
 
 template <bool IS_TRANSPOSED, typename Write>
-__device__ __forceinline__ void wide_product(const RowsProduct& p, int4 of_rows, const Write& write) {
+__device__ __forceinline__ void wide_product(const RowsProduct& p, int4 of_rows, Write& write) {
   const int row0 = of_rows.y, n_rows = of_rows.z - of_rows.y;
   const InnerPlace inner(threadIdx.x);
   const OuterPlace outer(threadIdx.x);
@@ -538,7 +564,8 @@ template <bool IS_TRANSPOSED>
 __device__ __forceinline__ void stored_wide_product(const RowsProduct& p) {
   if (blockIdx.x >= *p.n_tiles) return;
   const int4 of_rows = p.tiles[blockIdx.x];
-  wide_product<IS_TRANSPOSED>(p, of_rows, Stored{p.y + i64(of_rows.y) * p.d_out, of_rows.z - of_rows.y, p.d_out});
+  Stored stored{p.y + i64(of_rows.y) * p.d_out, of_rows.z - of_rows.y, p.d_out};
+  wide_product<IS_TRANSPOSED>(p, of_rows, stored);
 }
 
 // y = x[source] · weight[expert]

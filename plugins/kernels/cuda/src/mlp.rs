@@ -48,12 +48,13 @@ impl Function for Mlp {
         let b1_padded = b1.first().map(|b1| ops.operand(b1)).transpose()?;
 
         let x_padded = ops.operand(x)?;
+        let rows = Rows::of(&x_padded, &tokens);
         let (a, kept) = ops.up(
-            Rows::of(&x_padded, &tokens),
+            rows,
             &padded_weight(w1, kind)?,
             b1_padded.as_ref(),
             *activation,
-            &ops.tiles(ends, n_rows, x_padded.size()[1], Order::Windows)?,
+            &ops.tiles(ends, n_rows, x_padded.size()[1], Order::reading(rows))?,
         )?;
         let (w2, gates) = (padded_weight(w2, kind)?, wide(gate)?);
         let [n_tokens, d_hidden] = [x_padded.size()[0], a.size()[1]];
@@ -63,7 +64,13 @@ impl Function for Mlp {
                 gates: &gates,
             };
             let targets = (&tokens, n_tokens);
-            ops.added_product(Rows::sorted(&a), (&w2, false), ends, targets, Some(selections))?
+            ops.added_product(
+                Rows::sorted(&a),
+                (&w2, false),
+                ends,
+                targets,
+                Some(selections),
+            )?
         } else {
             let tiles = ops.tiles(ends, n_rows, d_hidden, Order::Experts)?;
             let ys = ops.product(Rows::sorted(&a), &w2, &tiles)?;
@@ -122,7 +129,7 @@ impl Function for Mlp {
                 gates: &wide(gate)?,
             },
             *activation,
-            &ops.tiles(ends, n_rows, dy.size()[1], Order::Windows)?,
+            &ops.tiles(ends, n_rows, dy.size()[1], Order::reading(dys))?,
         )?;
         if needs(GATE) {
             let dgate = found.gate_grads.f_view(&gate.size()[..])?;
@@ -152,7 +159,12 @@ impl Function for Mlp {
                 ops.added_product(dh, (&w1, true), ends, (&tokens, x.size()[0]), None)?
             } else {
                 let tiles = ops.tiles(ends, n_rows, d_hidden, Order::Experts)?;
-                ops.sum_rows(&ops.product_transposed(dh, &w1, &tiles)?, inverse, *top_k, None)?
+                ops.sum_rows(
+                    &ops.product_transposed(dh, &w1, &tiles)?,
+                    inverse,
+                    *top_k,
+                    None,
+                )?
             };
             input_grads[X] = Some(like(&dx, x)?);
         }

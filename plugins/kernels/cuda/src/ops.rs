@@ -34,25 +34,45 @@ const PIECE: i64 = 8;
 
 pub(crate) type Result<T> = std::result::Result<T, FunctionError>;
 
-/// How many row tiles of an expert come before those of the next expert.
-#[derive(Debug, Clone, Copy)]
-pub(crate) enum Order {
-    /// For rows that are read by their sources: tiles that run at the same time read one window of tokens, which the L2
-    /// cache holds. 6 was the best of 1 to 16 on an H100 with 65536 tokens of 1024 channels, 16 of 387 experts.
-    Windows,
-    /// For rows that are added to those of tokens: likewise, for additions in the L2 cache. 3 was the best.
-    Additions,
-    /// For rows that lie in the order of the experts: all tiles of an expert, so that its matrix is read once.
+/// In which order row tiles are computed.
+#[derive(Clone, Copy)]
+pub(crate) enum Order<'a> {
+    /// All tiles of an expert, so that its matrix is read once: for rows that lie in the order of the experts.
     Experts,
+    /// Tiles that begin in one window of what rows are read from, or added to, then those of the next: the L2 cache holds a
+    /// window, and each of them reads all matrices.
+    Windows {
+        /// int32 `[M]`, ascending within an expert.
+        sources: &'a Tensor,
+        n_sources: i64,
+        /// Sources of a window.
+        window: i64,
+    },
 }
 
-impl Order {
-    fn group(self, is_tall: bool) -> i32 {
-        match self {
-            Self::Windows if is_tall => 3,
-            Self::Windows => 6,
-            Self::Additions => 3,
-            Self::Experts => i32::MAX,
+impl<'a> Order<'a> {
+    /// For rows that are read by their sources. 20 MB was the best of 20 to 100 on an H100, with 65536 tokens of 1024
+    /// channels, 16 of 387 experts.
+    pub(crate) fn reading(rows: Rows<'a>) -> Self {
+        const BYTES: i64 = 20 << 20;
+        match rows.sources {
+            Some(sources) => Self::windows(sources, rows.x.size()[0], rows.x.size()[1], BYTES),
+            None => Self::Experts,
+        }
+    }
+
+    /// For rows `width` wide that are added to those of `targets`. 16 MB was the best of 8 to 40 likewise.
+    fn adding(targets: &'a Tensor, n_targets: i64, width: i64) -> Self {
+        const BYTES: i64 = 16 << 20;
+        Self::windows(targets, n_targets, width, BYTES)
+    }
+
+    /// Elements have 2 bytes.
+    fn windows(sources: &'a Tensor, n_sources: i64, width: i64, bytes: i64) -> Self {
+        Self::Windows {
+            sources,
+            n_sources,
+            window: (bytes / (2 * width).max(1)).clamp(1, i64::from(i32::MAX)),
         }
     }
 }
@@ -119,10 +139,11 @@ pub(crate) struct Ops {
 #[repr(C)]
 struct RawTileList {
     ends: *const c_void,
+    sources: *const c_void,
     tiles: *mut c_void,
     n_tiles: *mut c_void,
     n_experts: i32,
-    group: i32,
+    window: i32,
     n_rows: i32,
 }
 
@@ -189,17 +210,21 @@ impl Ops {
         ends: &Tensor,
         n_rows: i64,
         d_in: i64,
-        order: Order,
+        order: Order<'_>,
     ) -> Result<Tiles> {
         let is_tall = self.module.has_groups() && d_in > TILE;
         let height = if is_tall { GROUP_TILE } else { TILE };
-        let group = order.group(is_tall);
         let n_experts = ends.size1()?;
         let bound = n_rows / height + n_experts.min(n_rows);
-        let n_rounds = n_rows
-            .div_euclid(height * i64::from(group))
-            .saturating_add(1);
-        let tiles = Tiles {
+        let (sources, n_windows, window) = match order {
+            Order::Experts => (ptr::null(), 1, i64::from(i32::MAX)),
+            Order::Windows {
+                sources,
+                n_sources,
+                window,
+            } => (pointer(sources), tiles(n_sources, window).max(1), window),
+        };
+        let of_all = Tiles {
             list: self.empty(&[bound, 4], Kind::Int)?,
             count: self.empty(&[1], Kind::Int)?,
             bound,
@@ -208,14 +233,15 @@ impl Ops {
         };
         let raw = RawTileList {
             ends: pointer(ends),
-            tiles: tiles.list.data_ptr(),
-            n_tiles: tiles.count.data_ptr(),
+            sources,
+            tiles: of_all.list.data_ptr(),
+            n_tiles: of_all.count.data_ptr(),
             n_experts: narrow(n_experts)?,
-            group,
+            window: narrow(window)?,
             n_rows: narrow(height)?,
         };
-        self.launch(Entry::ListTiles, n_rounds, THREADS, 0, &raw)?;
-        Ok(tiles)
+        self.launch(Entry::ListTiles, n_windows, THREADS, 0, &raw)?;
+        Ok(of_all)
     }
 
     /// `y = x[source] · weight[expert]`: `weight [E, A, B]` → `[M, B]`.
@@ -265,23 +291,65 @@ impl Ops {
         (targets, n_targets): (&Tensor, i64),
         selections: Option<Selections>,
     ) -> Result<Tensor> {
-        let n_rows = targets.size1()?;
-        let d_out = weight.size()[if is_transposed { 1 } else { 2 }];
-        let tiles = self.tiles(ends, n_rows, rows.x.size()[1], Order::Additions)?;
-        let y = Tensor::f_zeros([n_targets, d_out], (self.kind, self.device))?;
-        let raw = RawRowsProduct {
-            targets: pointer(targets),
-            gates: selections.map_or(ptr::null(), |selections| pointer(selections.gates)),
-            order: selections.map_or(ptr::null(), |selections| pointer(selections.order)),
-            ..raw_product(rows, weight, &y, &tiles, d_out)?
-        };
         let entry = if is_transposed {
             Entry::AddedProductTransposed
         } else {
             Entry::AddedProduct
         };
-        self.launch(entry, tiles.bound, TILE_THREADS, TILE_SHARED_BYTES, &raw)?;
+        let d_out = weight.size()[if is_transposed { 1 } else { 2 }];
+        let y = Tensor::f_zeros([n_targets, d_out], (self.kind, self.device))?;
+        self.launch_added(entry, (rows, weight), ends, (targets, &y), |raw| {
+            RawRowsProduct {
+                gates: selections.map_or(ptr::null(), |selections| pointer(selections.gates)),
+                order: selections.map_or(ptr::null(), |selections| pointer(selections.order)),
+                ..raw
+            }
+        })?;
         Ok(y)
+    }
+
+    /// [`Self::added_product`] with a transposed `weight [E, B, A]`, and the product of each row, before its gate, with the row of
+    /// `x [n_targets, B]` that stands where it is added: fp32 `[M]`, by selection.
+    pub(crate) fn added_product_and_dots(
+        &self,
+        rows: Rows,
+        weight: &Tensor,
+        ends: &Tensor,
+        (targets, x): (&Tensor, &Tensor),
+        selections: Selections,
+    ) -> Result<(Tensor, Tensor)> {
+        let entry = Entry::AddedProductTransposedWithDots;
+        let y = x.f_zeros_like()?;
+        let dots = self.empty(&[targets.size1()?], Kind::Float)?;
+        self.launch_added(entry, (rows, weight), ends, (targets, &y), |raw| {
+            RawRowsProduct {
+                hidden: x.data_ptr(),
+                gates: pointer(selections.gates),
+                order: pointer(selections.order),
+                gate_grads: dots.data_ptr(),
+                ..raw
+            }
+        })?;
+        Ok((y, dots))
+    }
+
+    /// A kernel whose rows are added to those of `y` that `targets` names.
+    fn launch_added(
+        &self,
+        entry: Entry,
+        (rows, weight): (Rows, &Tensor),
+        ends: &Tensor,
+        (targets, y): (&Tensor, &Tensor),
+        complete: impl FnOnce(RawRowsProduct) -> RawRowsProduct,
+    ) -> Result<()> {
+        let (n_targets, d_out) = y.size2()?;
+        let order = Order::adding(targets, n_targets, d_out);
+        let tiles = self.tiles(ends, targets.size1()?, rows.x.size()[1], order)?;
+        let raw = complete(RawRowsProduct {
+            targets: pointer(targets),
+            ..raw_product(rows, weight, y, &tiles, d_out)?
+        });
+        self.launch(entry, tiles.bound, TILE_THREADS, TILE_SHARED_BYTES, &raw)
     }
 
     /// `act(x[source] · weight[expert] (+ bias[expert]))` and what the backward pass needs of it: the result itself for

@@ -43,7 +43,7 @@ impl Function for Product {
             let selections = gates.as_ref().map(|gates| Selections { order, gates });
             ops.added_product(rows, (&weight_padded, false), ends, targets, selections)?
         } else {
-            let tiles = ops.tiles(ends, n_rows, d_in, Order::Windows)?;
+            let tiles = ops.tiles(ends, n_rows, d_in, Order::reading(rows))?;
             let ys = ops.product(rows, &weight_padded, &tiles)?;
             ops.sum_rows(&ys, inverse, fanout.n_summed, gates.as_ref())?
         };
@@ -83,20 +83,31 @@ impl Function for Product {
         let (x_padded, g) = (ops.operand(x)?, ops.operand(g)?);
 
         if needs_gate || ctx.needs_input_grad(X) {
-            let tiles = ops.tiles(ends, order.size1()?, g.size()[1], Order::Windows)?;
+            let rows = Rows::of(&g, &g_places);
             let weight = padded_weight(weight, x.kind())?;
-            let u = ops.product_transposed(Rows::of(&g, &g_places), &weight, &tiles)?;
+            let u = || {
+                let tiles = ops.tiles(ends, order.size1()?, g.size()[1], Order::reading(rows))?;
+                ops.product_transposed(rows, &weight, &tiles)
+            };
             let (dx, dgate) = match &gates {
-                // Both read `u`, which is the largest tensor here.
-                Some(gates) if fanout.per_row <= MAX_DOTS => {
-                    let (dx, dgate) = ops.sum_and_dot_rows(&u, inverse, gates, &x_padded)?;
+                Some(gates) if ops.can_add(g.size()[1], weight.size()[1], fanout.per_row) => {
+                    let selections = Selections { order, gates };
+                    let targets = (&x_places, &x_padded);
+                    let (dx, dgate) =
+                        ops.added_product_and_dots(rows, &weight, ends, targets, selections)?;
                     (dx, Some(dgate))
                 }
-                Some(gates) => (
-                    ops.sum_rows(&u, inverse, fanout.per_row, Some(gates))?,
-                    Some(ops.dot_rows(&u, &x_padded, &x_places, order)?),
-                ),
-                None => (ops.sum_rows(&u, inverse, fanout.per_row, None)?, None),
+                // Both read `u`, which is the largest tensor here.
+                Some(gates) if fanout.per_row <= MAX_DOTS => {
+                    let (dx, dgate) = ops.sum_and_dot_rows(&u()?, inverse, gates, &x_padded)?;
+                    (dx, Some(dgate))
+                }
+                Some(gates) => {
+                    let u = u()?;
+                    let dx = ops.sum_rows(&u, inverse, fanout.per_row, Some(gates))?;
+                    (dx, Some(ops.dot_rows(&u, &x_padded, &x_places, order)?))
+                }
+                None => (ops.sum_rows(&u()?, inverse, fanout.per_row, None)?, None),
             };
             if ctx.needs_input_grad(X) {
                 input_grads[X] = Some(like(&dx, x)?);

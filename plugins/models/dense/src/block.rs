@@ -117,14 +117,11 @@ impl Block {
         })
     }
 
-    fn feed(&self, x: &Tensor, ctx: &Context) -> Result<Tensor, PluginError> {
-        let width = ctx.aligned(self.d_ff);
-        let hidden = self
-            .linear1
-            .forward_to_activation(x, width, self.activation, ctx)?;
-        let hidden = ctx.dropout(hidden, self.dropout);
+    fn feed(&self, x: &Tensor, ctx: &Context) -> Tensor {
+        let hidden = self.linear1.forward_to(x, ctx.aligned(self.d_ff));
+        let hidden = ctx.dropout(self.activation.forward(hidden), self.dropout);
         let y = self.linear2.forward_to(&hidden, x.size()[2]);
-        Ok(ctx.dropout(y, self.dropout))
+        ctx.dropout(y, self.dropout)
     }
 }
 
@@ -167,15 +164,15 @@ impl lm::Block for Block {
                 let first = ctx.reading(x, None, Some(norm1), false)?;
                 let y = attend(&first.normed)?;
                 let second = ctx.reading(&first.stream, Some(&y), Some(norm2), false)?;
-                second.stream + self.feed(&second.normed, ctx)?
+                second.stream + self.feed(&second.normed, ctx)
             }
             Norms::PreParallel(norm1) => {
                 let Reading { stream, normed, .. } = ctx.reading(x, None, Some(norm1), false)?;
-                stream + attend(&normed)? + self.feed(&normed, ctx)?
+                stream + attend(&normed)? + self.feed(&normed, ctx)
             }
             Norms::Post([norm1, norm2]) => {
                 let x = norm1.forward(&(x + attend(x)?));
-                norm2.forward(&(&x + self.feed(&x, ctx)?))
+                norm2.forward(&(&x + self.feed(&x, ctx)))
             }
         })
     }
