@@ -92,19 +92,16 @@ mod tests {
 
     #[test]
     fn running_layers_again_changes_no_bit() {
-        for variant in VARIANTS {
+        for (variant, n_segments) in VARIANTS.iter().flat_map(|v| [(*v, "0"), (*v, "1")]) {
+            let flags = [
+                ("transformer.variant", variant),
+                ("state_size", "16"),
+                ("transformer.encoder_n_layers", "4"),
+                ("transformer.universal.group_size", "2"),
+                ("lm.trafo.context_blocks", n_segments),
+            ];
             for precision in TestPrecision::BOTH {
-                let flags = |n_segments| {
-                    [
-                        ("transformer.variant", variant),
-                        ("state_size", "16"),
-                        ("transformer.encoder_n_layers", "4"),
-                        ("transformer.universal.group_size", "2"),
-                        ("lm.trafo.context_blocks", n_segments),
-                    ]
-                };
-                check_recomputation::<Dense>(&flags("0"), precision);
-                check_recomputation::<Dense>(&flags("1"), precision);
+                check_recomputation::<Dense>(&flags, precision);
             }
         }
     }
