@@ -3,7 +3,7 @@
 use std::env;
 use std::path::PathBuf;
 
-const SOURCES: [&str; 8] = [
+const SOURCES: [&str; 9] = [
     "cpp/list.cpp",
     "cpp/function.cpp",
     "cpp/optim.cpp",
@@ -11,6 +11,7 @@ const SOURCES: [&str; 8] = [
     "cpp/determinism.cpp",
     "cpp/readback.cpp",
     "cpp/profiler.cpp",
+    "cpp/recompute.cpp",
     "cpp/terminate.cpp",
 ];
 

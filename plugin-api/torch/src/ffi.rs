@@ -40,6 +40,12 @@ pub(crate) struct RawSpan {
     _private: [u8; 0],
 }
 
+/// A part of a forward pass whose activations are not kept.
+#[repr(C)]
+pub(crate) struct RawScope {
+    _private: [u8; 0],
+}
+
 pub(crate) type Callback = unsafe extern "C" fn(
     user: *mut c_void,
     call: *mut RawCall,
@@ -53,6 +59,13 @@ pub(crate) type Callback = unsafe extern "C" fn(
 pub(crate) struct Callbacks {
     pub(crate) forward: Callback,
     pub(crate) backward: Callback,
+    pub(crate) drop: unsafe extern "C" fn(user: *mut c_void),
+}
+
+/// The Rust side of recomputed activations.
+#[repr(C)]
+pub(crate) struct AgainCallbacks {
+    pub(crate) call: unsafe extern "C" fn(user: *mut c_void, error: *mut RawString) -> bool,
     pub(crate) drop: unsafe extern "C" fn(user: *mut c_void),
 }
 
@@ -95,6 +108,13 @@ unsafe extern "C" {
         index: usize,
         needs_grad: *mut bool,
     ) -> *mut c_char;
+
+    pub(crate) fn moeut_recompute_begin(
+        again: AgainCallbacks,
+        user: *mut c_void,
+        scope: *mut *mut RawScope,
+    ) -> *mut c_char;
+    pub(crate) fn moeut_recompute_end(scope: *mut RawScope);
 
     pub(crate) fn moeut_fused_adam(
         params: *const RawList,

@@ -202,7 +202,7 @@ fn context<'call>(call: *mut RawCall) -> Context<'call> {
     }
 }
 
-fn catch(body: impl FnOnce() -> Result<(), FunctionError>) -> Result<(), FunctionError> {
+pub(crate) fn catch(body: impl FnOnce() -> Result<(), FunctionError>) -> Result<(), FunctionError> {
     catch_unwind(AssertUnwindSafe(body)).unwrap_or_else(|payload| Err(panic_text(&*payload)))
 }
 
@@ -216,7 +216,7 @@ fn panic_text(payload: &(dyn Any + Send)) -> FunctionError {
 }
 
 /// Hands an error to the shim and says whether there was none.
-fn report(outcome: Result<(), FunctionError>, error: *mut RawString) -> bool {
+pub(crate) fn report(outcome: Result<(), FunctionError>, error: *mut RawString) -> bool {
     let Err(FunctionError(text)) = outcome else {
         return true;
     };

@@ -1,5 +1,6 @@
-//! What `tch` lacks of libtorch, behind safe functions: custom autograd functions, fused optimizer steps, gradient
-//! clipping without a host sync, random generator state, autocast, CUDA at run time, and tensors as plugin handles.
+//! What `tch` lacks of libtorch, behind safe functions: custom autograd functions, recomputed activations, fused optimizer
+//! steps, gradient clipping without a host sync, random generator state, autocast, CUDA at run time, and tensors as
+//! plugin handles.
 //!
 //! With the SentencePiece binding, this is the only C++ of the project. The crate is copied into every library that uses it, so
 //! it holds no state: whatever must exist once per process lives in libtorch or in the host. No C++ exception and no
@@ -24,6 +25,7 @@ pub mod optim;
 pub mod padding;
 pub mod profiler;
 pub mod readback;
+pub mod recompute;
 pub mod rng;
 pub mod testing;
 pub mod tf32;

@@ -69,6 +69,15 @@ pub struct KeyValues {
     pub v_bshd: Tensor,
 }
 
+impl KeyValues {
+    fn share(&self) -> Self {
+        Self {
+            k_bshd: self.k_bshd.shallow_clone(),
+            v_bshd: self.v_bshd.shallow_clone(),
+        }
+    }
+}
+
 /// The past of one application of a layer.
 #[derive(Debug)]
 pub struct LayerPast {
@@ -121,6 +130,21 @@ impl LayerPast {
             has_memory,
             n_earlier,
             mask: mask.share(),
+        }
+    }
+
+    /// The same once more, sharing its tensors.
+    #[must_use]
+    pub fn share(&self) -> Self {
+        Self {
+            kind: match &self.kind {
+                Kept::Nothing => Kept::Nothing,
+                Kept::States(states_bmd) => Kept::States(states_bmd.shallow_clone()),
+                Kept::Cache(kept) => Kept::Cache(kept.as_ref().map(KeyValues::share)),
+            },
+            has_memory: self.has_memory,
+            n_earlier: self.n_earlier,
+            mask: self.mask.share(),
         }
     }
 

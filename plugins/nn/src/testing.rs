@@ -8,7 +8,7 @@ use moeut_plugin_api::{
     Capabilities, DType, Device, ForwardInput, GroupedMatmul, Host, HostInfo, Kernel, LogLevel,
     MapWish, Model, ModelSetup, Past, PluginError, TensorHandle, Wishes,
 };
-use moeut_torch::{IntoHandle, IntoTensor};
+use moeut_torch::{Autocast, IntoHandle, IntoTensor};
 use std::rc::Rc;
 use std::sync::Arc;
 use tch::{Kind, Tensor};
@@ -324,6 +324,128 @@ pub fn check_wishes(model: &mut impl Model) -> [Vec<String>; 2] {
     told
 }
 
+/// Checks that running layers again changes neither results nor gradients of training, to the bit, nor evaluation, and
+/// that it does run them again. The flags must leave no chance to the model: tests of a process share the random
+/// generator.
+///
+/// # Panics
+/// With what is off.
+pub fn check_recomputation<M: Model>(flags: &[(&str, &str)], precision: TestPrecision) {
+    // Products this small take longer on several threads.
+    tch::set_num_threads(1);
+    let what = format!("{flags:?} {precision:?}");
+    let build = |recomputes| {
+        let flags = [flags, &[("transformer.recompute", recomputes)]].concat();
+        let model = build_with::<M>(&flags, |setup| {
+            setup.dtype = precision.dtype;
+            setup.compute_dtype = precision.compute_dtype;
+        });
+        expect(model)
+    };
+    let (mut plain, mut again) = (build("0"), build("1"));
+    tch::no_grad(|| {
+        for (to, from) in again.parameters().iter().zip(plain.parameters()) {
+            to.tensor.tensor().copy_(&from.tensor.tensor());
+        }
+    });
+    let segments = [tokens(9, 2), tokens(9, 2)];
+    let [results, of_again] = [&mut plain, &mut again].map(|model| {
+        let train = |(index, tokens_tb)| {
+            let results = training_pass(model, tokens_tb, index == 0, precision);
+            loss(&results).backward();
+            results
+        };
+        let results: Vec<Tensor> = segments.iter().enumerate().flat_map(train).collect();
+        let grads = model.parameters().into_iter();
+        let grads = grads.map(|parameter| parameter.tensor.into_tensor().grad());
+        results.into_iter().chain(grads).collect::<Vec<_>>()
+    });
+    assert_eq!(results.len(), of_again.len());
+    assert!(results.iter().filter(|result| result.defined()).count() > 10);
+    for (index, (result, again)) in results.iter().zip(&of_again).enumerate() {
+        let is_same = match (result.defined(), again.defined()) {
+            (true, true) => result.equal(again),
+            (is, is_again) => is == is_again,
+        };
+        assert!(is_same, "{what}: result or gradient {index}");
+    }
+    let evaluated =
+        [&mut plain, &mut again].map(|model| expect(logits(model, &segments[0], Past::None)));
+    assert!(evaluated[0].equal(&evaluated[1]), "{what}");
+
+    // What is kept must not change before the backward pass; what is computed anew may.
+    let change_between = |model: &mut M| {
+        let results = training_pass(model, &segments[0], true, precision);
+        let of_layers = model.parameters().into_iter();
+        let of_layers = of_layers.filter(|parameter| parameter.name.starts_with("unique_layers."));
+        for parameter in of_layers {
+            let _ = parameter.tensor.into_tensor().detach().g_add_scalar_(0);
+        }
+        loss(&results).f_backward().is_ok()
+    };
+    assert_eq!(
+        (change_between(&mut plain), change_between(&mut again)),
+        (false, true),
+        "{what}"
+    );
+}
+
+/// Element types of a model under test: of its parameters, and of its products.
+#[derive(Debug, Clone, Copy)]
+pub struct TestPrecision {
+    dtype: DType,
+    compute_dtype: DType,
+}
+
+impl TestPrecision {
+    /// Single precision, and the same with bf16 where autocast wants it.
+    pub const BOTH: [Self; 2] = [Self::of(DType::F32), Self::of(DType::Bf16)];
+
+    const fn of(compute_dtype: DType) -> Self {
+        Self {
+            dtype: DType::F32,
+            compute_dtype,
+        }
+    }
+}
+
+/// Logits and regularizers of a segment of training.
+fn training_pass(
+    model: &mut impl Model,
+    tokens_tb: &Tensor,
+    is_reset: bool,
+    precision: TestPrecision,
+) -> Vec<Tensor> {
+    let TestPrecision {
+        dtype,
+        compute_dtype,
+    } = precision;
+    let mixed = (dtype != compute_dtype).then(|| moeut_torch::kind(compute_dtype));
+    let _mixed = Autocast::new(tch::Device::Cpu, mixed).unwrap_or_else(|error| panic!("{error}"));
+    let output = expect(model.forward(ForwardInput {
+        tokens_tb: tokens_tb.share(),
+        is_training: true,
+        wishes: Wishes::default(),
+        past: Past::Segments { slot: 0, is_reset },
+    }));
+    let terms = output.regularizers.into_iter();
+    let mut results = vec![output.logits_tbv.into_tensor()];
+    results.extend(terms.map(|term| term.tensor.into_tensor()));
+    results
+}
+
+/// A sum in which every element has another weight.
+fn loss(results: &[Tensor]) -> Tensor {
+    let weighted = |result: &Tensor| {
+        let index = Tensor::arange(
+            result.size().iter().product::<i64>(),
+            (Kind::Double, result.device()),
+        );
+        (result * index.cos().view_as(result)).sum(Kind::Double)
+    };
+    results.iter().map(weighted).sum()
+}
+
 /// Parameters, and multiply-accumulates of one sequence of 1024 tokens, of a model of the paper with its vocabulary; no
 /// weights are made.
 ///
@@ -347,6 +469,6 @@ fn assert_close(a: &Tensor, b: &Tensor, what: &str) {
     assert!(error < 1e-10, "{what}: off by {error:e}");
 }
 
-fn expect(result: Result<Tensor, PluginError>) -> Tensor {
+fn expect<T>(result: Result<T, PluginError>) -> T {
     result.unwrap_or_else(|error| panic!("{error}"))
 }

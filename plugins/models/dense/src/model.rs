@@ -49,7 +49,8 @@ impl Model for Dense {
 mod tests {
     use super::*;
     use moeut_nn::testing::{
-        VOCAB, build, check_cache, check_segments, check_wishes, logits, size, tokens,
+        TestPrecision, VOCAB, build, check_cache, check_recomputation, check_segments,
+        check_wishes, logits, size, tokens,
     };
     use moeut_plugin_api::{NamedTensor, Past};
     use moeut_torch::{IntoHandle, IntoTensor};
@@ -87,6 +88,41 @@ mod tests {
                 assert!(names.iter().any(|name| name == map), "{variant}: {names:?}");
             }
         }
+    }
+
+    #[test]
+    fn running_layers_again_changes_no_bit() {
+        for (variant, n_segments) in VARIANTS.iter().flat_map(|v| [(*v, "0"), (*v, "1")]) {
+            let flags = [
+                ("transformer.variant", variant),
+                ("state_size", "16"),
+                ("transformer.encoder_n_layers", "4"),
+                ("transformer.universal.group_size", "2"),
+                ("lm.trafo.context_blocks", n_segments),
+            ];
+            for precision in TestPrecision::BOTH {
+                check_recomputation::<Dense>(&flags, precision);
+            }
+        }
+    }
+
+    /// Double precision: four inputs of 10·16·8, and one layer.
+    #[test]
+    fn layers_that_run_again_keep_their_inputs() {
+        let flags = [
+            ("transformer.recompute", "1"),
+            ("lm.trafo.context_blocks", "0"),
+        ];
+        let summary = dense("preln_rope_universal", &flags).summary(10);
+        let kept = [
+            ("inputs of layers", 4 * 1_280),
+            ("attention", 6_400),
+            ("feed-forward", 6_400),
+        ];
+        assert_eq!(
+            summary.activation_bytes,
+            kept.map(|(part, n)| (part.to_owned(), n))
+        );
     }
 
     #[test]

@@ -36,7 +36,10 @@ impl Model for Moeut {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use moeut_nn::testing::{build, check_cache, check_segments, check_wishes, size, tokens};
+    use moeut_nn::testing::{
+        TestPrecision, build, check_cache, check_recomputation, check_segments, check_wishes, size,
+        tokens,
+    };
     use moeut_plugin_api::{Chart, ForwardInput, Past, Wishes};
     use moeut_torch::{IntoHandle, IntoTensor};
     use tch::Kind;
@@ -55,7 +58,7 @@ mod tests {
 
     /// Pre-, post- and peri-layernorm, each with dense attention, the paper's SwitchHead, and experts everywhere that
     /// share one selection on both sides.
-    fn all() -> impl Iterator<Item = Moeut> {
+    fn all_flags() -> impl Iterator<Item = Vec<(&'static str, &'static str)>> {
         const NORMS: [&[(&str, &str)]; 3] = [
             &[("transformer.variant", "preln_moe_universal")],
             &[("transformer.variant", "moe_universal")],
@@ -73,7 +76,11 @@ mod tests {
         let both = NORMS
             .into_iter()
             .flat_map(|norm| ATTENTIONS.map(|attention| (norm, attention)));
-        both.map(|(norm, attention)| build(&[&SMALL, norm, attention].concat()).unwrap())
+        both.map(|(norm, attention)| [&SMALL, norm, attention].concat())
+    }
+
+    fn all() -> impl Iterator<Item = Moeut> {
+        all_flags().map(|flags| build(&flags).unwrap())
     }
 
     #[test]
@@ -91,6 +98,26 @@ mod tests {
         all().for_each(|mut model| {
             check_wishes(&mut model);
         });
+    }
+
+    /// With regularizers of both kinds of experts, one mode after the other, and with segment memory.
+    #[test]
+    fn running_layers_again_changes_no_bit() {
+        let modes = ["step", "time", "layers_time", "global"];
+        // Nine models and four modes: over two rounds each norm meets each mode.
+        for (flags, mode) in all_flags()
+            .chain(all_flags())
+            .zip(modes.into_iter().cycle())
+        {
+            let balance = [
+                ("moe.perplexity_reg", "0.3"),
+                ("moe.perplexity_reg_mode", mode),
+                ("moe.att.perplexity_reg", "0.2"),
+            ];
+            for precision in TestPrecision::BOTH {
+                check_recomputation::<Moeut>(&[&flags[..], &balance].concat(), precision);
+            }
+        }
     }
 
     /// Two distinct layers of two applications each.

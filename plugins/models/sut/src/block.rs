@@ -207,6 +207,11 @@ impl lm::Block for Block {
         )
     }
 
+    /// What has halted, and the layer's own output.
+    fn n_carried(&self) -> u64 {
+        self.halting.as_ref().map_or(0, |_| 2)
+    }
+
     fn cost(&self, of: Sequence) -> Cost {
         let d_model = self.layers.d_model.unsigned_abs();
         let cost = self.attention.cost(d_model, of);

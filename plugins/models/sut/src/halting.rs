@@ -2,6 +2,7 @@
 //!
 //! Shape letters: `B` batch, `T` `seq_len`, `D` `d_model`.
 
+use moeut_nn::lm::Carry;
 use moeut_nn::{Context, Cost, Init, Linear, Params, Sequence};
 use moeut_plugin_api::PluginError;
 use tch::{Kind, Tensor};
@@ -51,6 +52,18 @@ struct Running {
     depth_bt: Tensor,
     /// The last layer's own output, `h`.
     h_btd: Tensor,
+}
+
+impl Carry for HaltingState {
+    fn share(&self) -> Self {
+        Self(self.0.as_ref().map(|running| Running {
+            index: running.index,
+            log_share_bt: running.log_share_bt.shallow_clone(),
+            halted_btd: running.halted_btd.shallow_clone(),
+            depth_bt: running.depth_bt.shallow_clone(),
+            h_btd: running.h_btd.shallow_clone(),
+        }))
+    }
 }
 
 /// What a layer is given.

@@ -39,11 +39,13 @@ impl Model for Sut {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use moeut_nn::testing::{build, check_cache, check_segments, check_wishes};
+    use moeut_nn::testing::{
+        TestPrecision, build, check_cache, check_recomputation, check_segments, check_wishes,
+    };
     use moeut_plugin_api::ModelSummary;
 
-    fn sut(variant: &str, n_segments: &str) -> Sut {
-        build(&[
+    fn flags<'a>(variant: &'a str, n_segments: &'a str) -> [(&'static str, &'a str); 12] {
+        [
             ("transformer.variant", variant),
             ("transformer.encoder_n_layers", "3"),
             ("transformer.head_projection_size", "8"),
@@ -56,8 +58,11 @@ mod tests {
             ("moe.att.k", "2"),
             ("moe.att.expert_size", "16"),
             ("sut.max_relative_positions", "4"),
-        ])
-        .unwrap()
+        ]
+    }
+
+    fn sut(variant: &str, n_segments: &str) -> Sut {
+        build(&flags(variant, n_segments)).unwrap()
     }
 
     fn summary(variant: &str, seq_len: u64) -> ModelSummary {
@@ -124,6 +129,26 @@ mod tests {
             of(&summary.activation_bytes, "attention"),
             3 * 8 * attention
         );
+    }
+
+    /// With all losses, halting that travels between layers, and segment memory.
+    #[test]
+    fn running_layers_again_changes_no_bit() {
+        for variant in ["sut_universal", "preln_actsut_universal"] {
+            for n_segments in ["0", "1"] {
+                let losses = [
+                    ("moa.miloss", "0.1"),
+                    ("moa.cvloss", "0.1"),
+                    ("moa.zloss", "0.1"),
+                    ("moa.switchloss", "0.1"),
+                    ("transformer.act_loss", "0.1"),
+                ];
+                for precision in TestPrecision::BOTH {
+                    let flags = [&flags(variant, n_segments)[..], &losses].concat();
+                    check_recomputation::<Sut>(&flags, precision);
+                }
+            }
+        }
     }
 
     #[test]

@@ -15,6 +15,7 @@ pub const SHELL_ARGS: &[ArgSpec] = &[
     ArgSpec::text("transformer.universal.group_type", "abab").field("shell.group_type").choices("abab|aabb").help("how distinct layers make the stack"),
     ArgSpec::float("dropout", "0.0").field("shell.dropout").unit("probability").help("of embedding, block outputs and last state"),
     ArgSpec::float("transformer.p_drop_layer", "0.0").field("shell.layer_drop").unit("probability").help("that a token skips a layer, while training"),
+    ArgSpec::flag("transformer.recompute", "0").field("shell.recomputes").help("layers keep only their inputs and run again in the backward pass: less memory, a third more time, the same results"),
     ArgSpec::float("transformer.embedding_scale", "none").field("shell.embedding_scale").optional().help("none: 1 for `preln` variants, else √state_size"),
     ArgSpec::flag("lm.trafo.norm_input", "0").field("shell.norms_input").help("normalize the embedding, without parameters"),
     ArgSpec::flag("lm.trafo.force_out_norm", "0").field("shell.forces_out_norm").help("final layernorm also without `preln`"),
@@ -42,6 +43,10 @@ pub const SHELL_ARGS: &[ArgSpec] = &[
 /// What [`SHELL_ARGS`] fill.
 #[derive(Debug, Clone, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields)]
+#[expect(
+    clippy::struct_excessive_bools,
+    reason = "each is an argument of its own"
+)]
 pub struct ShellConfig {
     /// Width of the residual stream, `D`.
     pub d_model: i64,
@@ -59,6 +64,8 @@ pub struct ShellConfig {
     pub dropout: f64,
     /// Probability that a token skips a layer, while training.
     pub layer_drop: f64,
+    /// Layers run again in the backward pass; their activations are not kept.
+    pub recomputes: bool,
     /// What the embedding is multiplied by, if not the variant's own number.
     pub embedding_scale: Option<f64>,
     /// A norm without parameters behind the embedding.

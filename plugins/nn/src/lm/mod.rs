@@ -5,6 +5,7 @@
 
 pub mod args;
 mod memory;
+mod recompute;
 mod report;
 mod stack_stats;
 
@@ -70,12 +71,12 @@ macro_rules! hand_on_to_language_model {
 }
 
 /// One distinct layer, which may run at several places of the stack.
-pub trait Block {
+pub trait Block: 'static {
     /// What one forward pass keeps of a distinct layer between its applications: router logits for the regularizer,
     /// weights cast once.
     type Pass;
     /// What travels from layer to layer beside `x`; `()` for most.
-    type Carry: Default;
+    type Carry: Carry;
     /// Whether it can attend to the states of earlier segments.
     const HAS_MEMORY: bool = true;
     /// Whether it can keep keys and values for generation.
@@ -83,7 +84,8 @@ pub trait Block {
     /// Whether it takes a residual stream as wide as [`Context::aligned`] makes it, with zeros behind the `D` channels.
     const TAKES_WIDE_STREAM: bool = true;
 
-    /// Begins a forward pass.
+    /// Begins a forward pass. A layer that runs again in the backward pass begins one of its own, so that operations
+    /// which save something for their backward belong to [`Self::forward`]; casts and padding do not.
     fn begin(&self, ctx: &Context) -> Self::Pass;
 
     /// One application: `[B, T, D]` → `[B, T, D]`, or both as wide as [`Self::TAKES_WIDE_STREAM`] says.
@@ -115,11 +117,27 @@ pub trait Block {
         String::new()
     }
 
+    /// Tensors `[B, T, D]` that [`Self::Carry`] holds behind a layer.
+    fn n_carried(&self) -> u64 {
+        0
+    }
+
     /// What one application costs.
     fn cost(&self, of: Sequence) -> Cost {
         let _ = of;
         Cost::default()
     }
+}
+
+/// What travels from layer to layer beside the residual stream; the default stands before the first layer.
+pub trait Carry: Default + 'static {
+    /// The same once more, sharing its tensors.
+    #[must_use]
+    fn share(&self) -> Self;
+}
+
+impl Carry for () {
+    fn share(&self) {}
 }
 
 /// Where an application of a block happens, and what it shares with others.
@@ -177,7 +195,8 @@ pub struct LanguageModel<B: Block> {
     params: Params,
     embedding: Embedding,
     input_norm: Option<LayerNorm>,
-    blocks: Vec<B>,
+    /// Shared with second runs of their applications, which a backward pass may still want.
+    blocks: Rc<[B]>,
     /// For each place of the stack its block.
     order: Vec<usize>,
     head: LmHead,
@@ -339,7 +358,11 @@ impl<B: Block> LanguageModel<B> {
                 carry: &mut carry,
                 past: &mut layer_past,
             };
-            let y = self.blocks[index].forward(&x, at, &ctx)?;
+            let y = if ctx.is_training && self.shell.config.recomputes {
+                recompute::application(&self.blocks, index, &x, at, &ctx)?
+            } else {
+                self.blocks[index].forward(&x, at, &ctx)?
+            };
             past.leave(place, layer_past);
             features.add(&y);
             if ctx.wishes.stats {
@@ -400,14 +423,14 @@ impl<B: Block> LanguageModel<B> {
     }
 
     /// See [`moeut_plugin_api::Model::graph_safe`]. Routing has fixed shapes and waits for nothing, so only the kernel
-    /// decides; a memory that fills up changes shapes.
+    /// decides; a memory that fills up changes shapes, and layers that run again read the random generator's state.
     pub fn graph_safe(&self) -> bool {
         let kernel = self.training.kernel.as_ref();
         let is_kernel_safe = kernel.is_none_or(|kernel| {
             let capabilities = kernel.capabilities();
             capabilities.is_ok_and(|capabilities| capabilities.is_graph_safe)
         });
-        is_kernel_safe && !self.shell.config.memory.is_on()
+        is_kernel_safe && !self.shell.config.memory.is_on() && !self.shell.config.recomputes
     }
 
     /// See [`moeut_plugin_api::Model::summary`]. Bytes are those of training.
@@ -425,6 +448,11 @@ impl<B: Block> LanguageModel<B> {
             .order
             .iter()
             .fold(Cost::default(), |sum, &index| sum.plus(&per_block[index]));
+        let kept_bytes = if self.shell.config.recomputes {
+            self.kept_when_recomputing(&per_block, of)
+        } else {
+            cost.kept_bytes
+        };
         let layer = |&index: &usize| LayerSummary {
             unique_index: index as u64,
             what: what[index].clone(),
@@ -436,8 +464,19 @@ impl<B: Block> LanguageModel<B> {
         ModelSummary {
             layers: self.order.iter().map(layer).collect(),
             macs: owned(cost.macs),
-            activation_bytes: owned(cost.kept_bytes),
+            activation_bytes: owned(kept_bytes),
         }
+    }
+
+    /// The inputs of all layers, and what the costliest one keeps while it runs again.
+    fn kept_when_recomputing(&self, per_block: &[Cost], of: Sequence) -> Vec<(&'static str, u64)> {
+        let sum = |cost: &&Cost| cost.kept_bytes.iter().map(|(_, n)| n).sum::<u64>();
+        let costliest = per_block.iter().max_by_key(sum).cloned();
+        let stream = of.n_tokens * self.shell.config.d_model.unsigned_abs() * of.stream_bytes;
+        let n_inputs = |&index: &usize| 1 + self.blocks[index].n_carried();
+        let n_inputs: u64 = self.order.iter().map(n_inputs).sum();
+        let inputs = Cost::default().kept("inputs of layers", n_inputs * stream);
+        inputs.plus(&costliest.unwrap_or_default()).kept_bytes
     }
 
     /// For each place of the stack the index of its distinct layer.

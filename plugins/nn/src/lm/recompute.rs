@@ -1,0 +1,56 @@
+//! Layers of which only the inputs are kept for the backward pass, which runs them again: `transformer.recompute`.
+//!
+//! ```text
+//! kept      L inputs [B, T, D], and the activations of one layer     instead of the activations of L layers
+//! time      one forward pass of the stack more
+//! ```
+//! Losses and gradients are those of a run without it, to the bit: see [`moeut_torch::recompute`].
+//!
+//! # Source
+//! Chen et al., "Training Deep Nets with Sublinear Memory Cost", arXiv:1604.06174.
+
+use super::{At, Block, Carry as _};
+use crate::Context;
+use moeut_plugin_api::{PluginError, Wishes};
+use moeut_torch::recompute::recomputed;
+use moeut_torch::{Autocast, FunctionError, OrPluginError, rng};
+use std::rc::Rc;
+use tch::Tensor;
+
+/// One application of the block `index`; the second one draws the same random numbers, tells nothing, and what it
+/// gathers is thrown away.
+pub(super) fn application<B: Block>(
+    blocks: &Rc<[B]>,
+    index: usize,
+    x_btd: &Tensor,
+    at: At<'_, B>,
+    ctx: &Context,
+) -> Result<Tensor, PluginError> {
+    const WHAT: &str = "a layer cannot be prepared to be run again";
+    let device = x_btd.device();
+    let random = rng::state(device).or_plugin_error(WHAT)?;
+    let quiet = Context {
+        wishes: Wishes::default(),
+        ..ctx.clone()
+    };
+    let (of_again, x_again) = (Rc::clone(blocks), x_btd.shallow_clone());
+    let (place, carry, past) = (at.place, at.carry.share(), at.past.share());
+    let again = move || {
+        let _mixed = Autocast::new(device, quiet.is_mixed.then_some(quiet.compute))?;
+        let block = &of_again[index];
+        let at = At {
+            place,
+            pass: &mut block.begin(&quiet),
+            carry: &mut carry.share(),
+            past: &mut past.share(),
+        };
+        let later = rng::state(device)?;
+        rng::set_state(device, &random)?;
+        let y_btd = block.forward(&x_again, at, &quiet);
+        rng::set_state(device, &later)?;
+        y_btd
+            .map(drop)
+            .map_err(|error| FunctionError::from(error.to_string()))
+    };
+    recomputed(again, || blocks[index].forward(x_btd, at, ctx)).or_plugin_error(WHAT)?
+}
