@@ -1,5 +1,6 @@
 //! The non-linearity between the two products of a feed-forward layer.
 
+use moeut_plugin_api::kernel;
 use tch::Tensor;
 
 /// A non-linearity; some compare the hidden units of a token, the last axis.
@@ -28,6 +29,19 @@ impl Activation {
             // The output serves both.
             Self::Relu | Self::Sigmoid | Self::Softmax | Self::Identity => 1,
             Self::Gelu | Self::TopK(_) | Self::AllButTopK(_) => 2,
+        }
+    }
+
+    /// Its name in calls of a kernel, if kernels know it.
+    pub fn of_kernels(self) -> Option<kernel::Activation> {
+        match self {
+            Self::Relu => Some(kernel::Activation::Relu),
+            Self::Gelu => Some(kernel::Activation::Gelu),
+            Self::Identity
+            | Self::Sigmoid
+            | Self::Softmax
+            | Self::TopK(_)
+            | Self::AllButTopK(_) => None,
         }
     }
 

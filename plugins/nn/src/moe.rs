@@ -10,7 +10,7 @@ use crate::{
     Activation, Balance, BalanceConfig, Context, Init, LayerNorm, Params, Reading, Routing,
     Scoring, usage,
 };
-use moeut_plugin_api::{PluginError, kernel};
+use moeut_plugin_api::PluginError;
 use serde::Deserialize;
 use tch::{Kind, Tensor};
 
@@ -301,14 +301,8 @@ impl SigmaMoe {
         pass: &MoePass,
         ctx: &Context,
     ) -> Result<Option<Tensor>, PluginError> {
-        let activation = match self.activation {
-            Activation::Relu => kernel::Activation::Relu,
-            Activation::Gelu => kernel::Activation::Gelu,
-            Activation::Identity
-            | Activation::Sigmoid
-            | Activation::Softmax
-            | Activation::TopK(_)
-            | Activation::AllButTopK(_) => return Ok(None),
+        let Some(activation) = self.activation.of_kernels() else {
+            return Ok(None);
         };
         let weights = [&pass.keys_eds, &pass.values_esd];
         let bias_es = self.hidden_bias_es.as_ref();

@@ -2,11 +2,15 @@
 //! positions are learned, relative and clipped.
 //!
 //! Shape letters: `B` batch, `T` `seq_len`, `S` keys (`T`, and those of earlier tokens), `N = B·T`, `D` `d_model`, `E`
-//! experts, `K` experts per token, `W` width of an expert, `h` heads of an expert, `d` `d_head`, `M` `max_distance`.
+//! experts, `K` experts per token, `W` width of an expert, `h` heads of an expert, `d` `d_head`, `M` `max_distance`. `D'`
+//! is `D` as products are fastest, see [`crate::wide`].
 
+use crate::banded;
 use crate::experts::Experts;
-use crate::gate::{Gate, GateConfig};
+use crate::gate::{Gate, GateConfig, GatePass};
 use crate::losses::Tally;
+use crate::wide;
+use moeut_nn::past::Mask;
 use moeut_nn::{Context, Cost, Init, LayerPast, Params, Sequence};
 use moeut_plugin_api::PluginError;
 use tch::Tensor;
@@ -26,14 +30,17 @@ pub(crate) struct AttentionConfig {
 }
 
 /// ```text
-/// q_j = W_q[e_j] x · d^(-1/4)                         per selected expert, h heads
-/// k, v = W_k s · d^(-1/4), W_v s                      s: what is attended to
-/// a_j = softmax(q_j · kᵀ + q_j · R[:, distance])      causal; distance = clip(i − j, 0, M − 1)
+/// q_j = W_q[e_j] x                                    per selected expert, h heads
+/// k, v = W_k s, W_v s                                 s: what is attended to
+/// a_j = softmax(q_j · kᵀ / √d + q_j · R[:, distance] / ∜d)      causal; distance = clip(i − j, 0, M − 1)
 /// y   = Σ_j g_j · W_o[e_j] · (drop(a_j) · v)
 /// ```
 ///
-/// Position logits take `T · min(M, S)` numbers per head before they are put in place, and no `T·S·d`. `R` is
-/// `[h, d, 2M + 1]` for checkpoints' sake, of which causal attention reads columns `1..=M`.
+/// All keys at a distance of `M − 1` and more have the same position, and a softmax does not change with a number that is
+/// added to all its logits: less that position's, only the logits of near keys have a bias, see [`banded`]. Where
+/// probabilities are dropped and where more keys than queries are seen, all logits are made.
+///
+/// `R` is `[h, d, 2M + 1]` for checkpoints' sake, of which causal attention reads columns `1..=M`.
 ///
 /// # Source
 /// Zhang et al., "Mixture of Attention Heads", arXiv:2210.05144; Shaw et al., arXiv:1803.02155; reference
@@ -49,11 +56,15 @@ pub(crate) struct Attention {
     positions_hdm: Tensor,
 }
 
-/// Weights in the compute type, cast once for all applications of a forward pass.
+/// Weights in the compute type, cast and padded once for all applications of a forward pass.
 pub(crate) struct AttentionPass {
     query_edw: Tensor,
     out_ewd: Tensor,
-    pub(crate) tally: Tally,
+    /// Of keys, then of values.
+    kv_wd: Tensor,
+    /// Positions of near keys, the farthest first, less that one, times `d^(-1/4)`.
+    near_hdm: Tensor,
+    pub(crate) gate: GatePass,
 }
 
 impl Attention {
@@ -90,15 +101,22 @@ impl Attention {
     }
 
     pub(crate) fn begin(&self, tally: Tally, ctx: &Context) -> AttentionPass {
+        let max_distance = self.config.max_distance;
+        let far_hd1 = self.positions_hdm.narrow(2, 1, 1);
+        let near_hdm = (self.positions_hdm.narrow(2, 1, max_distance) - far_hd1) * self.scale();
+        let width = wide::width(self.k_wd.size()[1], ctx);
+        let padded = |x: &Tensor, axis| wide::padded(&x.to_kind(ctx.compute), &[axis], width);
         AttentionPass {
-            query_edw: self.query.weight.to_kind(ctx.compute),
-            out_ewd: self.out.weight.to_kind(ctx.compute),
-            tally,
+            query_edw: padded(&self.query.weight, 1),
+            out_ewd: padded(&self.out.weight, 2),
+            kv_wd: padded(&Tensor::cat(&[&self.k_wd, &self.v_wd], 0), 1),
+            near_hdm: near_hdm.to_kind(ctx.compute),
+            gate: self.gate.begin(tally, ctx),
         }
     }
 
-    /// One application: queries of `x_btd` `[B, T, D]` attend to `source_btd`, which ends with the same tokens, and to
-    /// what `earlier` caches. Tokens whose `alive_bt` is 0 get 0, but can be attended to.
+    /// One application, `[B, T, D']` → `[B, T, D]`: queries of `x_btd` attend to `source_btd`, which ends with the same
+    /// tokens, and to what `earlier` caches. Tokens whose `alive_bt` is 0 get 0, but can be attended to.
     ///
     /// # Errors
     /// Whatever the kernel says.
@@ -118,35 +136,34 @@ impl Attention {
         } = self.config;
         let size = x_btd.size();
         let (batch, seq_len) = (size[0], size[1]);
-        let scale = (d_head as f64).powf(-0.25);
 
         let x_nd = x_btd.flatten(0, 1);
         let alive_n1 = alive_bt.map(|alive| alive.reshape([-1, 1]));
         let route = self
             .gate
-            .forward(&x_nd, alive_n1.as_ref(), &mut pass.tally, ctx)?;
+            .forward(&x_nd, alive_n1.as_ref(), &mut pass.gate, ctx)?;
         let q_mw = ctx.grouped_matmul(&x_nd, &pass.query_edw, &route.routing, None)?;
-        // All selected experts share keys and values, so that they are one long sequence of queries.
-        let q = (q_mw * scale)
+        let q_bhtkd = q_mw
             .view([batch, seq_len, top_k, n_heads, d_head])
-            .permute([0, 3, 2, 1, 4])
-            .reshape([batch, n_heads, top_k * seq_len, d_head]);
-        let heads = |weight_wd: &Tensor| {
-            let projected = source_btd.linear(weight_wd, None::<&Tensor>);
-            projected.view([batch, -1, n_heads, d_head])
-        };
-        let (k_bshd, v_bshd) = earlier.joined(heads(&self.k_wd) * scale, heads(&self.v_wd));
+            .permute([0, 3, 1, 2, 4]);
+        let kv = source_btd.linear(&pass.kv_wd, None::<&Tensor>);
+        let mut kv = kv.view([batch, -1, 2, n_heads, d_head]).unbind(2);
+        let v_bshd = kv.remove(1);
+        let (k_bshd, v_bshd) = earlier.joined(kv.remove(0), v_bshd);
+        let (k_bhsd, v_bhsd) = (k_bshd.transpose(1, 2), v_bshd.transpose(1, 2));
 
-        let a = self.attend(&q, &k_bshd.transpose(1, 2), earlier, ctx);
-        let mixed_bhktd = a
-            .matmul(&v_bshd.transpose(1, 2))
-            .view([batch, n_heads, top_k, seq_len, d_head]);
-        let mixed_mw = mixed_bhktd
-            .permute([0, 3, 2, 1, 4])
+        let drops = ctx.is_training && self.config.dropout > 0.0;
+        let mixed_bhtkd = match earlier.mask() {
+            Mask::Causal if !drops => near_and_far(&q_bhtkd, &k_bhsd, &v_bhsd, &pass.near_hdm)?,
+            _ => self.all_at_once(&q_bhtkd, &k_bhsd, &v_bhsd, earlier.mask(), ctx),
+        };
+        let mixed_mw = mixed_bhtkd
+            .permute([0, 2, 3, 1, 4])
             .reshape([-1, n_heads * d_head]);
         let gate = Some(&route.gate_nk);
         let y_nd = ctx.grouped_matmul(&mixed_mw, &pass.out_ewd, &route.routing, gate)?;
-        Ok(y_nd.view_as(x_btd))
+        let d_model = self.k_wd.size()[1];
+        Ok(y_nd.narrow(1, 0, d_model).view([batch, seq_len, d_model]))
     }
 
     /// Of one application, where all products are counted, masked ones too:
@@ -167,9 +184,16 @@ impl Attention {
         let [n_heads, width, top_k, max_distance] =
             [n_heads, n_heads * d_head, gate.top_k, max_distance].map(i64::unsigned_abs);
         let (n, n_keys) = (of.n_tokens, of.n_attended());
-        // Probabilities; queries, mixtures and outputs of each expert; keys and values.
-        let products =
-            n * n_heads * top_k * n_keys + n * top_k * (2 * width + d_model) + n_keys * 2 * width;
+        let has_all_logits = self.config.dropout > 0.0 || n_keys > n;
+        let n_kept_logits = if has_all_logits {
+            n_keys
+        } else {
+            2 * banded::block_len(self.config.max_distance).unsigned_abs()
+        };
+        // Probabilities or biases; queries, mixtures and outputs of each expert; keys and values.
+        let products = n * n_heads * top_k * n_kept_logits
+            + n * top_k * (2 * width + d_model)
+            + n_keys * 2 * width;
         gate.cost("attention: router", d_model, of)
             .macs(
                 "attention: projections",
@@ -201,24 +225,36 @@ impl Attention {
         format!("expert attention ({chosen}, {n_heads} heads of {d_head})")
     }
 
-    /// Attention probabilities `[B, h, K·T, S]` of queries `[B, h, K·T, d]`.
-    fn attend(&self, q: &Tensor, k_bhsd: &Tensor, past: &LayerPast, ctx: &Context) -> Tensor {
-        let (size, n_keys) = (q.size(), k_bhsd.size()[2]);
-        let top_k = self.config.gate.top_k;
-        let seq_len = size[2] / top_k;
+    /// `d^(-1/4)`.
+    fn scale(&self) -> f64 {
+        (self.config.d_head as f64).powf(-0.25)
+    }
 
-        let mut logits = q
+    /// From all logits, `[B, h, T, K, d]`.
+    fn all_at_once(
+        &self,
+        q_bhtkd: &Tensor,
+        k_bhsd: &Tensor,
+        v_bhsd: &Tensor,
+        mask: &Mask,
+        ctx: &Context,
+    ) -> Tensor {
+        let (size, n_keys) = (q_bhtkd.size(), k_bhsd.size()[2]);
+        let (seq_len, top_k) = (size[2], size[3]);
+        // All selected experts share keys and values, so that they are one long sequence of queries.
+        let q = q_bhtkd.transpose(2, 3).flatten(2, 3) * self.scale();
+        let logits = (&q * self.scale())
             .matmul(&k_bhsd.transpose(2, 3))
             .view([size[0], size[1], top_k, seq_len, n_keys]);
-        logits += self.position_logits(q, n_keys);
-        let is_hidden = past
-            .mask()
-            .tensor(seq_len, n_keys, q.device())
-            .logical_not();
-        let a = logits
-            .masked_fill_(&is_hidden, f64::NEG_INFINITY)
+        let is_hidden = mask.tensor(seq_len, n_keys, q.device()).logical_not();
+        let a = (logits + self.position_logits(&q, n_keys))
+            .masked_fill(&is_hidden, f64::NEG_INFINITY)
             .softmax(-1, None);
-        ctx.dropout(a, self.config.dropout).flatten(2, 3)
+        ctx.dropout(a, self.config.dropout)
+            .flatten(2, 3)
+            .matmul(v_bhsd)
+            .view([size[0], size[1], top_k, seq_len, size[4]])
+            .transpose(2, 3)
     }
 
     /// `q_i · R[:, distance(i, j)]` as `[B, h, K, T, S]`, where the queries are the last `T` of the `S` tokens; what
@@ -245,11 +281,32 @@ impl Attention {
     }
 }
 
+/// The same where each query sees its own key and all earlier ones, without making the logits of far keys.
+fn near_and_far(
+    q_bhtkd: &Tensor,
+    k_bhsd: &Tensor,
+    v_bhsd: &Tensor,
+    near_hdm: &Tensor,
+) -> Result<Tensor, PluginError> {
+    let size = q_bhtkd.size();
+    let [seq_len, top_k, d_head] = [2, 3, 4].map(|axis: usize| size[axis]);
+    let n_near = seq_len.min(near_hdm.size()[2]);
+    let near_hdm = near_hdm.narrow(2, near_hdm.size()[2] - n_near, n_near);
+    let q = q_bhtkd.contiguous();
+    let near = q
+        .flatten(2, 3)
+        .matmul(&near_hdm)
+        .view([-1, seq_len, top_k, n_near]);
+    let (k, v) = (k_bhsd.flatten(0, 1), v_bhsd.flatten(0, 1));
+    let q = q.view([-1, seq_len, top_k, d_head]);
+    let y = banded::attention([&q, &k, &v, &near], (d_head as f64).powf(-0.5))?;
+    Ok(y.view_as(q_bhtkd))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::testing;
-    use moeut_nn::past::Mask;
     use tch::{Device, Kind};
 
     const DOUBLE: (Kind, Device) = (Kind::Double, Device::Cpu);
@@ -320,11 +377,12 @@ mod tests {
         let layer = layer(3);
         let (query, source) = (input(SEQ_LEN), input(SEQ_LEN));
         let ctx = testing::context(true);
+        let mut gate = layer.gate.begin(testing::tally(), &ctx);
         let gate_ne = layer
             .gate
-            .forward(&query.flatten(0, 1), None, &mut testing::tally(), &ctx)
+            .forward(&query.flatten(0, 1), None, &mut gate, &ctx)
             .unwrap()
-            .gate_ne
+            .gate_ne()
             .view([BATCH, SEQ_LEN, 4]);
         let is_later = Tensor::ones([SEQ_LEN, SEQ_LEN], (Kind::Bool, Device::Cpu)).triu(1);
         let mut expected = query.zeros_like();
@@ -355,6 +413,38 @@ mod tests {
         }
         let got = run(&layer, &query, &source, None);
         assert!(got.allclose(&expected, 0.0, 1e-12, false));
+    }
+
+    /// Fewer, as many and more near keys than tokens; results and gradients.
+    #[test]
+    fn near_and_far_are_all_at_once() {
+        const SEQ_LEN: i64 = 20;
+        let ctx = testing::context(true);
+        for max_distance in [1, 4, 9, 19, 20, 30] {
+            let layer = layer(max_distance);
+            let input = |shape: &[i64]| Tensor::randn(shape, DOUBLE).set_requires_grad(true);
+            let q = input(&[BATCH, 2, SEQ_LEN, 2, 3]);
+            let [k, v] = [0, 1].map(|_| input(&[BATCH, 2, SEQ_LEN, 3]));
+            let cotangent = Tensor::randn(q.size(), DOUBLE);
+            let grads = |y: &Tensor| {
+                let loss = (y * &cotangent).sum(None);
+                let inputs = [&q, &k, &v, &layer.positions_hdm];
+                Tensor::run_backward(&[loss], &inputs, false, false)
+            };
+            let near_hdm = layer.begin(testing::tally(), &ctx).near_hdm;
+            let found = near_and_far(&q, &k, &v, &near_hdm).unwrap();
+            let expected = layer.all_at_once(&q, &k, &v, &Mask::Causal, &ctx);
+            assert!(
+                found.allclose(&expected, 0.0, 1e-12, false),
+                "{max_distance}"
+            );
+            for (found, expected) in grads(&found).iter().zip(grads(&expected)) {
+                assert!(
+                    found.allclose(&expected, 1e-10, 1e-11, false),
+                    "{max_distance}"
+                );
+            }
+        }
     }
 
     #[test]

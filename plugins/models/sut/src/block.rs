@@ -5,6 +5,8 @@ use crate::config::Layers;
 use crate::feed_forward::{FeedForward, FeedForwardPass};
 use crate::halting::{Halting, HaltingState};
 use crate::losses::Tally;
+use crate::scorer::ScorerPass;
+use crate::wide;
 use moeut_nn::lm::{self, At, BlockReport};
 use moeut_nn::{Context, Cost, LayerNorm, LayerPast, Params, Sequence, usage};
 use moeut_plugin_api::PluginError;
@@ -32,6 +34,7 @@ pub(crate) struct Block {
 
 /// What a block gathers over its applications in one forward pass.
 pub(crate) struct BlockPass {
+    halting: Option<ScorerPass>,
     attention: AttentionPass,
     feed_forward: FeedForwardPass,
     /// Sum over applications.
@@ -63,47 +66,48 @@ impl Block {
         }
     }
 
-    /// The layer itself. Without a source it attends to its own input.
+    /// The layer itself, `[B, T, D]` → `[B, T, D]`; `wide_btd` is its input as products read it, if somebody has read it.
+    /// Without a source it attends to its own input.
     fn layer(
         &self,
-        h_btd: &Tensor,
+        (h_btd, wide_btd): (&Tensor, Option<&Tensor>),
         source_btd: Option<&Tensor>,
         alive_bt: Option<&Tensor>,
         (pass, earlier): (&mut BlockPass, &mut LayerPast),
         ctx: &Context,
     ) -> Result<Tensor, PluginError> {
-        let before = |norm: &LayerNorm, x: &Tensor| {
-            if self.layers.is_pre_ln {
-                norm.forward(x)
-            } else {
-                x.shallow_clone()
-            }
+        let Layers {
+            is_pre_ln, dropout, ..
+        } = self.layers;
+        let (norm1, norm2) = (Some(&self.norm1), Some(&self.norm2));
+        let query = match wide_btd {
+            Some(wide_btd) if !is_pre_ln => wide_btd.shallow_clone(),
+            _ if is_pre_ln => wide::rows(&ctx.reading(h_btd, None, norm1, true)?.normed, ctx)?,
+            _ => wide::rows(h_btd, ctx)?,
         };
-        let after = |norm: &LayerNorm, x: Tensor| {
-            if self.layers.is_pre_ln {
-                x
-            } else {
-                norm.forward(&x)
-            }
+        let source = match source_btd {
+            Some(source_btd) if is_pre_ln => wide::rows(&self.norm1.forward(source_btd), ctx)?,
+            Some(source_btd) => wide::rows(source_btd, ctx)?,
+            None => query.shallow_clone(),
         };
-
-        let query = before(&self.norm1, h_btd);
-        let source = source_btd.map_or_else(
-            || query.shallow_clone(),
-            |source| before(&self.norm1, source),
-        );
         let seen = (&mut pass.attention, earlier);
         let y = self
             .attention
             .forward(&query, &source, alive_bt, seen, ctx)?;
-        let h = after(&self.norm1, h_btd + ctx.dropout(y, self.layers.dropout));
-        let y = self.feed_forward.forward(
-            &before(&self.norm2, &h),
-            alive_bt,
-            &mut pass.feed_forward,
-            ctx,
-        )?;
-        Ok(after(&self.norm2, &h + ctx.dropout(y, self.layers.dropout)))
+        let y = ctx.dropout(y, dropout);
+        let norm = if is_pre_ln { norm2 } else { norm1 };
+        let between = ctx.reading(h_btd, Some(&y), norm, true)?;
+        let x = wide::rows(&between.normed, ctx)?;
+        let y = self
+            .feed_forward
+            .forward(&x, alive_bt, &mut pass.feed_forward, ctx)?;
+        let y = ctx.dropout(y, dropout);
+        if is_pre_ln {
+            Ok(between.stream + y)
+        } else {
+            let after = ctx.reading(&between.normed, Some(&y), norm2, true)?;
+            Ok(after.normed)
+        }
     }
 }
 
@@ -113,8 +117,9 @@ impl lm::Block for Block {
     const TAKES_WIDE_STREAM: bool = false;
 
     fn begin(&self, ctx: &Context) -> BlockPass {
-        let tally = || Tally::new(self.layers.losses, self.layers.formula);
+        let tally = || Tally::new(self.layers.losses, self.layers.formula, ctx.wishes.stats);
         BlockPass {
+            halting: self.halting.as_ref().map(|halting| halting.begin(ctx)),
             attention: self.attention.begin(tally(), ctx),
             feed_forward: self.feed_forward.begin(tally(), ctx),
             depth: None,
@@ -133,14 +138,15 @@ impl lm::Block for Block {
             pass, carry, past, ..
         } = at;
         let remembered = past.attended(x_btd);
-        let Some(halting) = &self.halting else {
-            return self.layer(x_btd, remembered.as_ref(), None, (pass, past), ctx);
+        let Some(scorer) = &pass.halting else {
+            let input = (x_btd, None);
+            return self.layer(input, remembered.as_ref(), None, (pass, past), ctx);
         };
-        let entry = halting.enter(x_btd, std::mem::take(carry), ctx)?;
+        let entry = Halting::enter(x_btd, std::mem::take(carry), scorer, ctx)?;
         // In the first layer the mixture is the layer's own input.
         let mixture = entry.alive_bt.as_ref().map(|_| x_btd);
         let h_btd = self.layer(
-            &entry.h_btd,
+            (&entry.h_btd, entry.wide_btd.as_ref()),
             remembered.as_ref().or(mixture),
             entry.alive_bt.as_ref(),
             (&mut *pass, past),
@@ -163,8 +169,8 @@ impl lm::Block for Block {
     fn finish(&self, pass: BlockPass) -> Result<BlockReport, PluginError> {
         let mut report = BlockReport::default();
         for (part, tally) in [
-            ("self_attn", &pass.attention.tally),
-            ("moe", &pass.feed_forward.tally),
+            ("self_attn", &pass.attention.gate.tally),
+            ("moe", &pass.feed_forward.gate.tally),
         ] {
             let terms = tally.finish().into_iter();
             report
@@ -245,10 +251,14 @@ mod tests {
 
     /// A block of which also the parameters that start at 0 do something.
     fn block(variant: &str) -> Block {
+        block_of(variant, "8")
+    }
+
+    fn block_of(variant: &str, d_model: &str) -> Block {
         let config = testing::config(&[
             ("transformer.variant", variant),
             ("transformer.head_projection_size", "4"),
-            ("state_size", "8"),
+            ("state_size", d_model),
             ("moe.n_experts", "5"),
             ("moe.expert_size", "6"),
             ("pkm.n_heads", "2"),
@@ -280,11 +290,19 @@ mod tests {
     fn stack(
         block: &Block,
         x: &Tensor,
-        mut earlier: impl FnMut(usize) -> LayerPast,
+        earlier: impl FnMut(usize) -> LayerPast,
         is_training: bool,
     ) -> (Tensor, BlockReport, Vec<LayerPast>) {
-        let ctx = testing::context(is_training);
-        let mut gathered = block.begin(&ctx);
+        stack_in(&testing::context(is_training), block, x, earlier)
+    }
+
+    fn stack_in(
+        ctx: &Context,
+        block: &Block,
+        x: &Tensor,
+        mut earlier: impl FnMut(usize) -> LayerPast,
+    ) -> (Tensor, BlockReport, Vec<LayerPast>) {
+        let mut gathered = block.begin(ctx);
         let mut carry = HaltingState::default();
         let (mut x, mut pasts) = (x.shallow_clone(), Vec::new());
         for place in 0..N_LAYERS {
@@ -295,7 +313,7 @@ mod tests {
                 carry: &mut carry,
                 past: &mut past,
             };
-            x = block.forward(&x, at, &ctx).unwrap();
+            x = block.forward(&x, at, ctx).unwrap();
             pasts.push(past);
         }
         (x, block.finish(gathered).unwrap(), pasts)
@@ -366,6 +384,37 @@ mod tests {
                     y.allclose(&expected, 0.0, 1e-11, false),
                     "{variant} {token}"
                 );
+            }
+        }
+    }
+
+    /// Rows that are padded inside the layers change neither a result nor a gradient; 8 channels would not be padded.
+    #[test]
+    fn padding_changes_nothing() {
+        for variant in VARIANTS {
+            let block = block_of(variant, "10");
+            let outcome = |is_mixed| {
+                let ctx = Context {
+                    is_mixed,
+                    ..testing::context(true)
+                };
+                let x = values(0.5, &[BATCH, SEQ_LEN, 10]).set_requires_grad(true);
+                let (y, report, _) = stack_in(&ctx, &block, &x, |_| LayerPast::none(false));
+                let terms: Tensor = report.regularizers.into_iter().map(|(_, term)| term).sum();
+                let loss = (&y * values(2.0, &y.size())).sum(None) + terms;
+                (
+                    y,
+                    loss.shallow_clone(),
+                    Tensor::run_backward(&[loss], &[x], false, false),
+                )
+            };
+            let (plain, padded) = (outcome(false), outcome(true));
+            for (plain, padded) in [
+                (&plain.0, &padded.0),
+                (&plain.1, &padded.1),
+                (&plain.2[0], &padded.2[0]),
+            ] {
+                assert!(plain.allclose(padded, 1e-10, 1e-11, false), "{variant}");
             }
         }
     }

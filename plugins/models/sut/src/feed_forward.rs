@@ -1,10 +1,12 @@
 //! The feed-forward layer: experts with biases.
 //!
-//! Shape letters: `N` tokens, `D` `d_model`, `E` experts, `K` experts per token, `S` `d_expert`.
+//! Shape letters: `N` tokens, `D` `d_model`, `E` experts, `K` experts per token, `S` `d_expert`. `D'` is `D` as products
+//! are fastest, see [`crate::wide`].
 
 use crate::experts::Experts;
-use crate::gate::{Gate, GateConfig};
+use crate::gate::{Gate, GateConfig, GatePass, Route};
 use crate::losses::Tally;
+use crate::wide;
 use moeut_nn::{Activation, Context, Cost, Params, Sequence};
 use moeut_plugin_api::PluginError;
 use tch::Tensor;
@@ -34,11 +36,12 @@ pub(crate) struct FeedForward {
     out: Experts,
 }
 
-/// Weights in the compute type, cast once for all applications of a forward pass.
+/// Weights in the compute type, cast and padded once for all applications of a forward pass.
 pub(crate) struct FeedForwardPass {
     hidden_eds: Tensor,
     out_esd: Tensor,
-    pub(crate) tally: Tally,
+    out_bias_ed: Option<Tensor>,
+    pub(crate) gate: GatePass,
 }
 
 impl FeedForward {
@@ -56,14 +59,17 @@ impl FeedForward {
     }
 
     pub(crate) fn begin(&self, tally: Tally, ctx: &Context) -> FeedForwardPass {
+        let width = wide::width(self.hidden.weight.size()[1], ctx);
+        let padded = |x: &Tensor, axis| wide::padded(&x.to_kind(ctx.compute), &[axis], width);
         FeedForwardPass {
-            hidden_eds: self.hidden.weight.to_kind(ctx.compute),
-            out_esd: self.out.weight.to_kind(ctx.compute),
-            tally,
+            hidden_eds: padded(&self.hidden.weight, 1),
+            out_esd: padded(&self.out.weight, 2),
+            out_bias_ed: self.out.bias.as_ref().map(|bias_ed| padded(bias_ed, 1)),
+            gate: self.gate.begin(tally, ctx),
         }
     }
 
-    /// One application: `[B, T, D]` → `[B, T, D]`; tokens whose `alive_bt` is 0 get 0.
+    /// One application: `[B, T, D']` → `[B, T, D]`; tokens whose `alive_bt` is 0 get 0.
     ///
     /// # Errors
     /// Whatever the kernel says.
@@ -78,10 +84,50 @@ impl FeedForward {
         let alive_n1 = alive_bt.map(|alive| alive.reshape([-1, 1]));
         let route = self
             .gate
-            .forward(&x_nd, alive_n1.as_ref(), &mut pass.tally, ctx)?;
+            .forward(&x_nd, alive_n1.as_ref(), &mut pass.gate, ctx)?;
+        let y_nd = match self.fused(&x_nd, &route, pass, ctx)? {
+            Some(y_nd) => y_nd,
+            None => self.composed(&x_nd, &route, pass, ctx)?,
+        };
+        let y_nd = match &pass.out_bias_ed {
+            // A token's biases, weighted by its gates, are a product with the dense gates. They are not added in place:
+            // what a kernel gives may be a view with a backward pass of its own.
+            Some(bias_ed) => y_nd + route.gate_ne().to_kind(ctx.compute).matmul(bias_ed),
+            None => y_nd,
+        };
+        let size = x_btd.size();
+        Ok(y_nd
+            .narrow(1, 0, self.hidden.weight.size()[1])
+            .view([size[0], size[1], -1]))
+    }
 
-        // Biases are not added in place: what a kernel gives may be a view with a backward pass of its own.
-        let product_ms = ctx.grouped_matmul(&x_nd, &pass.hidden_eds, &route.routing, None)?;
+    /// The experts' output without its biases, `[N, D']`, in one call, if the kernel has it.
+    fn fused(
+        &self,
+        x_nd: &Tensor,
+        route: &Route,
+        pass: &FeedForwardPass,
+        ctx: &Context,
+    ) -> Result<Option<Tensor>, PluginError> {
+        let drops = ctx.is_training && self.config.dropout > 0.0;
+        let Some(activation) = self.config.activation.of_kernels().filter(|_| !drops) else {
+            return Ok(None);
+        };
+        let weights = [&pass.hidden_eds, &pass.out_esd];
+        let bias_es = self.hidden.bias.as_ref();
+        let (gate, routing) = (&route.gate_nk, &route.routing);
+        ctx.moe_mlp(activation, x_nd, weights, bias_es, gate, routing)
+    }
+
+    /// The same from two grouped products.
+    fn composed(
+        &self,
+        x_nd: &Tensor,
+        route: &Route,
+        pass: &FeedForwardPass,
+        ctx: &Context,
+    ) -> Result<Tensor, PluginError> {
+        let product_ms = ctx.grouped_matmul(x_nd, &pass.hidden_eds, &route.routing, None)?;
         let hidden_ms = match &self.hidden.bias {
             Some(bias_es) => {
                 let of_selection = bias_es.index_select(0, &route.ids_nk.reshape([-1]));
@@ -91,18 +137,8 @@ impl FeedForward {
         };
         let hidden_ms = self.config.activation.forward(hidden_ms);
         let hidden_ms = ctx.dropout(hidden_ms, self.config.dropout);
-        let y_nd = ctx.grouped_matmul(
-            &hidden_ms,
-            &pass.out_esd,
-            &route.routing,
-            Some(&route.gate_nk),
-        )?;
-        let y_nd = match &self.out.bias {
-            // A token's biases, weighted by its gates, are a product with the dense gates.
-            Some(bias_ed) => y_nd + route.gate_ne.matmul(bias_ed),
-            None => y_nd,
-        };
-        Ok(y_nd.view_as(x_btd))
+        let gate = Some(&route.gate_nk);
+        ctx.grouped_matmul(&hidden_ms, &pass.out_esd, &route.routing, gate)
     }
 
     /// Of one application: `2·T·D·S·K`, and the router. Halted tokens are computed, too.
@@ -159,7 +195,7 @@ mod tests {
         let ctx = testing::context(true);
         let mut pass = layer.begin(testing::tally(), &ctx);
         let y = layer.forward(x, alive, &mut pass, &ctx).unwrap();
-        let terms = pass.tally.finish();
+        let terms = pass.gate.tally.finish();
         (y, terms.into_iter().map(|(_, term)| term).sum())
     }
 
@@ -169,11 +205,12 @@ mod tests {
         let layer = layer(3);
         let x = Tensor::randn([2, 3, 4], DOUBLE);
         let ctx = testing::context(true);
+        let mut gate = layer.gate.begin(testing::tally(), &ctx);
         let gate_ne = layer
             .gate
-            .forward(&x.flatten(0, 1), None, &mut testing::tally(), &ctx)
+            .forward(&x.flatten(0, 1), None, &mut gate, &ctx)
             .unwrap()
-            .gate_ne
+            .gate_ne()
             .view([2, 3, 3]);
         let mut expected = x.zeros_like();
         for expert in 0..3 {

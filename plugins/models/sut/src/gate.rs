@@ -3,7 +3,8 @@
 //! Shape letters: `N` tokens, `D` `d_model`, `E` experts, `K` experts per token.
 
 use crate::losses::{Decision, Tally};
-use moeut_nn::{Context, Cost, Init, Linear, Params, Routing, Sequence};
+use crate::scorer::{Scorer, ScorerPass};
+use moeut_nn::{Context, Cost, Init, Params, Routing, Sequence};
 use moeut_plugin_api::PluginError;
 use tch::Tensor;
 
@@ -61,8 +62,13 @@ impl GateConfig {
 #[derive(Debug)]
 pub(crate) struct Gate {
     config: GateConfig,
-    hidden: Linear,
-    out_ed: Tensor,
+    scorer: Scorer,
+}
+
+/// Weights, and what all applications of a forward pass gather.
+pub(crate) struct GatePass {
+    scorer: ScorerPass,
+    pub(crate) tally: Tally,
 }
 
 /// Where the tokens go.
@@ -73,25 +79,36 @@ pub(crate) struct Route {
     pub(crate) ids_nk: Tensor,
     /// Their shares, `[N, K]`; they sum to 1, or to 0 for a halted token.
     pub(crate) gate_nk: Tensor,
-    /// The same with 0 for all other experts, `[N, E]`.
-    pub(crate) gate_ne: Tensor,
+    n_experts: i64,
+}
+
+impl Route {
+    /// The shares, with 0 for all other experts, `[N, E]`.
+    pub(crate) fn gate_ne(&self) -> Tensor {
+        let size = [self.gate_nk.size()[0], self.n_experts];
+        let options = (self.gate_nk.kind(), self.gate_nk.device());
+        Tensor::zeros(size, options).scatter(1, &self.ids_nk, &self.gate_nk)
+    }
 }
 
 impl Gate {
     /// Adds `w_gate.0.weight`, `w_gate.0.bias` and `w_gate.3.weight`.
     pub(crate) fn new(params: &Params, d_model: i64, config: GateConfig) -> Self {
-        let params = params.sub("w_gate");
-        let shape = [config.n_experts, d_model];
+        let (params, out) = (params.sub("w_gate"), Init::linear_weight(d_model));
         Self {
             config,
-            hidden: Linear::new(&params.sub("0"), d_model, d_model),
-            out_ed: params
-                .sub("3")
-                .parameter("weight", &shape, Init::linear_weight(d_model)),
+            scorer: Scorer::new(&params, d_model, config.n_experts, out),
         }
     }
 
-    /// Routes tokens `[N, D]`; `alive_n1` `[N, 1]` is 0 for those that have halted.
+    pub(crate) fn begin(&self, tally: Tally, ctx: &Context) -> GatePass {
+        GatePass {
+            scorer: self.scorer.begin(ctx),
+            tally,
+        }
+    }
+
+    /// Routes tokens, rows of [`crate::wide`]; `alive_n1` `[N, 1]` is 0 for those that have halted.
     ///
     /// # Errors
     /// If autocast cannot be suspended.
@@ -99,44 +116,45 @@ impl Gate {
         &self,
         x_nd: &Tensor,
         alive_n1: Option<&Tensor>,
-        tally: &mut Tally,
+        pass: &mut GatePass,
         ctx: &Context,
     ) -> Result<Route, PluginError> {
-        let hidden_nd = self.hidden.forward(x_nd).tanh();
-        let hidden_nd = ctx.dropout(hidden_nd, self.config.dropout);
-        let mut logits_ne = ctx.router_logits(&hidden_nd, &self.out_ed, None)?;
-        let mut p_ne = logits_ne.softmax(-1, None);
-        if let Some(alive_n1) = alive_n1 {
-            let has_halted = alive_n1.eq(0.0);
-            p_ne = p_ne.masked_fill(&has_halted, 0.0);
-            logits_ne = logits_ne.masked_fill(&has_halted, 0.0);
-        }
+        let GatePass { scorer, tally } = pass;
+        let logits_ne = scorer.forward(x_nd, |x| x.tanh(), self.config.dropout, ctx)?;
+        let needs_log = ctx.is_training && tally.reads_logarithms();
+        let log_p_ne = needs_log.then(|| logits_ne.log_softmax(-1, None));
+        let p_ne = match &log_p_ne {
+            Some(log_p_ne) => log_p_ne.exp(),
+            None => logits_ne.softmax(-1, None),
+        };
 
         let ids_nk = tch::no_grad(|| self.select(&p_ne, ctx.is_training));
-        let picked_nk = p_ne.gather(1, &ids_nk, false);
+        let mut picked_nk = p_ne.gather(1, &ids_nk, false);
+        if let Some(alive_n1) = alive_n1 {
+            picked_nk = picked_nk.masked_fill(&alive_n1.eq(0.0), 0.0);
+        }
         let sum_n1 = picked_nk.sum_dim_intlist(1i64, true, None);
-        let share_nk = picked_nk / (sum_n1 + SUM_FLOOR);
-        let gate_ne = p_ne.zeros_like().scatter(1, &ids_nk, &share_nk);
+        let route = Route {
+            routing: Routing::new(&ids_nk, self.config.n_experts),
+            ids_nk,
+            gate_nk: picked_nk / (sum_n1 + SUM_FLOOR),
+            n_experts: self.config.n_experts,
+        };
         if ctx.is_training {
             tally.add(&Decision {
                 logits_ne: &logits_ne,
                 p_ne: &p_ne,
-                gate_ne: &gate_ne,
+                log_p_ne: log_p_ne.as_ref(),
+                gate_ne: &|| route.gate_ne(),
                 alive_n1,
             });
         }
-        Ok(Route {
-            routing: Routing::new(&ids_nk, self.config.n_experts),
-            ids_nk,
-            gate_nk: share_nk,
-            gate_ne,
-        })
+        Ok(route)
     }
 
     /// Expert ids, int64 `[N, K]`.
     fn select(&self, p_ne: &Tensor, is_training: bool) -> Tensor {
         let GateConfig { top_k, n_drawn, .. } = self.config;
-        let best = |scores_ne: &Tensor, k| scores_ne.topk(k, 1, true, false).1;
         if !is_training || n_drawn == 0 {
             return best(p_ne, top_k);
         }
@@ -152,7 +170,22 @@ impl Gate {
 /// `multinomial` it does not wait for the device.
 fn draw(weights_ne: &Tensor, n: i64) -> Tensor {
     let times = weights_ne.empty_like().exponential_(1.0);
-    (weights_ne / times).topk(n, 1, true, false).1
+    best(&(weights_ne / times), n)
+}
+
+/// Columns of the `k` largest of each row, the best first.
+///
+/// One or two are found by as many searches, which libtorch does faster than a `topk`.
+fn best(scores_ne: &Tensor, k: i64) -> Tensor {
+    let first_n1 = match k {
+        1 | 2 => scores_ne.argmax(1, true),
+        _ => return scores_ne.topk(k, 1, true, true).1,
+    };
+    if k == 1 {
+        return first_n1;
+    }
+    let others_ne = scores_ne.scatter_value(1, &first_n1, f64::NEG_INFINITY);
+    Tensor::cat(&[first_n1, others_ne.argmax(1, true)], 1)
 }
 
 #[cfg(test)]
@@ -163,26 +196,44 @@ mod tests {
 
     const DOUBLE: (Kind, Device) = (Kind::Double, Device::Cpu);
 
-    fn gate(n_drawn: i64) -> Gate {
+    fn gate(n_drawn: i64) -> (Gate, Params) {
         let config = GateConfig {
             n_experts: 5,
             top_k: 3,
             n_drawn,
             dropout: 0.0,
         };
-        Gate::new(&Params::new(Kind::Double, Device::Cpu), 4, config)
+        let params = Params::new(Kind::Double, Device::Cpu);
+        (Gate::new(&params, 4, config), params)
+    }
+
+    /// Few are searched for one by one, many are sorted.
+    #[test]
+    fn the_best_are_the_first_of_a_sorted_row() {
+        let scores = Tensor::randn([50, 6], DOUBLE);
+        let (_, sorted) = scores.sort(1, true);
+        for k in 0..=6 {
+            assert!(best(&scores, k).equal(&sorted.narrow(1, 0, k)), "{k}");
+        }
+    }
+
+    fn route(gate: &Gate, x: &Tensor, alive: Option<&Tensor>, is_training: bool) -> Route {
+        let ctx = testing::context(is_training);
+        let mut pass = gate.begin(testing::tally(), &ctx);
+        gate.forward(x, alive, &mut pass, &ctx).unwrap()
     }
 
     /// The route as dense numbers, from the formula.
     #[test]
     fn gates_are_the_renormalized_best_probabilities() {
-        let gate = gate(0);
+        let (gate, params) = gate(0);
         let x = Tensor::randn([7, 4], DOUBLE);
-        let route = gate
-            .forward(&x, None, &mut testing::tally(), &testing::context(true))
-            .unwrap();
-        let hidden = gate.hidden.forward(&x).tanh();
-        let p = hidden.matmul(&gate.out_ed.tr()).softmax(-1, None);
+        let route = route(&gate, &x, None, true);
+        let parameter = |name: &str| testing::parameter(&params, &format!("w_gate.{name}"));
+        let hidden = x
+            .linear(&parameter("0.weight"), Some(&parameter("0.bias")))
+            .tanh();
+        let p = hidden.matmul(&parameter("3.weight").tr()).softmax(-1, None);
         for token in 0..7 {
             let row = Vec::<f64>::try_from(p.get(token)).unwrap();
             let mut best = row.clone();
@@ -190,27 +241,19 @@ mod tests {
             let sum: f64 = best[..3].iter().sum::<f64>() + 1e-6;
             for (expert, p) in (0..).zip(&row) {
                 let expected = if *p >= best[2] { p / sum } else { 0.0 };
-                let got = route.gate_ne.double_value(&[token, expert]);
+                let got = route.gate_ne().double_value(&[token, expert]);
                 assert!((got - expected).abs() < 1e-12, "{got} {expected}");
             }
         }
-        let gathered = route.gate_ne.gather(1, &route.ids_nk, false);
+        let gathered = route.gate_ne().gather(1, &route.ids_nk, false);
         assert!(gathered.allclose(&route.gate_nk, 0.0, 0.0, false));
     }
 
     #[test]
     fn a_halted_token_has_gates_of_zero_and_no_gradient() {
-        let gate = gate(0);
         let x = Tensor::randn([2, 4], DOUBLE).set_requires_grad(true);
         let alive = Tensor::from_slice(&[0.0, 0.7]).view([2, 1]);
-        let route = gate
-            .forward(
-                &x,
-                Some(&alive),
-                &mut testing::tally(),
-                &testing::context(true),
-            )
-            .unwrap();
+        let route = route(&gate(0).0, &x, Some(&alive), true);
         let sums = route.gate_nk.sum_dim_intlist(1i64, false, None);
         assert!(sums.double_value(&[0]).abs() < f64::EPSILON);
         assert!((sums.double_value(&[1]) - 1.0).abs() < 1e-5);
@@ -225,17 +268,14 @@ mod tests {
     /// Drawing only happens while training, and never the same expert twice.
     #[test]
     fn drawn_experts_are_different_from_the_best() {
-        let gate = gate(2);
+        let (gate, _) = gate(2);
         let x = Tensor::randn([200, 4], DOUBLE);
-        let route = |is_training| {
-            let ctx = testing::context(is_training);
-            gate.forward(&x, None, &mut testing::tally(), &ctx).unwrap()
-        };
+        let route = |is_training| route(&gate, &x, None, is_training);
         let (drawn, fixed) = (route(true), route(false));
         let (sorted, _) = drawn.ids_nk.sort(1, false);
         let steps = sorted.diff(1, 1, None::<&Tensor>, None::<&Tensor>);
         assert!(steps.min().int64_value(&[]) > 0);
-        let best = |route: &Route| route.gate_ne.argmax(1, false);
+        let best = |route: &Route| route.gate_ne().argmax(1, false);
         assert!(drawn.ids_nk.select(1, 0).equal(&best(&fixed)));
         assert!(
             !drawn

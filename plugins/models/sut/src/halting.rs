@@ -2,8 +2,10 @@
 //!
 //! Shape letters: `B` batch, `T` `seq_len`, `D` `d_model`.
 
+use crate::scorer::{Scorer, ScorerPass};
+use crate::wide;
 use moeut_nn::lm::Carry;
-use moeut_nn::{Context, Cost, Init, Linear, Params, Sequence};
+use moeut_nn::{Context, Cost, Init, Params, Sequence};
 use moeut_plugin_api::PluginError;
 use tch::{Kind, Tensor};
 
@@ -31,8 +33,7 @@ const SMALLEST_SHARE: f64 = 1.0 - 0.999;
 /// Tan et al., "Sparse Universal Transformer", arXiv:2310.07096, section 3; reference `sut/halting.py`.
 #[derive(Debug)]
 pub(crate) struct Halting {
-    hidden: Linear,
-    out_2d: Tensor,
+    scorer: Scorer,
 }
 
 /// What travels from layer to layer; nothing before the first.
@@ -70,6 +71,8 @@ impl Carry for HaltingState {
 pub(crate) struct Entry {
     /// Its input, `[B, T, D]`.
     pub(crate) h_btd: Tensor,
+    /// The same as products read it, see [`crate::wide`]; nothing in the first layer, where nobody has read it.
+    pub(crate) wide_btd: Option<Tensor>,
     /// `n` with the cut, `[B, T]`; nothing in the first layer.
     pub(crate) alive_bt: Option<Tensor>,
     /// The state, but for the layer's output.
@@ -82,11 +85,13 @@ pub(crate) struct Entry {
 impl Halting {
     /// Adds `0.weight`, `0.bias` and `3.weight`.
     pub(crate) fn new(params: &Params, d_model: i64) -> Self {
-        let out = params.sub("3");
         Self {
-            hidden: Linear::new(&params.sub("0"), d_model, d_model),
-            out_2d: out.parameter("weight", &[2, d_model], Init::Zeros),
+            scorer: Scorer::new(params, d_model, 2, Init::Zeros),
         }
+    }
+
+    pub(crate) fn begin(&self, ctx: &Context) -> ScorerPass {
+        self.scorer.begin(ctx)
     }
 
     /// Of one application: `T·D·D + 2·T·D`. The first layer does not ask who halts, which is not worth a case.
@@ -99,20 +104,22 @@ impl Halting {
             .kept("halting", n * kept_bytes)
     }
 
-    /// Before the layer: decides how much of each token halts here. `x_btd` is the mixture so far.
+    /// Before the layer: decides how much of each token halts here, with the weights of [`Self::begin`]. `x_btd` is the
+    /// mixture so far.
     ///
     /// # Errors
     /// If autocast cannot be suspended.
     pub(crate) fn enter(
-        &self,
         x_btd: &Tensor,
         state: HaltingState,
+        scorer: &ScorerPass,
         ctx: &Context,
     ) -> Result<Entry, PluginError> {
         let Some(running) = state.0 else {
             let zeros_bt = x_btd.select(2, 0).zeros_like();
             return Ok(Entry {
                 h_btd: x_btd.shallow_clone(),
+                wide_btd: None,
                 alive_bt: None,
                 index: 0,
                 log_share_bt: zeros_bt.shallow_clone(),
@@ -127,20 +134,21 @@ impl Halting {
             depth_bt,
             h_btd,
         } = running;
-        let hidden_btd = self.hidden.forward(&h_btd).gelu("none");
-        let logits_bt2 = ctx.router_logits(&hidden_btd, &self.out_2d, None)?;
+        let wide_btd = wide::rows(&h_btd, ctx)?;
+        let logits_bt2 = scorer.forward(&wide_btd, |x| x.gelu("none"), 0.0, ctx)?;
         let log_bt2 = logits_bt2.log_softmax(-1, None) + log_share_bt.unsqueeze(-1);
         let halt_bt = log_bt2.select(2, 1).exp();
         let log_share_bt = log_bt2.select(2, 0);
         let share_bt = log_share_bt.exp();
         let alive_bt = share_bt.masked_fill(&share_bt.lt(SMALLEST_SHARE), 0.0);
         Ok(Entry {
-            halted_btd: halted_btd + halt_bt.unsqueeze(-1) * &h_btd,
+            halted_btd: halted_btd.addcmul(&halt_bt.unsqueeze(-1), &h_btd),
             depth_bt: depth_bt + halt_bt * f64::from(index),
             alive_bt: Some(alive_bt),
             index: index + 1,
             log_share_bt,
             h_btd,
+            wide_btd: Some(wide_btd),
         })
     }
 }
@@ -157,7 +165,8 @@ impl Entry {
             None => (h_btd.shallow_clone(), None),
             Some(alive_bt) => {
                 let alive_bt1 = alive_bt.unsqueeze(-1);
-                let mixed_btd = (&self.halted_btd + &alive_bt1 * &h_btd).to_kind(x_btd.kind());
+                let mixed_btd = self.halted_btd.addcmul(&alive_bt1, &h_btd);
+                let mixed_btd = mixed_btd.to_kind(x_btd.kind());
                 let depth_bt = &self.depth_bt + alive_bt * f64::from(self.index);
                 (
                     x_btd.where_self(&alive_bt1.lt(SMALLEST_SHARE), &mixed_btd),
@@ -193,10 +202,11 @@ mod tests {
     /// Runs `n_layers` layers that add 1; gives the mixtures, the shares and the depths.
     fn run(halting: &Halting, x: &Tensor, n_layers: usize) -> Vec<(Tensor, Option<Tensor>, f64)> {
         let ctx = testing::context(true);
+        let scorer = halting.begin(&ctx);
         let (mut x, mut state) = (x.shallow_clone(), HaltingState::default());
         let mut seen = Vec::new();
         for _ in 0..n_layers {
-            let entry = halting.enter(&x, state, &ctx).unwrap();
+            let entry = Halting::enter(&x, state, &scorer, &ctx).unwrap();
             let (alive, h) = (
                 entry.alive_bt.as_ref().map(Tensor::shallow_clone),
                 &entry.h_btd + 1.0,
@@ -264,10 +274,11 @@ mod tests {
                 ("w3", &parameter("3.weight")),
             ],
             &|| {
+                let scorer = halting.begin(&ctx);
                 let (mut mixture, mut state) = (x.shallow_clone(), HaltingState::default());
                 let mut loss = Tensor::zeros([0i64; 0], DOUBLE);
                 for _ in 0..4 {
-                    let entry = halting.enter(&mixture, state, &ctx).unwrap();
+                    let entry = Halting::enter(&mixture, state, &scorer, &ctx).unwrap();
                     let h = (&entry.h_btd + &mixture).tanh();
                     let (next, x, depth) = entry.leave(h, &mixture);
                     (mixture, state) = (x, next);

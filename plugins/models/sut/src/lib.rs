@@ -5,6 +5,7 @@
 
 mod args;
 mod attention;
+mod banded;
 mod block;
 mod config;
 mod experts;
@@ -13,8 +14,10 @@ mod gate;
 mod halting;
 mod losses;
 mod model;
+mod scorer;
 #[cfg(test)]
 mod testing;
+mod wide;
 
 moeut_plugin_api::export_plugin!(libtorch = moeut_torch::LIBTORCH_VERSION);
 moeut_plugin_api::register_model!(model::Sut);

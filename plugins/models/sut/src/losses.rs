@@ -3,7 +3,7 @@
 //! Shape letters: `N` tokens of one application, `E` experts.
 
 use serde::Deserialize;
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
 /// Weights of the four losses; 0 turns one off.
 #[derive(Debug, Clone, Copy, PartialEq, Deserialize)]
@@ -24,19 +24,21 @@ pub(crate) enum MiFormula {
     Reference,
 }
 
-/// What a gate decided for the tokens of one application.
+/// What a gate decided for the tokens of one application, halted ones included.
 pub(crate) struct Decision<'a> {
-    /// Before the softmax, 0 for halted tokens, `[N, E]`.
+    /// Before the softmax, `[N, E]`.
     pub(crate) logits_ne: &'a Tensor,
-    /// After it, 0 for halted tokens, `[N, E]`.
+    /// After it, `[N, E]`.
     pub(crate) p_ne: &'a Tensor,
-    /// What each expert's output is multiplied by; 0 for those not selected, `[N, E]`.
-    pub(crate) gate_ne: &'a Tensor,
+    /// Its logarithm, `[N, E]`; only read if [`Tally::reads_logarithms`].
+    pub(crate) log_p_ne: Option<&'a Tensor>,
+    /// Makes what each expert's output is multiplied by, `[N, E]`; 0 for those not selected and for halted tokens.
+    pub(crate) gate_ne: &'a dyn Fn() -> Tensor,
     /// How much of a token has not halted, `[N, 1]`; nothing counts as 1.
     pub(crate) alive_n1: Option<&'a Tensor>,
 }
 
-/// Sums over all applications of one layer in a forward pass.
+/// Sums over all applications of one layer in a forward pass; only those that a term needs are made.
 ///
 /// ```text
 /// cv     = var(m) / (mean(m)² + 1e-10)       m = share of each expert in the gates; unbiased variance
@@ -57,6 +59,7 @@ pub(crate) struct Decision<'a> {
 pub(crate) struct Tally {
     weights: LossWeights,
     formula: MiFormula,
+    wants_counts: bool,
     can_halt: bool,
     sums: Vec<Sums>,
 }
@@ -65,9 +68,10 @@ pub(crate) struct Tally {
 #[derive(Debug)]
 struct Sums {
     n_tokens: i64,
-    mass_e: Tensor,
-    p_e: Tensor,
-    n_selected_e: Tensor,
+    options: (Kind, Device),
+    mass_e: Option<Tensor>,
+    p_e: Option<Tensor>,
+    n_selected_e: Option<Tensor>,
     log_z_squared: Option<Tensor>,
     mi: Option<MiSums>,
 }
@@ -84,13 +88,20 @@ struct MiSums {
 type Term<'a> = (&'static str, f64, &'a dyn Fn() -> Option<Tensor>);
 
 impl Tally {
-    pub(crate) fn new(weights: LossWeights, formula: MiFormula) -> Self {
+    /// With `wants_counts`, [`Self::counts`] has an answer.
+    pub(crate) fn new(weights: LossWeights, formula: MiFormula, wants_counts: bool) -> Self {
         Self {
             weights,
             formula,
+            wants_counts,
             can_halt: false,
             sums: Vec::new(),
         }
+    }
+
+    /// Whether a term needs the logarithms of the probabilities.
+    pub(crate) fn reads_logarithms(&self) -> bool {
+        self.weights.mi > 0.0
     }
 
     /// Adds one application.
@@ -98,40 +109,57 @@ impl Tally {
         let &Decision {
             logits_ne,
             p_ne,
+            log_p_ne,
             gate_ne,
             alive_n1,
         } = decision;
         self.can_halt |= alive_n1.is_some();
+        let LossWeights { cv, switch, z, .. } = self.weights;
+        let counts = self.wants_counts || switch > 0.0;
+        let gate_ne = (cv > 0.0 || counts).then(gate_ne);
+        let of_the_alive = |x_ne: &Tensor| match alive_n1 {
+            Some(alive_n1) => x_ne.masked_fill(&alive_n1.eq(0.0), 0.0),
+            None => x_ne.shallow_clone(),
+        };
         self.sums.push(Sums {
             n_tokens: p_ne.size()[0],
-            mass_e: over_tokens(gate_ne),
-            p_e: over_tokens(p_ne),
-            n_selected_e: over_tokens(&gate_ne.gt(0.0).to_kind(p_ne.kind())),
-            log_z_squared: (self.weights.z > 0.0)
-                .then(|| logits_ne.logsumexp(-1, false).square().sum(None)),
-            mi: (self.weights.mi > 0.0).then(|| {
-                let alive_n1 = alive_n1.map_or_else(
-                    || p_ne.narrow(1, 0, 1).ones_like(),
-                    |alive| alive.to_kind(p_ne.kind()),
-                );
-                let weighted_ne = &alive_n1 * p_ne;
-                MiSums {
-                    alive: alive_n1.sum(None),
-                    p_log_p: (&weighted_ne * logits_ne.log_softmax(-1, None)).sum(None),
-                    p_e: over_tokens(&weighted_ne),
-                }
+            options: (p_ne.kind(), p_ne.device()),
+            mass_e: gate_ne.as_ref().filter(|_| cv > 0.0).map(over_tokens),
+            p_e: (switch > 0.0).then(|| over_tokens(&of_the_alive(p_ne))),
+            n_selected_e: gate_ne
+                .filter(|_| counts)
+                .map(|gate_ne| over_tokens(&gate_ne.gt(0.0).to_kind(p_ne.kind()))),
+            // A halted token's logits count as 0.
+            log_z_squared: (z > 0.0).then(|| {
+                let log_z_n = of_the_alive(logits_ne).logsumexp(-1, false);
+                log_z_n.square().sum(None)
             }),
+            mi: log_p_ne
+                .filter(|_| self.reads_logarithms())
+                .map(|log_p_ne| {
+                    let alive_n1 = alive_n1.map_or_else(
+                        || p_ne.narrow(1, 0, 1).ones_like(),
+                        |alive| alive.to_kind(p_ne.kind()),
+                    );
+                    let weighted_ne = &alive_n1 * p_ne;
+                    MiSums {
+                        alive: alive_n1.sum(None),
+                        p_log_p: (&weighted_ne * log_p_ne).sum(None),
+                        p_e: over_tokens(&weighted_ne),
+                    }
+                }),
         });
     }
 
-    /// How often each expert was selected with a gate above 0, `[E]`; nothing if there was no application.
+    /// How often each expert was selected with a gate above 0, `[E]`; nothing if there was no application, or if nobody
+    /// wants it.
     pub(crate) fn counts(&self) -> Option<Tensor> {
-        self.total(|sums| Some(&sums.n_selected_e))
+        self.total(|sums| sums.n_selected_e.as_ref())
     }
 
     /// The weighted terms by their names in the reference; 0 where the weight is 0, nothing without applications.
     pub(crate) fn finish(&self) -> Vec<(&'static str, Tensor)> {
-        let Some(p_e) = self.total(|sums| Some(&sums.p_e)) else {
+        let Some(options) = self.sums.first().map(|sums| sums.options) else {
             return Vec::new();
         };
         let LossWeights { cv, switch, z, mi } = self.weights;
@@ -141,11 +169,12 @@ impl Tally {
             Some(sum / n_tokens as f64)
         };
         let balance = || {
+            let p_e = self.total(|sums| sums.p_e.as_ref())?;
             let n_experts = p_e.size()[0] as f64;
             Some((shares(&p_e) * shares(&self.counts()?)).sum(None) * n_experts)
         };
         let variation = || {
-            let mass_e = self.total(|sums| Some(&sums.mass_e))?;
+            let mass_e = self.total(|sums| sums.mass_e.as_ref())?;
             Some(squared_variation(&shares(&mass_e)))
         };
         let terms: [Term; 4] = [
@@ -156,7 +185,7 @@ impl Tally {
         ];
         let weighted = |(name, weight, value): Term| {
             let value = if weight > 0.0 { value() } else { None };
-            let zero = || Tensor::zeros([0i64; 0], (p_e.kind(), p_e.device()));
+            let zero = || Tensor::zeros([0i64; 0], options);
             (name, value.map_or_else(zero, |value| value * weight))
         };
         terms.into_iter().map(weighted).collect()
@@ -205,7 +234,6 @@ fn squared_variation(x_e: &Tensor) -> Tensor {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use tch::Device;
 
     const DOUBLE: (Kind, Device) = (Kind::Double, Device::Cpu);
     const ALL: LossWeights = LossWeights {
@@ -219,7 +247,8 @@ mod tests {
         tally.add(&Decision {
             logits_ne,
             p_ne: &logits_ne.softmax(-1, None),
-            gate_ne,
+            log_p_ne: Some(&logits_ne.log_softmax(-1, None)),
+            gate_ne: &|| gate_ne.shallow_clone(),
             alive_n1,
         });
     }
@@ -247,7 +276,7 @@ mod tests {
     fn a_case_by_hand() {
         let logits = Tensor::from_slice2(&[[3f64.ln(), 0.0], [0.0, 3f64.ln()]]);
         let gates = Tensor::eye(2, DOUBLE);
-        let mut tally = Tally::new(ALL, MiFormula::MutualInformation);
+        let mut tally = Tally::new(ALL, MiFormula::MutualInformation, true);
         add(&mut tally, &logits, &gates, None);
         let conditional = -(0.75 * 0.75f64.ln() + 0.25 * 0.25f64.ln());
         let [cv, switch, z, mi] = terms(&tally)[..] else {
@@ -268,7 +297,7 @@ mod tests {
     fn one_sided_use_is_what_cv_and_switch_punish() {
         let logits = Tensor::from_slice2(&[[50.0, 0.0, 0.0, 0.0]; 3]);
         let gates = Tensor::from_slice2(&[[1.0, 0.0, 0.0, 0.0]; 3]);
-        let mut tally = Tally::new(ALL, MiFormula::MutualInformation);
+        let mut tally = Tally::new(ALL, MiFormula::MutualInformation, true);
         add(&mut tally, &logits, &gates, None);
         let terms = terms(&tally);
         assert!((terms[0] - 4.0).abs() < 1e-7, "{terms:?}");
@@ -282,7 +311,7 @@ mod tests {
         let gates = Tensor::eye(2, DOUBLE);
         let conditional = -(0.75 * 0.75f64.ln() + 0.25 * 0.25f64.ln());
         let mi = |formula, alive: Option<&Tensor>| {
-            let mut tally = Tally::new(ALL, formula);
+            let mut tally = Tally::new(ALL, formula, true);
             add(&mut tally, &logits, &gates, alive);
             terms(&tally)[3]
         };
@@ -315,7 +344,7 @@ mod tests {
         let mi = |rows: &[i64], alive: &[f64]| {
             let rows = Tensor::from_slice(rows);
             let n = rows.size()[0];
-            let mut tally = Tally::new(ALL, MiFormula::MutualInformation);
+            let mut tally = Tally::new(ALL, MiFormula::MutualInformation, true);
             add(
                 &mut tally,
                 &logits.index_select(0, &rows),
@@ -337,10 +366,10 @@ mod tests {
         let gates = Tensor::rand([3, 4], DOUBLE);
         let alive = Tensor::rand([3, 1], DOUBLE);
         for formula in [MiFormula::MutualInformation, MiFormula::Reference] {
-            let mut apart = Tally::new(ALL, formula);
+            let mut apart = Tally::new(ALL, formula, true);
             add(&mut apart, &a, &gates, None);
             add(&mut apart, &b, &gates, Some(&alive));
-            let mut together = Tally::new(ALL, formula);
+            let mut together = Tally::new(ALL, formula, true);
             add(
                 &mut together,
                 &Tensor::cat(&[&a, &b], 0),
@@ -361,7 +390,7 @@ mod tests {
             z: 0.0,
             mi: 0.0,
         };
-        let mut tally = Tally::new(off, MiFormula::MutualInformation);
+        let mut tally = Tally::new(off, MiFormula::MutualInformation, false);
         assert!(tally.finish().is_empty());
         let logits = Tensor::randn([3, 4], DOUBLE);
         add(&mut tally, &logits, &logits, None);

@@ -122,9 +122,9 @@ mod tests {
             summary.layers[2].what,
             "expert attention (2 of 5, 2 heads of 8) + experts (3 of 7, width 6), pre-layernorm, halting"
         );
-        // Double precision: probabilities of 2 heads and 2 experts, 4 · 8 · 8; input 80; 16 rows of 16 + 16 + 10; k
-        // and v 256.
-        let attention = 256 + 80 + 16 * 42 + 256;
+        // Double precision: biases of 2 heads and 2 experts, for 4 near keys in blocks of 8, 4 · 8 · 16; input 80; 16
+        // rows of 16 + 16 + 10; k and v 256.
+        let attention = 512 + 80 + 16 * 42 + 256;
         assert_eq!(
             of(&summary.activation_bytes, "attention"),
             3 * 8 * attention

@@ -36,7 +36,7 @@ pub(crate) fn tally() -> Tally {
         z: 0.5,
         mi: 0.7,
     };
-    Tally::new(weights, MiFormula::MutualInformation)
+    Tally::new(weights, MiFormula::MutualInformation, true)
 }
 
 /// Compares the gradients of `loss` with central differences at up to 40 elements of each tensor.

@@ -1,0 +1,65 @@
+//! Two linear layers that score tokens: of routers one score per expert, of halting two.
+//!
+//! Shape letters: `N` tokens, `D` `d_model`, `E` scores. `D'` is `D` as products are fastest, see [`crate::wide`].
+
+use crate::wide;
+use moeut_nn::{Context, Init, Params};
+use moeut_plugin_api::PluginError;
+use tch::Tensor;
+
+/// `z = W₃ · drop(act(W₀ x + b₀))`.
+#[derive(Debug)]
+pub(crate) struct Scorer {
+    hidden_dd: Tensor,
+    bias_d: Tensor,
+    out_ed: Tensor,
+}
+
+/// Weights for all applications of a forward pass.
+pub(crate) struct ScorerPass {
+    hidden_dd: Tensor,
+    bias_d: Tensor,
+    out_ed: Tensor,
+}
+
+impl Scorer {
+    /// Adds `0.weight`, `0.bias` and `3.weight`.
+    pub(crate) fn new(params: &Params, d_model: i64, n_scores: i64, out: Init) -> Self {
+        let hidden = params.sub("0");
+        let weight = Init::linear_weight(d_model);
+        Self {
+            hidden_dd: hidden.parameter("weight", &[d_model, d_model], weight),
+            bias_d: hidden.parameter("bias", &[d_model], Init::linear_bias(d_model)),
+            out_ed: params
+                .sub("3")
+                .parameter("weight", &[n_scores, d_model], out),
+        }
+    }
+
+    pub(crate) fn begin(&self, ctx: &Context) -> ScorerPass {
+        let width = wide::width(self.bias_d.size()[0], ctx);
+        let padded = |x: &Tensor, axes: &[i64]| wide::padded(x, axes, width);
+        ScorerPass {
+            hidden_dd: padded(&self.hidden_dd.to_kind(ctx.compute), &[0, 1]),
+            bias_d: padded(&self.bias_d.to_kind(ctx.compute), &[0]),
+            out_ed: padded(&self.out_ed, &[1]),
+        }
+    }
+}
+
+impl ScorerPass {
+    /// Scores `[.., E]` of tokens `[.., D']`, as precise as routers'; `activation` has to leave 0 what it is.
+    ///
+    /// # Errors
+    /// If autocast cannot be suspended.
+    pub(crate) fn forward(
+        &self,
+        x: &Tensor,
+        activation: impl Fn(Tensor) -> Tensor,
+        dropout: f64,
+        ctx: &Context,
+    ) -> Result<Tensor, PluginError> {
+        let hidden = activation(x.linear(&self.hidden_dd, Some(&self.bias_d)));
+        ctx.router_logits(&ctx.dropout(hidden, dropout), &self.out_ed, None)
+    }
+}
