@@ -197,7 +197,7 @@ mod tests {
             let y = recomputed(again, || curve(&x, 1.0)).unwrap();
             one_line(&y.f_backward().unwrap_err())
         };
-        let error = failing(|x| x.sin());
+        let error = failing(Tensor::sin);
         assert!(error.contains("saved 1 tensors, the first one"), "{error}");
         let error = failing(|x| curve(&x.expand([5, 1], false), 1.0));
         assert!(

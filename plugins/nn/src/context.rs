@@ -3,7 +3,7 @@
 use crate::norm::normed;
 use crate::padding::{self, padded};
 use crate::router::{self, RouterDtype};
-use crate::{LayerNorm, Routing};
+use crate::{LayerNorm, Routing, Stream};
 use moeut_plugin_api::abi::client::KernelClient;
 use moeut_plugin_api::kernel::{
     Activation, FusedCall, MoeMlp, MoeMlpOptions, ResidualNorm, ResidualNormOptions, Rotate,
@@ -87,7 +87,7 @@ impl Context {
         padded(&weight.to_kind(self.compute), last)
     }
 
-    /// Adds a layer's `update` to the stream, if there is one, and reads it through `norm`, if there is one: in one call
+    /// Adds to the stream what is still to be added, and reads it through `norm`, if there is one: in one call
     /// of the kernel, [`moeut_plugin_api::Kernel::residual_norm`], which rounds `plain` to the compute type, or as a
     /// composition that rounds nothing. With `is_wide`, `normed` is as precise as the stream.
     ///
@@ -95,11 +95,11 @@ impl Context {
     /// Whatever the kernel says.
     pub fn reading(
         &self,
-        x: &Tensor,
-        update: Option<&Tensor>,
+        stream: &Stream,
         norm: Option<&LayerNorm>,
         is_wide: bool,
     ) -> Result<Reading, PluginError> {
+        let (x, update) = stream.parts();
         let affine = norm.and_then(LayerNorm::affine);
         if let (Some((weight, bias)), Some(dtype)) = (affine, dtype(self.compute))
             && let Some(kernel) = self.fused(FusedCall::ResidualNorm, None, x, dtype)
@@ -122,14 +122,11 @@ impl Context {
                 normed: normed.normed.into_tensor(),
             });
         }
-        let stream = match update {
-            Some(update) => x + update,
-            None => x.shallow_clone(),
-        };
+        let x = stream.whole();
         Ok(Reading {
-            plain: stream.shallow_clone(),
-            normed: normed(norm, &stream),
-            stream,
+            stream: x.shallow_clone(),
+            plain: x.shallow_clone(),
+            normed: normed(norm, x),
         })
     }
 

@@ -1,7 +1,7 @@
 //! From the last hidden state to logits.
 
 use crate::padding::padded;
-use crate::{Context, Init, LayerNorm, Linear, Params};
+use crate::{Context, Init, LayerNorm, Linear, Params, Stream};
 use moeut_plugin_api::PluginError;
 use tch::Tensor;
 
@@ -43,10 +43,10 @@ impl LmHead {
     ///
     /// # Errors
     /// Whatever the kernel says.
-    pub fn forward(&self, x_btd: &Tensor, ctx: &Context) -> Result<Tensor, PluginError> {
+    pub fn forward(&self, x: &Stream, ctx: &Context) -> Result<Tensor, PluginError> {
         let x_btd = match &self.norm {
-            Some(norm) => ctx.reading(x_btd, None, Some(norm), false)?.normed,
-            None => x_btd.shallow_clone(),
+            Some(norm) => ctx.reading(x, Some(norm), false)?.normed,
+            None => x.whole().shallow_clone(),
         };
         let x_btd = match &self.adapter {
             Some(adapter) => adapter.forward_to(&x_btd, self.weight_vd.size()[1]),

@@ -3,6 +3,7 @@
 //! An attention layer asks it three questions: what to make keys and values from, where they are, and who may see whom.
 //! Which states are kept, and for how long, is the business of [`crate::lm`].
 
+use crate::Stream;
 use tch::{Device, Kind, Tensor};
 
 /// Which keys a query may see; `T` queries, `S` keys.
@@ -152,10 +153,10 @@ impl LayerPast {
     ///
     /// A model made for segment memory gets an answer also when nothing is remembered: its post-layernorm blocks
     /// normalize what they attend to, but not what queries are made from, and were trained so.
-    pub fn attended(&self, x_btd: &Tensor) -> Option<Tensor> {
+    pub fn attended(&self, x: &Stream) -> Option<Tensor> {
         match &self.kind {
-            Kept::States(states_bmd) => Some(Tensor::cat(&[states_bmd, x_btd], 1)),
-            Kept::Nothing | Kept::Cache(_) => self.has_memory.then(|| x_btd.shallow_clone()),
+            Kept::States(states_bmd) => Some(Tensor::cat(&[states_bmd, x.whole()], 1)),
+            Kept::Nothing | Kept::Cache(_) => self.has_memory.then(|| x.whole().shallow_clone()),
         }
     }
 

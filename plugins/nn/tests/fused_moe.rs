@@ -8,7 +8,7 @@ use moeut_nn::balance::{BalanceConfig, BalanceMode};
 use moeut_nn::moe::{MoeConfig, MoePlace, SigmaMoe};
 use moeut_nn::switchhead::{ExpertSides, SwitchHead, SwitchHeadConfig, SwitchHeadPlace};
 use moeut_nn::{
-    Activation, AttentionMaps, Context, LayerPast, Params, RopeConfig, Routing, Scoring,
+    Activation, AttentionMaps, Context, LayerPast, Params, RopeConfig, Routing, Scoring, Stream,
 };
 use moeut_plugin_api::abi::client::KernelClient;
 use moeut_plugin_api::kernel::{
@@ -208,7 +208,7 @@ fn run<const IS_FUSED: bool>(
     let ctx = context::<IS_FUSED>()?;
     let x = values(&SHAPE).set_requires_grad(true);
     let mut pass = layer.begin(&ctx);
-    let reading = ctx.reading(&x, None, layer.norm(), false)?;
+    let reading = ctx.reading(&Stream::from(x.shallow_clone()), layer.norm(), false)?;
     let y = layer.forward(&reading, &mut pass, &ctx)?;
     let balance = SigmaMoe::finish(pass, &[0])?.balance;
     Ok(differentiated(&y, balance, &x, &tensors))
@@ -255,7 +255,11 @@ fn run_attention<const IS_FUSED: bool>() -> Result<Vec<Tensor>, PluginError> {
     let x = values(&SHAPE).set_requires_grad(true);
     let mut pass = layer.begin(&ctx);
     let update = &x * &x;
-    let reading = ctx.reading(&x, Some(&update), layer.norm(), false)?;
+    let reading = ctx.reading(
+        &Stream::updated(x.shallow_clone(), update),
+        layer.norm(),
+        false,
+    )?;
     let mut earlier = LayerPast::none(false);
     let y = layer.forward(
         &reading,

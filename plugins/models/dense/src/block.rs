@@ -4,7 +4,7 @@ use moeut_nn::attention::{DenseAttentionConfig, LinearInit};
 use moeut_nn::lm::{self, At, BlockReport, Shell};
 use moeut_nn::{
     Activation, AttentionMaps, Context, Cost, DenseAttention, Init, LayerNorm, Linear, Params,
-    Reading, Sequence,
+    Reading, Sequence, Stream,
 };
 use moeut_plugin_api::{Chart, PluginError};
 use tch::Tensor;
@@ -143,7 +143,7 @@ impl lm::Block for Block {
         }
     }
 
-    fn forward(&self, x: &Tensor, at: At<'_, Self>, ctx: &Context) -> Result<Tensor, PluginError> {
+    fn forward(&self, x: &Stream, at: At<'_, Self>, ctx: &Context) -> Result<Stream, PluginError> {
         let At {
             place, pass, past, ..
         } = at;
@@ -161,18 +161,20 @@ impl lm::Block for Block {
         };
         Ok(match &self.norms {
             Norms::Pre([norm1, norm2]) => {
-                let first = ctx.reading(x, None, Some(norm1), false)?;
+                let first = ctx.reading(x, Some(norm1), false)?;
                 let y = attend(&first.normed)?;
-                let second = ctx.reading(&first.stream, Some(&y), Some(norm2), false)?;
-                second.stream + self.feed(&second.normed, ctx)
+                let second = Stream::updated(first.stream, y);
+                let second = ctx.reading(&second, Some(norm2), false)?;
+                Stream::updated(second.stream, self.feed(&second.normed, ctx))
             }
             Norms::PreParallel(norm1) => {
-                let Reading { stream, normed, .. } = ctx.reading(x, None, Some(norm1), false)?;
-                stream + attend(&normed)? + self.feed(&normed, ctx)
+                let Reading { stream, normed, .. } = ctx.reading(x, Some(norm1), false)?;
+                Stream::updated(stream + attend(&normed)?, self.feed(&normed, ctx))
             }
             Norms::Post([norm1, norm2]) => {
+                let x = x.whole();
                 let x = norm1.forward(&(x + attend(x)?));
-                norm2.forward(&(&x + self.feed(&x, ctx)))
+                norm2.forward(&(&x + self.feed(&x, ctx))).into()
             }
         })
     }

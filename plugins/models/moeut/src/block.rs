@@ -8,7 +8,7 @@ use moeut_nn::switchhead::{SwitchHeadPass, SwitchHeadPlace};
 use moeut_nn::usage::Optimist;
 use moeut_nn::{
     AttentionMaps, Context, Cost, DenseAttention, LayerNorm, LayerPast, Norm, Params, Reading,
-    Sequence, SigmaMoe, SwitchHead, Tally, moe_stats, switchhead_stats,
+    Sequence, SigmaMoe, Stream, SwitchHead, Tally, moe_stats, switchhead_stats,
 };
 use moeut_plugin_api::{Chart, PluginError};
 use tch::Tensor;
@@ -160,7 +160,7 @@ impl lm::Block for Block {
         }
     }
 
-    fn forward(&self, x: &Tensor, at: At<'_, Self>, ctx: &Context) -> Result<Tensor, PluginError> {
+    fn forward(&self, x: &Stream, at: At<'_, Self>, ctx: &Context) -> Result<Stream, PluginError> {
         let At {
             place, pass, past, ..
         } = at;
@@ -170,30 +170,33 @@ impl lm::Block for Block {
         match &self.norms {
             Norms::Pre([norm1, norm2]) => {
                 let attended = attended.map(|attended| norm1.forward(&attended));
-                let first = ctx.reading(x, None, Some(norm1), is_wide)?;
+                let first = ctx.reading(x, Some(norm1), is_wide)?;
                 let reading = Reading::plain(&first.normed);
                 let y = self.attend(&reading, attended.as_ref(), pass, past, ctx)?;
-                let second = ctx.reading(&first.stream, Some(&y), Some(norm2), is_wide)?;
+                let second = Stream::updated(first.stream, y);
+                let second = ctx.reading(&second, Some(norm2), is_wide)?;
                 let y = self.feed(&Reading::plain(&second.normed), pass, ctx)?;
-                Ok(second.stream + y)
+                Ok(Stream::updated(second.stream, y))
             }
             Norms::Post([norm1, norm2]) => {
                 let attended = attended.map(|attended| norm1.forward(&attended));
+                let x = x.whole();
                 let y = self.attend(&Reading::plain(x), attended.as_ref(), pass, past, ctx)?;
                 let x = norm1.forward(&(x + y));
                 let y = self.feed(&Reading::plain(&x), pass, ctx)?;
-                Ok(norm2.forward(&(x + y)))
+                Ok(norm2.forward(&(x + y)).into())
             }
             Norms::Peri => {
                 let norm = match &self.attention {
                     Attention::Dense(attention) => attention.norm(),
                     Attention::Experts(attention) => attention.norm(),
                 };
-                let reading = ctx.reading(x, None, norm, is_wide)?;
+                let reading = ctx.reading(x, norm, is_wide)?;
                 let y = self.attend(&reading, attended.as_ref(), pass, past, ctx)?;
-                let reading = ctx.reading(&reading.stream, Some(&y), self.moe.norm(), is_wide)?;
+                let between = Stream::updated(reading.stream, y);
+                let reading = ctx.reading(&between, self.moe.norm(), is_wide)?;
                 let y = self.feed(&reading, pass, ctx)?;
-                Ok(reading.stream + y)
+                Ok(Stream::updated(reading.stream, y))
             }
         }
     }

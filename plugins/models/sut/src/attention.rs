@@ -503,7 +503,9 @@ mod tests {
         let (early, late) = (x.narrow(1, 0, 4), x.narrow(1, 4, 3));
         let forward = |x: &Tensor, past: &mut LayerPast| {
             let mut pass = layer.begin(testing::tally(), &ctx);
-            let source = past.attended(x).unwrap_or_else(|| x.shallow_clone());
+            let source = past
+                .attended(&x.shallow_clone().into())
+                .unwrap_or_else(|| x.shallow_clone());
             layer
                 .forward(x, &source, None, (&mut pass, past), &ctx)
                 .unwrap()

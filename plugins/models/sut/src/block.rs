@@ -8,7 +8,7 @@ use crate::losses::Tally;
 use crate::scorer::ScorerPass;
 use crate::wide;
 use moeut_nn::lm::{self, At, BlockReport};
-use moeut_nn::{Context, Cost, LayerNorm, LayerPast, Params, Sequence, usage};
+use moeut_nn::{Context, Cost, LayerNorm, LayerPast, Params, Sequence, Stream, usage};
 use moeut_plugin_api::PluginError;
 use tch::Tensor;
 
@@ -80,9 +80,10 @@ impl Block {
             is_pre_ln, dropout, ..
         } = self.layers;
         let (norm1, norm2) = (Some(&self.norm1), Some(&self.norm2));
+        let h = Stream::from(h_btd.shallow_clone());
         let query = match wide_btd {
             Some(wide_btd) if !is_pre_ln => wide_btd.shallow_clone(),
-            _ if is_pre_ln => wide::rows(&ctx.reading(h_btd, None, norm1, true)?.normed, ctx)?,
+            _ if is_pre_ln => wide::rows(&ctx.reading(&h, norm1, true)?.normed, ctx)?,
             _ => wide::rows(h_btd, ctx)?,
         };
         let source = match source_btd {
@@ -96,7 +97,8 @@ impl Block {
             .forward(&query, &source, alive_bt, seen, ctx)?;
         let y = ctx.dropout(y, dropout);
         let norm = if is_pre_ln { norm2 } else { norm1 };
-        let between = ctx.reading(h_btd, Some(&y), norm, true)?;
+        let between = Stream::updated(h_btd.shallow_clone(), y);
+        let between = ctx.reading(&between, norm, true)?;
         let x = wide::rows(&between.normed, ctx)?;
         let y = self
             .feed_forward
@@ -105,7 +107,8 @@ impl Block {
         if is_pre_ln {
             Ok(between.stream + y)
         } else {
-            let after = ctx.reading(&between.normed, Some(&y), norm2, true)?;
+            let after = Stream::updated(between.normed, y);
+            let after = ctx.reading(&after, norm2, true)?;
             Ok(after.normed)
         }
     }
@@ -128,19 +131,16 @@ impl lm::Block for Block {
         }
     }
 
-    fn forward(
-        &self,
-        x_btd: &Tensor,
-        at: At<'_, Self>,
-        ctx: &Context,
-    ) -> Result<Tensor, PluginError> {
+    fn forward(&self, x: &Stream, at: At<'_, Self>, ctx: &Context) -> Result<Stream, PluginError> {
         let At {
             pass, carry, past, ..
         } = at;
-        let remembered = past.attended(x_btd);
+        let remembered = past.attended(x);
+        let x_btd = x.whole();
         let Some(scorer) = &pass.halting else {
             let input = (x_btd, None);
-            return self.layer(input, remembered.as_ref(), None, (pass, past), ctx);
+            let y = self.layer(input, remembered.as_ref(), None, (pass, past), ctx);
+            return y.map(Stream::from);
         };
         let entry = Halting::enter(x_btd, std::mem::take(carry), scorer, ctx)?;
         // In the first layer the mixture is the layer's own input.
@@ -163,7 +163,7 @@ impl lm::Block for Block {
                 });
             }
         }
-        Ok(mixture_btd)
+        Ok(mixture_btd.into())
     }
 
     fn finish(&self, pass: BlockPass) -> Result<BlockReport, PluginError> {
@@ -304,7 +304,7 @@ mod tests {
     ) -> (Tensor, BlockReport, Vec<LayerPast>) {
         let mut gathered = block.begin(ctx);
         let mut carry = HaltingState::default();
-        let (mut x, mut pasts) = (x.shallow_clone(), Vec::new());
+        let (mut x, mut pasts) = (Stream::from(x.shallow_clone()), Vec::new());
         for place in 0..N_LAYERS {
             let mut past = earlier(place);
             let at = At {
@@ -316,6 +316,7 @@ mod tests {
             x = block.forward(&x, at, ctx).unwrap();
             pasts.push(past);
         }
+        let x = x.whole().shallow_clone();
         (x, block.finish(gathered).unwrap(), pasts)
     }
 

@@ -3,14 +3,14 @@
 //! Of a model with 412 channels, the 16-bit products are slow because their rows do not begin at multiples of 16 bytes; a
 //! few zeros behind each row, and as many zero rows or columns of the weights, change no result.
 
-use moeut_nn::{Context, linear};
+use moeut_nn::Context;
 use moeut_plugin_api::PluginError;
 use moeut_torch::{Context as GraphContext, Function, FunctionError, OrPluginError, apply};
 use tch::{Kind, Tensor};
 
 /// How wide rows of `d_model` channels are inside a layer, `D'`.
 pub(crate) fn width(d_model: i64, ctx: &Context) -> i64 {
-    linear::aligned(d_model, ctx)
+    ctx.aligned(d_model)
 }
 
 /// Zeros behind `x` along each of `axes` of its one to three, until it has `width` there.

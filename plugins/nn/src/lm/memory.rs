@@ -1,6 +1,7 @@
 //! What a model keeps between calls: segment memory and caches of keys and values, by slot.
 
 use super::args::MemoryConfig;
+use crate::Stream;
 use crate::padding::padded;
 use crate::past::{KeyValues, LayerPast, Mask};
 use moeut_plugin_api::{NamedTensor, Past, PluginError};
@@ -154,8 +155,8 @@ impl Memory {
         Ok(opened)
     }
 
-    /// Keeps what the next pass will see; `last_btd` is what the last layer gave.
-    pub(super) fn close(&mut self, pass: PassPast, last_btd: &Tensor) {
+    /// Keeps what the next pass will see; `last` is what the last layer gave.
+    pub(super) fn close(&mut self, pass: PassPast, last: &Stream) {
         match pass.kind {
             Kind::None => {}
             Kind::Segments {
@@ -166,7 +167,7 @@ impl Memory {
                 mut new,
             } => {
                 if is_last_layer {
-                    new = vec![last_btd.detach()];
+                    new = vec![last.whole().detach()];
                 }
                 for (list, state_btd) in states.iter_mut().zip(new) {
                     list.push(state_btd.narrow(2, 0, self.d_model).contiguous());
@@ -247,8 +248,8 @@ impl PassPast {
         matches!(self.kind, Kind::Cache { .. })
     }
 
-    /// The past of the layer at `place`, whose input is `x_btd`.
-    pub(super) fn enter(&mut self, place: usize, x_btd: &Tensor) -> LayerPast {
+    /// The past of the layer at `place`, whose input is `x`.
+    pub(super) fn enter(&mut self, place: usize, x: &Stream) -> LayerPast {
         match &mut self.kind {
             Kind::None => LayerPast::none(self.has_memory),
             Kind::Segments {
@@ -258,7 +259,7 @@ impl PassPast {
                 ..
             } => {
                 if !*is_last_layer {
-                    new.push(x_btd.detach());
+                    new.push(x.whole().detach());
                 }
                 let list = if *is_last_layer {
                     states.first()
@@ -268,7 +269,7 @@ impl PassPast {
                 match list.map_or(&[][..], Vec::as_slice) {
                     [] => LayerPast::none(self.has_memory),
                     list => {
-                        let states_btd = padded(&Tensor::cat(list, 1), &x_btd.size()[2..]);
+                        let states_btd = padded(&Tensor::cat(list, 1), &x.whole().size()[2..]);
                         LayerPast::segments(states_btd, &self.mask)
                     }
                 }

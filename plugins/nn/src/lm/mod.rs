@@ -15,7 +15,7 @@ use crate::cost::{Cost, Sequence, element_bytes};
 use crate::padding::padded;
 use crate::params::InitStyle;
 use crate::usage::Optimist;
-use crate::{Context, Embedding, LayerNorm, LayerPast, LmHead, Params, RouterDtype, Tally};
+use crate::{Context, Embedding, LayerNorm, LayerPast, LmHead, Params, RouterDtype, Stream, Tally};
 use memory::{Batch, Memory};
 use moeut_plugin_api::abi::client::KernelClient;
 use moeut_plugin_api::{
@@ -92,12 +92,7 @@ pub trait Block: 'static {
     ///
     /// # Errors
     /// Whatever the kernel says.
-    fn forward(
-        &self,
-        x_btd: &Tensor,
-        at: At<'_, Self>,
-        ctx: &Context,
-    ) -> Result<Tensor, PluginError>;
+    fn forward(&self, x: &Stream, at: At<'_, Self>, ctx: &Context) -> Result<Stream, PluginError>;
 
     /// Ends a forward pass.
     ///
@@ -345,6 +340,7 @@ impl<B: Block> LanguageModel<B> {
         if B::TAKES_WIDE_STREAM {
             x = padded(&x, &[ctx.aligned(self.shell.config.d_model)]);
         }
+        let mut x = Stream::from(x);
 
         let mut stats = Vec::new();
         let mut features = Features::new(&x, &ctx);
@@ -366,7 +362,7 @@ impl<B: Block> LanguageModel<B> {
             past.leave(place, layer_past);
             features.add(&y);
             if ctx.wishes.stats {
-                stats.extend(update_stats(place, &x, &y, &ctx)?);
+                stats.extend(update_stats(place, x.whole(), y.whole(), &ctx)?);
             }
             x = self.drop_layer(&x, y, &ctx);
         }
@@ -503,13 +499,13 @@ impl<B: Block> LanguageModel<B> {
     }
 
     /// While training, each token keeps its input with probability `layer_drop`.
-    fn drop_layer(&self, x_btd: &Tensor, y_btd: Tensor, ctx: &Context) -> Tensor {
+    fn drop_layer(&self, x: &Stream, y: Stream, ctx: &Context) -> Stream {
         let p = self.shell.config.layer_drop;
         if p <= 0.0 || !ctx.is_training {
-            return y_btd;
+            return y;
         }
-        let skips_bt1 = y_btd.narrow(2, 0, 1).rand_like().lt(p);
-        x_btd.where_self(&skips_bt1, &y_btd)
+        let skips_bt1 = y.whole().narrow(2, 0, 1).rand_like().lt(p);
+        x.whole().where_self(&skips_bt1, y.whole()).into()
     }
 }
 

@@ -10,23 +10,24 @@
 //! Chen et al., "Training Deep Nets with Sublinear Memory Cost", arXiv:1604.06174.
 
 use super::{At, Block, Carry as _};
-use crate::Context;
+use crate::{Context, Stream};
 use moeut_plugin_api::{PluginError, Wishes};
 use moeut_torch::recompute::recomputed;
 use moeut_torch::{Autocast, FunctionError, OrPluginError, rng};
 use std::rc::Rc;
-use tch::Tensor;
 
 /// One application of the block `index`; the second one draws the same random numbers, tells nothing, and what it
 /// gathers is thrown away.
 pub(super) fn application<B: Block>(
     blocks: &Rc<[B]>,
     index: usize,
-    x_btd: &Tensor,
+    x: &Stream,
     at: At<'_, B>,
     ctx: &Context,
-) -> Result<Tensor, PluginError> {
+) -> Result<Stream, PluginError> {
     const WHAT: &str = "a layer cannot be prepared to be run again";
+    // One tensor to keep, not two.
+    let x_btd = x.whole().shallow_clone();
     let device = x_btd.device();
     let random = rng::state(device).or_plugin_error(WHAT)?;
     let quiet = Context {
@@ -46,11 +47,10 @@ pub(super) fn application<B: Block>(
         };
         let later = rng::state(device)?;
         rng::set_state(device, &random)?;
-        let y_btd = block.forward(&x_again, at, &quiet);
+        let y = block.forward(&x_again.shallow_clone().into(), at, &quiet);
         rng::set_state(device, &later)?;
-        y_btd
-            .map(drop)
+        y.map(drop)
             .map_err(|error| FunctionError::from(error.to_string()))
     };
-    recomputed(again, || blocks[index].forward(x_btd, at, ctx)).or_plugin_error(WHAT)?
+    recomputed(again, || blocks[index].forward(&x_btd.into(), at, ctx)).or_plugin_error(WHAT)?
 }

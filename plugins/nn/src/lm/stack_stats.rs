@@ -1,6 +1,6 @@
 //! What the residual stream tells about the stack: how much each layer changes it, and how early the answer is there.
 
-use crate::{Context, LmHead, charts};
+use crate::{Context, LmHead, Stream, charts};
 use moeut_plugin_api::{Chart, PluginError};
 use tch::{Kind, Tensor};
 
@@ -49,18 +49,18 @@ impl Features {
     const PIECE: i64 = 64;
 
     /// Begins a pass with its embedding `[B, T, D]`.
-    pub(super) fn new(x_btd: &Tensor, ctx: &Context) -> Self {
+    pub(super) fn new(x: &Stream, ctx: &Context) -> Self {
         let mut features = Self {
             of_layers: (ctx.wishes.details && ctx.is_training).then(Vec::new),
         };
-        features.add(x_btd);
+        features.add(x);
         features
     }
 
     /// Adds what a layer made, before any token skips it.
-    pub(super) fn add(&mut self, y_btd: &Tensor) {
+    pub(super) fn add(&mut self, y: &Stream) {
         if let Some(of_layers) = &mut self.of_layers {
-            let y_nd = y_btd.detach().flatten(0, 1);
+            let y_nd = y.whole().detach().flatten(0, 1);
             let n = y_nd.size()[0].min(Self::N_POSITIONS);
             of_layers.push(y_nd.narrow(0, 0, n).copy());
         }
@@ -91,7 +91,7 @@ impl Features {
             };
             let (mut cosines_ll, mut differences_l) = (Vec::new(), Vec::new());
             for x_cld in x_nld.split(Self::PIECE, 0) {
-                let logits_lcv = head.forward(&x_cld, &quiet)?;
+                let logits_lcv = head.forward(&Stream::from(x_cld), &quiet)?;
                 let p_clv = logits_lcv.transpose(0, 1).softmax(-1, Kind::Float);
                 let _exact = ctx.full_precision(p_clv.device())?;
                 cosines_ll.push(cosines(&p_clv, &p_clv).sum_dim_intlist(0i64, false, None));
