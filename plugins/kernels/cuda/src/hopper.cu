@@ -355,102 +355,40 @@ extern "C" __global__ void __launch_bounds__(GROUP_THREADS, 1)
 // y[target of r] += gate of r · (x[source of r] · weight[expert]), rounded to the element type at each addition, in whatever
 // order blocks come to it. Rows of a result are close in time where tiles are listed by windows, so that it stays in the L2
 // cache, which adds. Nothing that is staged passes through memory.
-__device__ __forceinline__ void add_piece(u16* to, uint4 piece) {
-#ifdef IS_F16
-  asm volatile("red.global.add.noftz.v4.f16x2 [%0], {%1, %2, %3, %4};"
-#else
-  asm volatile("red.global.add.noftz.v4.bf16x2 [%0], {%1, %2, %3, %4};"
-#endif
-               ::"l"(to), "r"(piece.x), "r"(piece.y), "r"(piece.z), "r"(piece.w)
-               : "memory");
-}
-
-// Of the rows of a block.
-struct Targets {
-  int rows[TILE];
-  float factors[TILE];
-  // By half of the columns: what `AddedWithDots` leaves.
-  float dots[2][TILE];
-};
-
 struct Added {
   u16* y;
-  const Targets& targets;
+  const int* targets;
+  const float* factors;
   int n_rows, d_out;
   __device__ __forceinline__ void operator()(const Sums& sums, int column0) {
     each_piece(
-        sums, [&](int row) { return targets.factors[row]; },
+        sums, [&](int row) { return factors[row]; },
         [&](int row, int column, uint4 piece) {
-          if (row < n_rows && column0 + column < d_out)
-            add_piece(y + i64(targets.rows[row]) * d_out + column0 + column, piece);
+          if (row >= n_rows || column0 + column >= d_out) return;
+          u16* to = y + i64(targets[row]) * d_out + column0 + column;
+#ifdef IS_F16
+          asm volatile("red.global.add.noftz.v4.f16x2 [%0], {%1, %2, %3, %4};"
+#else
+          asm volatile("red.global.add.noftz.v4.bf16x2 [%0], {%1, %2, %3, %4};"
+#endif
+                       ::"l"(to), "r"(piece.x), "r"(piece.y), "r"(piece.z), "r"(piece.w)
+                       : "memory");
         });
   }
 };
-
-// The same, and the product of each row, before its gate, with the row of `x` that stands where it is added.
-struct AddedWithDots {
-  u16* y;
-  const u16* x;
-  Targets& targets;
-  int n_rows, d_out;
-  // Of the rows that this lane visits, in their order.
-  float dots[16] = {};
-  __device__ __forceinline__ void operator()(const Sums& sums, int column0) {
-    int index = 0;
-    each_piece(
-        sums, [](int) { return 1.f; },
-        [&](int row, int column, uint4 piece) {
-          float dot = 0.f;
-          if (row < n_rows && column0 + column < d_out) {
-            const i64 at = i64(targets.rows[row]) * d_out + column0 + column;
-            const uint4 own = *reinterpret_cast<const uint4*>(x + at);
-            const float factor = targets.factors[row];
-            const u32 own_pairs[4] = {own.x, own.y, own.z, own.w};
-            u32 pairs[4] = {piece.x, piece.y, piece.z, piece.w};
-#pragma unroll
-            for (int i = 0; i < 4; i++) {
-              const float2 pair = unpack(pairs[i]), other = unpack(own_pairs[i]);
-              dot += pair.x * other.x + pair.y * other.y;
-              pairs[i] = pack(factor * pair.x, factor * pair.y);
-            }
-            add_piece(y + at, make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]));
-          }
-          dots[index++] += dot;
-        });
-  }
-  // Sums over the eight lanes of a row, and leaves them in `targets`.
-  __device__ __forceinline__ void finish() {
-    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-#pragma unroll
-    for (int index = 0; index < 16; index++) {
-      float dot = dots[index];
-      dot += __shfl_xor_sync(0xffffffffu, dot, 1);
-      dot += __shfl_xor_sync(0xffffffffu, dot, 2);
-      dot += __shfl_xor_sync(0xffffffffu, dot, 16);
-      const int row = (warp & 1) * 64 + index / 2 * 8 + (index & 1) * 4 + (lane >> 2 & 3);
-      if ((lane & 19) == 0) targets.dots[warp >> 1][row] = dot;
-    }
-  }
-};
-
-// The block's rows; false if it has none.
-__device__ __forceinline__ bool find_targets(const RowsProduct& p, Targets& targets, int4& of_rows) {
-  if (blockIdx.x >= *p.n_tiles) return false;
-  of_rows = p.tiles[blockIdx.x];
-  const int row = of_rows.y + threadIdx.x;
-  if (row < of_rows.z) {
-    targets.rows[threadIdx.x] = p.targets[row];
-    targets.factors[threadIdx.x] = p.gates == nullptr ? 1.f : p.gates[p.order[row]];
-  }
-  return true;
-}
 
 template <bool IS_TRANSPOSED>
 __device__ __forceinline__ void added_wide_product(const RowsProduct& p) {
-  __shared__ Targets targets;
-  int4 of_rows;
-  if (!find_targets(p, targets, of_rows)) return;
-  Added added{p.y, targets, of_rows.z - of_rows.y, p.d_out};
+  __shared__ int targets[TILE];
+  __shared__ float factors[TILE];
+  if (blockIdx.x >= *p.n_tiles) return;
+  const int4 of_rows = p.tiles[blockIdx.x];
+  const int row = of_rows.y + threadIdx.x;
+  if (row < of_rows.z) {
+    targets[threadIdx.x] = p.targets[row];
+    factors[threadIdx.x] = p.gates == nullptr ? 1.f : p.gates[p.order[row]];
+  }
+  Added added{p.y, targets, factors, of_rows.z - of_rows.y, p.d_out};
   wide_product<IS_TRANSPOSED>(p, of_rows, added);
 }
 
@@ -460,19 +398,6 @@ extern "C" __global__ void __launch_bounds__(N_THREADS, 2) added_product(const _
 extern "C" __global__ void __launch_bounds__(N_THREADS, 2)
     added_product_transposed(const __grid_constant__ RowsProduct p) {
   added_wide_product<true>(p);
-}
-// With `hidden` as [.., d_out] in the order of the targets, gate_grads[selection of r] = hidden[target of r] · row r.
-extern "C" __global__ void __launch_bounds__(N_THREADS, 2)
-    added_product_transposed_with_dots(const __grid_constant__ RowsProduct p) {
-  __shared__ Targets targets;
-  int4 of_rows;
-  if (!find_targets(p, targets, of_rows)) return;
-  AddedWithDots added{p.y, p.hidden, targets, of_rows.z - of_rows.y, p.d_out};
-  wide_product<true>(p, of_rows, added);
-  added.finish();
-  __syncthreads();
-  const int row = of_rows.y + threadIdx.x;
-  if (row < of_rows.z) p.gate_grads[p.order[row]] = targets.dots[0][threadIdx.x] + targets.dots[1][threadIdx.x];
 }
 
 #endif

@@ -220,26 +220,17 @@ __device__ __forceinline__ void store_tile(const u16* staged, u16* to, i64 width
   }
 }
 
-__device__ __forceinline__ uint4 exchange(uint4 own, int distance) {
-  constexpr u32 ALL = 0xffffffffu;
-  return make_uint4(__shfl_xor_sync(ALL, own.x, distance), __shfl_xor_sync(ALL, own.y, distance),
-                    __shfl_xor_sync(ALL, own.z, distance), __shfl_xor_sync(ALL, own.w, distance));
-}
-
-// Calls `visit(row, column, piece)` for each eight neighboring sums of a row, times `factor_of(row)`. Lanes exchange pairs
-// until each has eight neighboring columns, and then halves of rows: a warp has four whole rows of 64 columns at a time, each
-// of which is a line of the cache.
+// Calls `visit(row, column, piece)` for each eight neighboring sums of a row, times `factor_of(row)`. The four lanes of a row
+// exchange pairs until each has eight neighboring columns: four pieces of a row lie side by side.
 template <typename Factor, typename Visit>
 __device__ __forceinline__ void each_piece(const Sums& sums, const Factor& factor_of, const Visit& visit) {
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-  const bool is_second = lane & 16;
 #pragma unroll
   for (int i = 0; i < 4; i++) {
 #pragma unroll
     for (int half = 0; half < 2; half++) {
-      const int row0 = (warp & 1) * 64 + i * 16 + half * 8;
-      const float factor = factor_of(row0 + (lane >> 2));
-      uint4 pieces[2];
+      const int row = (warp & 1) * 64 + i * 16 + half * 8 + (lane >> 2);
+      const float factor = factor_of(row);
 #pragma unroll
       for (int j0 = 0; j0 < 8; j0 += 4) {
         u32 pairs[4];
@@ -260,12 +251,8 @@ __device__ __forceinline__ void each_piece(const Sums& sums, const Factor& facto
             }
           }
         }
-        pieces[j0 / 4] = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
+        visit(row, (warp >> 1) * 64 + (j0 + (lane & 3)) * 8, make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]));
       }
-      const uint4 other = exchange(is_second ? pieces[0] : pieces[1], 16);
-      const int row = row0 + (lane >> 2 & 3), column = (warp >> 1) * 64 + (is_second ? 32 : 0) + (lane & 3) * 8;
-      visit(row, column, is_second ? other : pieces[0]);
-      visit(row + 4, column, is_second ? pieces[1] : other);
     }
   }
 }
@@ -295,29 +282,39 @@ extern "C" __global__ void __launch_bounds__(256) list_tiles(const __grid_consta
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   const bool is_last = blockIdx.x + 1 == gridDim.x;
   const auto tiles_of = [&](int n_rows) { return (n_rows + p.n_rows - 1) / p.n_rows; };
-  // Tiles of an expert that begin before window `index`.
-  const auto tiles_before = [&](int start, int end, i64 index) {
-    const i64 limit = index * p.window;
-    int low = start, high = index == 0 ? start : end;
-    while (low < high) {
-      const int middle = (low + high) / 2;
-      if (p.sources[middle] < limit) {
-        low = middle + 1;
-      } else {
-        high = middle;
+  // Of an expert: its first tile in this window, and how many there are in it. Both ends are searched for at once, since a
+  // search is a chain of loads.
+  constexpr int N_KEPT = 1024;
+  __shared__ int2 kept[N_KEPT];
+  const auto find = [&](int start, int end) {
+    int low[2] = {start, start}, high[2] = {blockIdx.x == 0 ? start : end, end};
+    const i64 limits[2] = {i64(blockIdx.x) * p.window, (i64(blockIdx.x) + 1) * p.window};
+    if (is_last) low[1] = end;
+    while (low[0] < high[0] || low[1] < high[1]) {
+#pragma unroll
+      for (int i = 0; i < 2; i++) {
+        if (low[i] >= high[i]) continue;
+        const int middle = (low[i] + high[i]) / 2;
+        if (p.sources[middle] < limits[i]) {
+          low[i] = middle + 1;
+        } else {
+          high[i] = middle;
+        }
       }
     }
-    return tiles_of(low - start);
+    const int first = tiles_of(low[0] - start);
+    return make_int2(first, tiles_of(low[1] - start) - first);
   };
 
   // Tiles of earlier windows, of this one, of all.
   int counts[3] = {0, 0, 0};
   for (int expert = threadIdx.x; expert < n_experts; expert += blockDim.x) {
     const int start = expert == 0 ? 0 : p.ends[expert - 1], end = p.ends[expert];
-    const int all = tiles_of(end - start), before = tiles_before(start, end, blockIdx.x);
-    counts[0] += before;
-    counts[1] += (is_last ? all : tiles_before(start, end, i64(blockIdx.x) + 1)) - before;
-    counts[2] += all;
+    const int2 found = find(start, end);
+    if (expert < N_KEPT) kept[expert] = found;
+    counts[0] += found.x;
+    counts[1] += found.y;
+    counts[2] += tiles_of(end - start);
   }
   for (int c = 0; c < 3; c++) {
     const int sum = __reduce_add_sync(0xffffffffu, counts[c]);
@@ -334,13 +331,13 @@ extern "C" __global__ void __launch_bounds__(256) list_tiles(const __grid_consta
   int at = sums[0];
   for (int expert0 = 0; expert0 < n_experts; expert0 += blockDim.x) {
     const int expert = expert0 + threadIdx.x;
-    int start = 0, end = 0, first = 0, count = 0;
+    int start = 0, end = 0;
+    int2 found = make_int2(0, 0);
     if (expert < n_experts) {
       start = expert == 0 ? 0 : p.ends[expert - 1], end = p.ends[expert];
-      first = tiles_before(start, end, blockIdx.x);
-      count = (is_last ? tiles_of(end - start) : tiles_before(start, end, i64(blockIdx.x) + 1)) - first;
+      found = expert < N_KEPT ? kept[expert] : find(start, end);
     }
-    int before = count;
+    int before = found.y;
     for (int distance = 1; distance < 32; distance *= 2) {
       const int other = __shfl_up_sync(0xffffffffu, before, distance);
       if (lane >= distance) before += other;
@@ -353,9 +350,9 @@ extern "C" __global__ void __launch_bounds__(256) list_tiles(const __grid_consta
       of_all += warp_sums[0][w];
     }
     __syncthreads();
-    before -= count;
-    for (int i = 0; i < count; i++) {
-      const int row = start + (first + i) * p.n_rows;
+    before -= found.y;
+    for (int i = 0; i < found.y; i++) {
+      const int row = start + (found.x + i) * p.n_rows;
       p.tiles[at + before + i] = make_int4(expert, row, min(row + p.n_rows, end), 0);
     }
     at += of_all;
@@ -382,12 +379,12 @@ struct RowsProduct {
   // Bias [n_experts, d_out] of `up`, or null.
   const u16* bias;
   // `up`: the argument of the activation is left here, unless null. `down_backward`: what `up` left, its result for
-  // ReLU and the argument for GELU. `added_product_transposed_with_dots`: with what rows are multiplied.
+  // ReLU and the argument for GELU.
   u16* hidden;
   // `down_backward` and `added_product`: gates by selection, selections by row; null means 1.
   const float* gates;
   const i64* order;
-  // The two further results of `down_backward`, and the one of `added_product_transposed_with_dots`.
+  // `down_backward`: the two further results.
   float* gate_grads;
   u16* weighted;
   // `added_product`: the row of the result to which each row is added.

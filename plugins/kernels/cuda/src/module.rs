@@ -63,7 +63,7 @@ const NAMES: [&CStr; 27] = [
 pub(crate) const GROUP_SHARED_BYTES: c_uint = 4 * 3 * 128 * 64 * 2;
 
 /// Names of what else there is for GPUs of [`HOPPER`], in the order of [`Entry`], after those above.
-const GROUP_NAMES: [&CStr; 9] = [
+const GROUP_NAMES: [&CStr; 8] = [
     c"product_in_groups",
     c"product_transposed_in_groups",
     c"up_in_groups",
@@ -72,7 +72,6 @@ const GROUP_NAMES: [&CStr; 9] = [
     c"outer_product_broad",
     c"added_product",
     c"added_product_transposed",
-    c"added_product_transposed_with_dots",
 ];
 
 /// The compute capability whose tensor cores work for warpgroups.
@@ -116,7 +115,6 @@ pub(crate) enum Entry {
     OuterProductBroad,
     AddedProduct,
     AddedProductTransposed,
-    AddedProductTransposedWithDots,
 }
 
 /// The kernels of one device and element type, ready to be launched.
@@ -334,7 +332,7 @@ mod tests {
     fn names_and_entries_agree() {
         assert_eq!(Entry::ProductInGroups as usize, NAMES.len());
         let n_names = NAMES.len() + GROUP_NAMES.len();
-        assert_eq!(Entry::AddedProductTransposedWithDots as usize + 1, n_names);
+        assert_eq!(Entry::AddedProductTransposed as usize + 1, n_names);
         for name in NAMES.into_iter().chain(GROUP_NAMES) {
             let declared = format!(" {}(const __grid_constant__ ", name.to_string_lossy());
             assert!(SOURCE.contains(&declared), "{declared}");

@@ -291,65 +291,24 @@ impl Ops {
         (targets, n_targets): (&Tensor, i64),
         selections: Option<Selections>,
     ) -> Result<Tensor> {
+        let n_rows = targets.size1()?;
+        let d_out = weight.size()[if is_transposed { 1 } else { 2 }];
+        let order = Order::adding(targets, n_targets, d_out);
+        let tiles = self.tiles(ends, n_rows, rows.x.size()[1], order)?;
+        let y = Tensor::f_zeros([n_targets, d_out], (self.kind, self.device))?;
+        let raw = RawRowsProduct {
+            targets: pointer(targets),
+            gates: selections.map_or(ptr::null(), |selections| pointer(selections.gates)),
+            order: selections.map_or(ptr::null(), |selections| pointer(selections.order)),
+            ..raw_product(rows, weight, &y, &tiles, d_out)?
+        };
         let entry = if is_transposed {
             Entry::AddedProductTransposed
         } else {
             Entry::AddedProduct
         };
-        let d_out = weight.size()[if is_transposed { 1 } else { 2 }];
-        let y = Tensor::f_zeros([n_targets, d_out], (self.kind, self.device))?;
-        self.launch_added(entry, (rows, weight), ends, (targets, &y), |raw| {
-            RawRowsProduct {
-                gates: selections.map_or(ptr::null(), |selections| pointer(selections.gates)),
-                order: selections.map_or(ptr::null(), |selections| pointer(selections.order)),
-                ..raw
-            }
-        })?;
+        self.launch(entry, tiles.bound, TILE_THREADS, TILE_SHARED_BYTES, &raw)?;
         Ok(y)
-    }
-
-    /// [`Self::added_product`] with a transposed `weight [E, B, A]`, and the product of each row, before its gate, with the row of
-    /// `x [n_targets, B]` that stands where it is added: fp32 `[M]`, by selection.
-    pub(crate) fn added_product_and_dots(
-        &self,
-        rows: Rows,
-        weight: &Tensor,
-        ends: &Tensor,
-        (targets, x): (&Tensor, &Tensor),
-        selections: Selections,
-    ) -> Result<(Tensor, Tensor)> {
-        let entry = Entry::AddedProductTransposedWithDots;
-        let y = x.f_zeros_like()?;
-        let dots = self.empty(&[targets.size1()?], Kind::Float)?;
-        self.launch_added(entry, (rows, weight), ends, (targets, &y), |raw| {
-            RawRowsProduct {
-                hidden: x.data_ptr(),
-                gates: pointer(selections.gates),
-                order: pointer(selections.order),
-                gate_grads: dots.data_ptr(),
-                ..raw
-            }
-        })?;
-        Ok((y, dots))
-    }
-
-    /// A kernel whose rows are added to those of `y` that `targets` names.
-    fn launch_added(
-        &self,
-        entry: Entry,
-        (rows, weight): (Rows, &Tensor),
-        ends: &Tensor,
-        (targets, y): (&Tensor, &Tensor),
-        complete: impl FnOnce(RawRowsProduct) -> RawRowsProduct,
-    ) -> Result<()> {
-        let (n_targets, d_out) = y.size2()?;
-        let order = Order::adding(targets, n_targets, d_out);
-        let tiles = self.tiles(ends, targets.size1()?, rows.x.size()[1], order)?;
-        let raw = complete(RawRowsProduct {
-            targets: pointer(targets),
-            ..raw_product(rows, weight, y, &tiles, d_out)?
-        });
-        self.launch(entry, tiles.bound, TILE_THREADS, TILE_SHARED_BYTES, &raw)
     }
 
     /// `act(x[source] · weight[expert] (+ bias[expert]))` and what the backward pass needs of it: the result itself for

@@ -85,29 +85,19 @@ impl Function for Product {
         if needs_gate || ctx.needs_input_grad(X) {
             let rows = Rows::of(&g, &g_places);
             let weight = padded_weight(weight, x.kind())?;
-            let u = || {
-                let tiles = ops.tiles(ends, order.size1()?, g.size()[1], Order::reading(rows))?;
-                ops.product_transposed(rows, &weight, &tiles)
-            };
+            let tiles = ops.tiles(ends, order.size1()?, g.size()[1], Order::reading(rows))?;
+            let u = ops.product_transposed(rows, &weight, &tiles)?;
             let (dx, dgate) = match &gates {
-                Some(gates) if ops.can_add(g.size()[1], weight.size()[1], fanout.per_row) => {
-                    let selections = Selections { order, gates };
-                    let targets = (&x_places, &x_padded);
-                    let (dx, dgate) =
-                        ops.added_product_and_dots(rows, &weight, ends, targets, selections)?;
-                    (dx, Some(dgate))
-                }
                 // Both read `u`, which is the largest tensor here.
                 Some(gates) if fanout.per_row <= MAX_DOTS => {
-                    let (dx, dgate) = ops.sum_and_dot_rows(&u()?, inverse, gates, &x_padded)?;
+                    let (dx, dgate) = ops.sum_and_dot_rows(&u, inverse, gates, &x_padded)?;
                     (dx, Some(dgate))
                 }
-                Some(gates) => {
-                    let u = u()?;
-                    let dx = ops.sum_rows(&u, inverse, fanout.per_row, Some(gates))?;
-                    (dx, Some(ops.dot_rows(&u, &x_padded, &x_places, order)?))
-                }
-                None => (ops.sum_rows(&u()?, inverse, fanout.per_row, None)?, None),
+                Some(gates) => (
+                    ops.sum_rows(&u, inverse, fanout.per_row, Some(gates))?,
+                    Some(ops.dot_rows(&u, &x_padded, &x_places, order)?),
+                ),
+                None => (ops.sum_rows(&u, inverse, fanout.per_row, None)?, None),
             };
             if ctx.needs_input_grad(X) {
                 input_grads[X] = Some(like(&dx, x)?);
