@@ -83,7 +83,7 @@ impl Context {
     }
 
     /// A weight for products in the compute type, its last axes as long as `last`, the rest zeros.
-    pub(crate) fn operand_of(&self, weight: &Tensor, last: &[i64]) -> Tensor {
+    pub fn operand_of(&self, weight: &Tensor, last: &[i64]) -> Tensor {
         padded(&weight.to_kind(self.compute), last)
     }
 

@@ -1,15 +1,13 @@
 //! Mixture of attention: query and output projections have experts, keys and values are shared by all of them, and
 //! positions are learned, relative and clipped.
 //!
-//! Shape letters: `B` batch, `T` `seq_len`, `S` keys (`T`, and those of earlier tokens), `N = B·T`, `D` `d_model`, `E`
-//! experts, `K` experts per token, `W` width of an expert, `h` heads of an expert, `d` `d_head`, `M` `max_distance`. `D'`
-//! is `D` as products are fastest, see [`crate::wide`].
+//! Shape letters: `B` batch, `T` `seq_len`, `S` keys (`T`, and those of earlier tokens), `N = B·T`, `D` `d_model`, or as wide
+//! as [`Context::aligned`] makes it, `E` experts, `K` experts per token, `W` width of an expert, `h` heads of an expert, `d` `d_head`, `M` `max_distance`.
 
 use crate::banded;
 use crate::experts::Experts;
 use crate::gate::{Gate, GateConfig, GatePass};
 use crate::losses::Tally;
-use crate::wide;
 use moeut_nn::past::Mask;
 use moeut_nn::{Context, Cost, Init, LayerPast, Params, Sequence};
 use moeut_plugin_api::PluginError;
@@ -104,18 +102,19 @@ impl Attention {
         let max_distance = self.config.max_distance;
         let far_hd1 = self.positions_hdm.narrow(2, 1, 1);
         let near_hdm = (self.positions_hdm.narrow(2, 1, max_distance) - far_hd1) * self.scale();
-        let width = wide::width(self.k_wd.size()[1], ctx);
-        let padded = |x: &Tensor, axis| wide::padded(&x.to_kind(ctx.compute), &[axis], width);
+        let size = self.k_wd.size();
+        let (width, d_model) = (size[0], ctx.aligned(size[1]));
+        let kv_wd = Tensor::cat(&[&self.k_wd, &self.v_wd], 0);
         AttentionPass {
-            query_edw: padded(&self.query.weight, 1),
-            out_ewd: padded(&self.out.weight, 2),
-            kv_wd: padded(&Tensor::cat(&[&self.k_wd, &self.v_wd], 0), 1),
+            query_edw: ctx.operand_of(&self.query.weight, &[d_model, width]),
+            out_ewd: ctx.operand_of(&self.out.weight, &[width, d_model]),
+            kv_wd: ctx.operand_of(&kv_wd, &[d_model]),
             near_hdm: near_hdm.to_kind(ctx.compute),
             gate: self.gate.begin(tally, ctx),
         }
     }
 
-    /// One application, `[B, T, D']` → `[B, T, D]`: queries of `x_btd` attend to `source_btd`, which ends with the same
+    /// One application, `[B, T, D]` → `[B, T, D]`: queries of `x_btd` attend to `source_btd`, which ends with the same
     /// tokens, and to what `earlier` caches. Tokens whose `alive_bt` is 0 get 0, but can be attended to.
     ///
     /// # Errors
@@ -162,8 +161,7 @@ impl Attention {
             .reshape([-1, n_heads * d_head]);
         let gate = Some(&route.gate_nk);
         let y_nd = ctx.grouped_matmul(&mixed_mw, &pass.out_ewd, &route.routing, gate)?;
-        let d_model = self.k_wd.size()[1];
-        Ok(y_nd.narrow(1, 0, d_model).view([batch, seq_len, d_model]))
+        Ok(y_nd.view_as(x_btd))
     }
 
     /// Of one application, where all products are counted, masked ones too:

@@ -336,10 +336,10 @@ impl Part {
     fn plain_backward(&self, y: &Tensor, lse: &Tensor, dy: &Tensor) -> Result<PartGrads> {
         let kind = self.wide();
         let [q, k, v, y, dy] = [&self.q, &self.k, &self.v, y, dy].map(|x| x.to_kind(kind));
-        let a = self.logits()?.f_sub(&lse.f_unsqueeze(-1)?)?.f_exp()?;
+        let shares = self.logits()?.f_sub(&lse.f_unsqueeze(-1)?)?.f_exp()?;
         let of_result = dy.f_mul(&y)?.f_sum_dim_intlist(-1i64, true, kind)?;
         let da = dy.f_matmul(&v.f_transpose(2, 3)?)?;
-        let dlogits = da.f_sub(&of_result)?.f_mul(&a)?;
+        let dlogits = da.f_sub(&of_result)?.f_mul(&shares)?;
         let narrow = |x: Tensor| x.f_to_kind(self.q.kind());
         Ok(PartGrads {
             q: narrow(dlogits.f_matmul(&k)?.f_mul_scalar(self.scale)?)?,
@@ -349,7 +349,7 @@ impl Part {
                     .f_matmul(&q)?
                     .f_mul_scalar(self.scale)?,
             )?,
-            v: narrow(a.f_transpose(2, 3)?.f_matmul(&dy)?)?,
+            v: narrow(shares.f_transpose(2, 3)?.f_matmul(&dy)?)?,
             bias: match &self.bias {
                 Some(_) => Some(narrow(dlogits)?),
                 None => None,
@@ -363,13 +363,11 @@ impl Part {
         let logits = q
             .f_matmul(&k.f_transpose(2, 3)?)?
             .f_mul_scalar(self.scale)?;
-        Ok(match &self.bias {
-            Some(bias) => logits.f_add(bias)?,
-            None => {
-                let is_later = Tensor::f_ones(&logits.size()[2..], (Kind::Bool, logits.device()))?;
-                logits.f_masked_fill(&is_later.f_triu(1)?, f64::NEG_INFINITY)?
-            }
-        })
+        if let Some(bias) = &self.bias {
+            return Ok(logits.f_add(bias)?);
+        }
+        let is_later = Tensor::f_ones(&logits.size()[2..], (Kind::Bool, logits.device()))?;
+        Ok(logits.f_masked_fill(&is_later.f_triu(1)?, f64::NEG_INFINITY)?)
     }
 
     /// What sums of exponentials are made in.
@@ -410,7 +408,8 @@ mod tests {
     /// Result and gradients.
     fn outcome(attend: impl Fn([&Tensor; 4]) -> Tensor, inputs: &[Tensor; 4]) -> Vec<Tensor> {
         let y = attend(inputs.each_ref());
-        let cotangent = (Tensor::arange(y.numel() as i64, CPU) * 0.7)
+        let index = Tensor::arange(y.size().iter().product::<i64>(), CPU);
+        let cotangent = (index * 0.7)
             .sin()
             .view_as(&y)
             .to_device(y.device())

@@ -6,7 +6,6 @@ use crate::feed_forward::{FeedForward, FeedForwardPass};
 use crate::halting::{Halting, HaltingState};
 use crate::losses::Tally;
 use crate::scorer::ScorerPass;
-use crate::wide;
 use moeut_nn::lm::{self, At, BlockReport};
 use moeut_nn::{Context, Cost, LayerNorm, LayerPast, Params, Sequence, Stream, usage};
 use moeut_plugin_api::PluginError;
@@ -66,58 +65,61 @@ impl Block {
         }
     }
 
-    /// The layer itself, `[B, T, D]` → `[B, T, D]`; `wide_btd` is its input as products read it, if somebody has read it.
-    /// Without a source it attends to its own input.
+    /// The layer itself; `rounded_btd` is its input in the compute type, if somebody has needed it. Without a source it
+    /// attends to its own input.
     fn layer(
         &self,
-        (h_btd, wide_btd): (&Tensor, Option<&Tensor>),
+        (h, rounded_btd): (&Stream, Option<&Tensor>),
         source_btd: Option<&Tensor>,
         alive_bt: Option<&Tensor>,
         (pass, earlier): (&mut BlockPass, &mut LayerPast),
         ctx: &Context,
-    ) -> Result<Tensor, PluginError> {
+    ) -> Result<Stream, PluginError> {
         let Layers {
             is_pre_ln, dropout, ..
         } = self.layers;
-        let (norm1, norm2) = (Some(&self.norm1), Some(&self.norm2));
-        let h = Stream::from(h_btd.shallow_clone());
-        let query = match wide_btd {
-            Some(wide_btd) if !is_pre_ln => wide_btd.shallow_clone(),
-            _ if is_pre_ln => wide::rows(&ctx.reading(&h, norm1, true)?.normed, ctx)?,
-            _ => wide::rows(h_btd, ctx)?,
+        // What several products read is rounded once.
+        let rounded = |x: &Tensor| x.to_kind(ctx.compute);
+        let (stream, query) = if is_pre_ln {
+            let first = ctx.reading(h, Some(&self.norm1), false)?;
+            (first.stream, rounded(&first.normed))
+        } else {
+            let h_btd = h.whole();
+            let query = rounded_btd.map_or_else(|| rounded(h_btd), Tensor::shallow_clone);
+            (h_btd.shallow_clone(), query)
         };
         let source = match source_btd {
-            Some(source_btd) if is_pre_ln => wide::rows(&self.norm1.forward(source_btd), ctx)?,
-            Some(source_btd) => wide::rows(source_btd, ctx)?,
+            Some(source_btd) if is_pre_ln => rounded(&self.norm1.forward(source_btd)),
+            Some(source_btd) => rounded(source_btd),
             None => query.shallow_clone(),
         };
         let seen = (&mut pass.attention, earlier);
         let y = self
             .attention
             .forward(&query, &source, alive_bt, seen, ctx)?;
-        let y = ctx.dropout(y, dropout);
-        let norm = if is_pre_ln { norm2 } else { norm1 };
-        let between = Stream::updated(h_btd.shallow_clone(), y);
-        let between = ctx.reading(&between, norm, true)?;
-        let x = wide::rows(&between.normed, ctx)?;
+        let between = Stream::updated(stream, ctx.dropout(y, dropout));
+        let between = if is_pre_ln {
+            ctx.reading(&between, Some(&self.norm2), false)?
+        } else {
+            ctx.reading(&between, Some(&self.norm1), true)?
+        };
+        let x = rounded(&between.normed);
         let y = self
             .feed_forward
             .forward(&x, alive_bt, &mut pass.feed_forward, ctx)?;
         let y = ctx.dropout(y, dropout);
         if is_pre_ln {
-            Ok(between.stream + y)
-        } else {
-            let after = Stream::updated(between.normed, y);
-            let after = ctx.reading(&after, norm2, true)?;
-            Ok(after.normed)
+            return Ok(Stream::updated(between.stream, y));
         }
+        let after = Stream::updated(between.normed, y);
+        let after = ctx.reading(&after, Some(&self.norm2), true)?;
+        Ok(after.normed.into())
     }
 }
 
 impl lm::Block for Block {
     type Pass = BlockPass;
     type Carry = HaltingState;
-    const TAKES_WIDE_STREAM: bool = false;
 
     fn begin(&self, ctx: &Context) -> BlockPass {
         let tally = || Tally::new(self.layers.losses, self.layers.formula, ctx.wishes.stats);
@@ -136,22 +138,22 @@ impl lm::Block for Block {
             pass, carry, past, ..
         } = at;
         let remembered = past.attended(x);
-        let x_btd = x.whole();
         let Some(scorer) = &pass.halting else {
-            let input = (x_btd, None);
-            let y = self.layer(input, remembered.as_ref(), None, (pass, past), ctx);
-            return y.map(Stream::from);
+            return self.layer((x, None), remembered.as_ref(), None, (pass, past), ctx);
         };
+        let x_btd = x.whole();
         let entry = Halting::enter(x_btd, std::mem::take(carry), scorer, ctx)?;
         // In the first layer the mixture is the layer's own input.
         let mixture = entry.alive_bt.as_ref().map(|_| x_btd);
-        let h_btd = self.layer(
-            (&entry.h_btd, entry.wide_btd.as_ref()),
+        let h = Stream::from(entry.h_btd.shallow_clone());
+        let h = self.layer(
+            (&h, entry.rounded_btd.as_ref()),
             remembered.as_ref().or(mixture),
             entry.alive_bt.as_ref(),
             (&mut *pass, past),
             ctx,
         )?;
+        let h_btd = h.whole().shallow_clone();
         let (next, mixture_btd, depth) = entry.leave(h_btd, x_btd);
         *carry = next;
         if let Some(depth) = depth {
@@ -234,6 +236,7 @@ mod tests {
     use super::*;
     use crate::testing;
     use moeut_nn::lm::Block as _;
+    use moeut_nn::padding::padded;
     use moeut_nn::past::Mask;
     use tch::{Device, Kind};
 
@@ -389,7 +392,7 @@ mod tests {
         }
     }
 
-    /// Rows that are padded inside the layers change neither a result nor a gradient; 8 channels would not be padded.
+    /// A stream with zeros behind its 10 channels keeps them and changes neither a result nor a gradient.
     #[test]
     fn padding_changes_nothing() {
         for variant in VARIANTS {
@@ -400,7 +403,10 @@ mod tests {
                     ..testing::context(true)
                 };
                 let x = values(0.5, &[BATCH, SEQ_LEN, 10]).set_requires_grad(true);
-                let (y, report, _) = stack_in(&ctx, &block, &x, |_| LayerPast::none(false));
+                let wide = padded(&x, &[ctx.aligned(10)]);
+                let (y, report, _) = stack_in(&ctx, &block, &wide, |_| LayerPast::none(false));
+                let (y, rest) = (y.narrow(2, 0, 10), y.narrow(2, 10, y.size()[2] - 10));
+                assert!(rest.abs().sum(None).double_value(&[]).abs() < f64::EPSILON);
                 let terms: Tensor = report.regularizers.into_iter().map(|(_, term)| term).sum();
                 let loss = (&y * values(2.0, &y.size())).sum(None) + terms;
                 (

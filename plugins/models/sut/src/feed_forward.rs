@@ -1,12 +1,11 @@
 //! The feed-forward layer: experts with biases.
 //!
-//! Shape letters: `N` tokens, `D` `d_model`, `E` experts, `K` experts per token, `S` `d_expert`. `D'` is `D` as products
-//! are fastest, see [`crate::wide`].
+//! Shape letters: `N` tokens, `D` `d_model`, or as wide as [`Context::aligned`] makes it, `E` experts, `K` experts per token,
+//! `S` `d_expert`.
 
 use crate::experts::Experts;
 use crate::gate::{Gate, GateConfig, GatePass, Route};
 use crate::losses::Tally;
-use crate::wide;
 use moeut_nn::{Activation, Context, Cost, Params, Sequence};
 use moeut_plugin_api::PluginError;
 use tch::Tensor;
@@ -59,17 +58,18 @@ impl FeedForward {
     }
 
     pub(crate) fn begin(&self, tally: Tally, ctx: &Context) -> FeedForwardPass {
-        let width = wide::width(self.hidden.weight.size()[1], ctx);
-        let padded = |x: &Tensor, axis| wide::padded(&x.to_kind(ctx.compute), &[axis], width);
+        let d_model = ctx.aligned(self.hidden.weight.size()[1]);
+        let d_expert = self.config.d_expert;
+        let out_bias = self.out.bias.as_ref();
         FeedForwardPass {
-            hidden_eds: padded(&self.hidden.weight, 1),
-            out_esd: padded(&self.out.weight, 2),
-            out_bias_ed: self.out.bias.as_ref().map(|bias_ed| padded(bias_ed, 1)),
+            hidden_eds: ctx.operand_of(&self.hidden.weight, &[d_model, d_expert]),
+            out_esd: ctx.operand_of(&self.out.weight, &[d_expert, d_model]),
+            out_bias_ed: out_bias.map(|bias_ed| ctx.operand_of(bias_ed, &[d_model])),
             gate: self.gate.begin(tally, ctx),
         }
     }
 
-    /// One application: `[B, T, D']` → `[B, T, D]`; tokens whose `alive_bt` is 0 get 0.
+    /// One application: `[B, T, D]` → `[B, T, D]`; tokens whose `alive_bt` is 0 get 0.
     ///
     /// # Errors
     /// Whatever the kernel says.
@@ -95,13 +95,10 @@ impl FeedForward {
             Some(bias_ed) => y_nd + route.gate_ne().to_kind(ctx.compute).matmul(bias_ed),
             None => y_nd,
         };
-        let size = x_btd.size();
-        Ok(y_nd
-            .narrow(1, 0, self.hidden.weight.size()[1])
-            .view([size[0], size[1], -1]))
+        Ok(y_nd.view_as(x_btd))
     }
 
-    /// The experts' output without its biases, `[N, D']`, in one call, if the kernel has it.
+    /// The experts' output without its biases, `[N, D]`, in one call, if the kernel has it.
     fn fused(
         &self,
         x_nd: &Tensor,

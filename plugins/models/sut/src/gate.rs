@@ -1,6 +1,6 @@
 //! The gate: which experts a token uses, and how much of each.
 //!
-//! Shape letters: `N` tokens, `D` `d_model`, `E` experts, `K` experts per token.
+//! Shape letters: `N` tokens, `D` `d_model`, or as wide as [`Context::aligned`] makes it, `E` experts, `K` experts per token.
 
 use crate::losses::{Decision, Tally};
 use crate::scorer::{Scorer, ScorerPass};
@@ -108,7 +108,7 @@ impl Gate {
         }
     }
 
-    /// Routes tokens, rows of [`crate::wide`]; `alive_n1` `[N, 1]` is 0 for those that have halted.
+    /// Routes tokens `[N, D]`; `alive_n1` `[N, 1]` is 0 for those that have halted.
     ///
     /// # Errors
     /// If autocast cannot be suspended.

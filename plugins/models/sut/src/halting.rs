@@ -1,9 +1,8 @@
 //! Adaptive computation time: each token decides after every layer how much of it goes on.
 //!
-//! Shape letters: `B` batch, `T` `seq_len`, `D` `d_model`.
+//! Shape letters: `B` batch, `T` `seq_len`, `D` `d_model`, or as wide as [`Context::aligned`] makes it.
 
 use crate::scorer::{Scorer, ScorerPass};
-use crate::wide;
 use moeut_nn::lm::Carry;
 use moeut_nn::{Context, Cost, Init, Params, Sequence};
 use moeut_plugin_api::PluginError;
@@ -71,8 +70,8 @@ impl Carry for HaltingState {
 pub(crate) struct Entry {
     /// Its input, `[B, T, D]`.
     pub(crate) h_btd: Tensor,
-    /// The same as products read it, see [`crate::wide`]; nothing in the first layer, where nobody has read it.
-    pub(crate) wide_btd: Option<Tensor>,
+    /// The same in the compute type; nothing in the first layer, where nobody has needed it.
+    pub(crate) rounded_btd: Option<Tensor>,
     /// `n` with the cut, `[B, T]`; nothing in the first layer.
     pub(crate) alive_bt: Option<Tensor>,
     /// The state, but for the layer's output.
@@ -119,7 +118,7 @@ impl Halting {
             let zeros_bt = x_btd.select(2, 0).zeros_like();
             return Ok(Entry {
                 h_btd: x_btd.shallow_clone(),
-                wide_btd: None,
+                rounded_btd: None,
                 alive_bt: None,
                 index: 0,
                 log_share_bt: zeros_bt.shallow_clone(),
@@ -134,8 +133,8 @@ impl Halting {
             depth_bt,
             h_btd,
         } = running;
-        let wide_btd = wide::rows(&h_btd, ctx)?;
-        let logits_bt2 = scorer.forward(&wide_btd, |x| x.gelu("none"), 0.0, ctx)?;
+        let rounded_btd = h_btd.to_kind(ctx.compute);
+        let logits_bt2 = scorer.forward(&rounded_btd, |x| x.gelu("none"), 0.0, ctx)?;
         let log_bt2 = logits_bt2.log_softmax(-1, None) + log_share_bt.unsqueeze(-1);
         let halt_bt = log_bt2.select(2, 1).exp();
         let log_share_bt = log_bt2.select(2, 0);
@@ -148,7 +147,7 @@ impl Halting {
             index: index + 1,
             log_share_bt,
             h_btd,
-            wide_btd: Some(wide_btd),
+            rounded_btd: Some(rounded_btd),
         })
     }
 }

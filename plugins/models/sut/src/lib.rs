@@ -17,7 +17,6 @@ mod model;
 mod scorer;
 #[cfg(test)]
 mod testing;
-mod wide;
 
 moeut_plugin_api::export_plugin!(libtorch = moeut_torch::LIBTORCH_VERSION);
 moeut_plugin_api::register_model!(model::Sut);

@@ -1,8 +1,8 @@
 //! Two linear layers that score tokens: of routers one score per expert, of halting two.
 //!
-//! Shape letters: `N` tokens, `D` `d_model`, `E` scores. `D'` is `D` as products are fastest, see [`crate::wide`].
+//! Shape letters: `D` `d_model`, or as wide as [`Context::aligned`] makes it, `E` scores.
 
-use crate::wide;
+use moeut_nn::padding::padded;
 use moeut_nn::{Context, Init, Params};
 use moeut_plugin_api::PluginError;
 use tch::Tensor;
@@ -37,18 +37,17 @@ impl Scorer {
     }
 
     pub(crate) fn begin(&self, ctx: &Context) -> ScorerPass {
-        let width = wide::width(self.bias_d.size()[0], ctx);
-        let padded = |x: &Tensor, axes: &[i64]| wide::padded(x, axes, width);
+        let d_model = ctx.aligned(self.bias_d.size()[0]);
         ScorerPass {
-            hidden_dd: padded(&self.hidden_dd.to_kind(ctx.compute), &[0, 1]),
-            bias_d: padded(&self.bias_d.to_kind(ctx.compute), &[0]),
-            out_ed: padded(&self.out_ed, &[1]),
+            hidden_dd: ctx.operand_of(&self.hidden_dd, &[d_model, d_model]),
+            bias_d: ctx.operand_of(&self.bias_d, &[d_model]),
+            out_ed: padded(&self.out_ed, &[d_model]),
         }
     }
 }
 
 impl ScorerPass {
-    /// Scores `[.., E]` of tokens `[.., D']`, as precise as routers'; `activation` has to leave 0 what it is.
+    /// Scores `[.., E]` of tokens `[.., D]`, as precise as routers'; `activation` has to leave 0 what it is.
     ///
     /// # Errors
     /// If autocast cannot be suspended.
