@@ -336,30 +336,13 @@ pub fn check_recomputation<M: Model>(flags: &[(&str, &str)], precision: TestPrec
     let what = format!("{flags:?} {precision:?}");
     let build = |recomputes| {
         let flags = [flags, &[("transformer.recompute", recomputes)]].concat();
-        let model = build_with::<M>(&flags, |setup| {
-            setup.dtype = precision.dtype;
-            setup.compute_dtype = precision.compute_dtype;
-        });
-        expect(model)
+        build_in::<M>(&flags, precision)
     };
     let (mut plain, mut again) = (build("0"), build("1"));
-    tch::no_grad(|| {
-        for (to, from) in again.parameters().iter().zip(plain.parameters()) {
-            to.tensor.tensor().copy_(&from.tensor.tensor());
-        }
-    });
+    copy_parameters(&plain, &again);
     let segments = [tokens(9, 2), tokens(9, 2)];
-    let [results, of_again] = [&mut plain, &mut again].map(|model| {
-        let train = |(index, tokens_tb)| {
-            let results = training_pass(model, tokens_tb, index == 0, precision);
-            loss(&results).backward();
-            results
-        };
-        let results: Vec<Tensor> = segments.iter().enumerate().flat_map(train).collect();
-        let grads = model.parameters().into_iter();
-        let grads = grads.map(|parameter| parameter.tensor.into_tensor().grad());
-        results.into_iter().chain(grads).collect::<Vec<_>>()
-    });
+    let [results, of_again] =
+        [&mut plain, &mut again].map(|model| trained(model, &segments, precision));
     assert_eq!(results.len(), of_again.len());
     assert!(results.iter().filter(|result| result.defined()).count() > 10);
     for (index, (result, again)) in results.iter().zip(&of_again).enumerate() {
@@ -388,6 +371,72 @@ pub fn check_recomputation<M: Model>(flags: &[(&str, &str)], precision: TestPrec
         (false, true),
         "{what}"
     );
+}
+
+/// That a training in mixed precision, where odd widths are padded, is one in single precision but for rounding: logits,
+/// regularizers, gradients. With `flags` that let nothing depend on which of two numbers is larger.
+///
+/// # Panics
+/// With what is off by more than `tolerance` of its length.
+pub fn check_padding<M: Model>(flags: &[(&str, &str)], tolerance: f64) {
+    tch::set_num_threads(1);
+    // Rounding of fp16 hides less than that of bf16.
+    let precisions = [DType::F32, DType::F16].map(TestPrecision::of);
+    let models = precisions.map(|precision| build_in::<M>(flags, precision));
+    copy_parameters(&models[0], &models[1]);
+    let segments = [tokens(9, 2), tokens(9, 2)];
+    let mut models = models.into_iter().zip(precisions);
+    let mut trained = || {
+        models
+            .next()
+            .map(|(mut model, precision)| trained(&mut model, &segments, precision))
+    };
+    let (Some(results), Some(mixed)) = (trained(), trained()) else {
+        return;
+    };
+    for (index, (result, mixed)) in results.iter().zip(&mixed).enumerate() {
+        assert_eq!(result.defined(), mixed.defined());
+        if result.defined() {
+            assert_eq!(
+                result.size(),
+                mixed.size(),
+                "{flags:?}: result or gradient {index}"
+            );
+            let off = (result - mixed).norm().double_value(&[]) / result.norm().double_value(&[]);
+            assert!(
+                off <= tolerance,
+                "{flags:?}: result or gradient {index} is off by {off}"
+            );
+        }
+    }
+}
+
+fn build_in<M: Model>(flags: &[(&str, &str)], precision: TestPrecision) -> M {
+    expect(build_with(flags, |setup| {
+        setup.dtype = precision.dtype;
+        setup.compute_dtype = precision.compute_dtype;
+    }))
+}
+
+fn copy_parameters<M: Model>(from: &M, to: &M) {
+    tch::no_grad(|| {
+        for (to, from) in to.parameters().iter().zip(from.parameters()) {
+            to.tensor.tensor().copy_(&from.tensor.tensor());
+        }
+    });
+}
+
+/// Logits and regularizers of the segments of a training, and the gradients of all parameters.
+fn trained(model: &mut impl Model, segments: &[Tensor], precision: TestPrecision) -> Vec<Tensor> {
+    let train = |(index, tokens_tb)| {
+        let results = training_pass(model, tokens_tb, index == 0, precision);
+        loss(&results).backward();
+        results
+    };
+    let results: Vec<Tensor> = segments.iter().enumerate().flat_map(train).collect();
+    let grads = model.parameters().into_iter();
+    let grads = grads.map(|parameter| parameter.tensor.into_tensor().grad());
+    results.into_iter().chain(grads).collect()
 }
 
 /// Element types of a model under test: of its parameters, and of its products.

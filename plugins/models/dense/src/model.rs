@@ -49,8 +49,8 @@ impl Model for Dense {
 mod tests {
     use super::*;
     use moeut_nn::testing::{
-        TestPrecision, VOCAB, build, check_cache, check_recomputation, check_segments,
-        check_wishes, logits, size, tokens,
+        TestPrecision, VOCAB, build, check_cache, check_padding, check_recomputation,
+        check_segments, check_wishes, logits, size, tokens,
     };
     use moeut_plugin_api::{NamedTensor, Past};
     use moeut_torch::{IntoHandle, IntoTensor};
@@ -103,6 +103,20 @@ mod tests {
             for precision in TestPrecision::BOTH {
                 check_recomputation::<Dense>(&flags, precision);
             }
+        }
+    }
+
+    #[test]
+    fn odd_widths_are_padded_without_a_trace() {
+        for (variant, n_segments) in VARIANTS.iter().flat_map(|v| [(*v, "0"), (*v, "1")]) {
+            let flags = [
+                ("transformer.variant", variant),
+                ("state_size", "20"),
+                ("transformer.n_heads", "4"),
+                ("transformer.ff_multiplier", "1.55"),
+                ("lm.trafo.context_blocks", n_segments),
+            ];
+            check_padding::<Dense>(&flags, 0.15);
         }
     }
 

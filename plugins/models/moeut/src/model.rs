@@ -37,8 +37,8 @@ impl Model for Moeut {
 mod tests {
     use super::*;
     use moeut_nn::testing::{
-        TestPrecision, build, check_cache, check_recomputation, check_segments, check_wishes, size,
-        tokens,
+        TestPrecision, build, check_cache, check_padding, check_recomputation, check_segments,
+        check_wishes, size, tokens,
     };
     use moeut_plugin_api::{Chart, ForwardInput, Past, Wishes};
     use moeut_torch::{IntoHandle, IntoTensor};
@@ -117,6 +117,22 @@ mod tests {
             for precision in TestPrecision::BOTH {
                 check_recomputation::<Moeut>(&[&flags[..], &balance].concat(), precision);
             }
+        }
+    }
+
+    /// All experts are selected, so that rounding changes no selection.
+    #[test]
+    fn odd_widths_are_padded_without_a_trace() {
+        let odd = [
+            ("state_size", "20"),
+            ("transformer.n_heads", "4"),
+            ("pkm.n_heads", "6"),
+            ("moe.att.k", "3"),
+            ("moe.bias", "1"),
+            ("moe.perplexity_reg", "0.3"),
+        ];
+        for flags in all_flags() {
+            check_padding::<Moeut>(&[&flags[..], &odd].concat(), 0.05);
         }
     }
 
