@@ -54,14 +54,32 @@ pub(crate) struct Attention {
     positions_hdm: Tensor,
 }
 
+/// `R` times `d^(-1/4)`, the largest distance first, `[h, d, M]` each.
+struct Positions {
+    plain_hdm: Tensor,
+    /// Less the position of the largest distance.
+    near_hdm: Tensor,
+}
+
+impl Positions {
+    /// What the logits of near keys add, as far as `seq_len` tokens reach. Where all keys are near, nothing is taken away:
+    /// a position that no key has must not get a gradient, were it only of rounding, which Adam would enlarge.
+    fn near(&self, seq_len: i64) -> Tensor {
+        let max_distance = self.plain_hdm.size()[2];
+        if seq_len > max_distance {
+            return self.near_hdm.shallow_clone();
+        }
+        self.plain_hdm.narrow(2, max_distance - seq_len, seq_len)
+    }
+}
+
 /// Weights in the compute type, cast and padded once for all applications of a forward pass.
 pub(crate) struct AttentionPass {
     query_edw: Tensor,
     out_ewd: Tensor,
     /// Of keys, then of values.
     kv_wd: Tensor,
-    /// Positions of near keys, the farthest first, less that one, times `d^(-1/4)`.
-    near_hdm: Tensor,
+    positions: Positions,
     pub(crate) gate: GatePass,
 }
 
@@ -100,8 +118,8 @@ impl Attention {
 
     pub(crate) fn begin(&self, tally: Tally, ctx: &Context) -> AttentionPass {
         let max_distance = self.config.max_distance;
-        let far_hd1 = self.positions_hdm.narrow(2, 1, 1);
-        let near_hdm = (self.positions_hdm.narrow(2, 1, max_distance) - far_hd1) * self.scale();
+        let plain_hdm = self.positions_hdm.narrow(2, 1, max_distance) * self.scale();
+        let near_hdm = &plain_hdm - plain_hdm.narrow(2, 0, 1);
         let size = self.k_wd.size();
         let (width, d_model) = (size[0], ctx.aligned(size[1]));
         let kv_wd = Tensor::cat(&[&self.k_wd, &self.v_wd], 0);
@@ -109,7 +127,10 @@ impl Attention {
             query_edw: ctx.operand_of(&self.query.weight, &[d_model, width]),
             out_ewd: ctx.operand_of(&self.out.weight, &[width, d_model]),
             kv_wd: ctx.operand_of(&kv_wd, &[d_model]),
-            near_hdm: near_hdm.to_kind(ctx.compute),
+            positions: Positions {
+                plain_hdm: plain_hdm.to_kind(ctx.compute),
+                near_hdm: near_hdm.to_kind(ctx.compute),
+            },
             gate: self.gate.begin(tally, ctx),
         }
     }
@@ -153,7 +174,7 @@ impl Attention {
 
         let drops = ctx.is_training && self.config.dropout > 0.0;
         let mixed_bhtkd = match earlier.mask() {
-            Mask::Causal if !drops => near_and_far(&q_bhtkd, &k_bhsd, &v_bhsd, &pass.near_hdm)?,
+            Mask::Causal if !drops => near_and_far(&q_bhtkd, &k_bhsd, &v_bhsd, &pass.positions)?,
             _ => self.all_at_once(&q_bhtkd, &k_bhsd, &v_bhsd, earlier.mask(), ctx),
         };
         let mixed_mw = mixed_bhtkd
@@ -284,12 +305,12 @@ fn near_and_far(
     q_bhtkd: &Tensor,
     k_bhsd: &Tensor,
     v_bhsd: &Tensor,
-    near_hdm: &Tensor,
+    positions: &Positions,
 ) -> Result<Tensor, PluginError> {
     let size = q_bhtkd.size();
     let [seq_len, top_k, d_head] = [2, 3, 4].map(|axis: usize| size[axis]);
-    let n_near = seq_len.min(near_hdm.size()[2]);
-    let near_hdm = near_hdm.narrow(2, near_hdm.size()[2] - n_near, n_near);
+    let near_hdm = positions.near(seq_len);
+    let n_near = near_hdm.size()[2];
     let q = q_bhtkd.contiguous();
     let near = q
         .flatten(2, 3)
@@ -429,19 +450,24 @@ mod tests {
                 let inputs = [&q, &k, &v, &layer.positions_hdm];
                 Tensor::run_backward(&[loss], &inputs, false, false)
             };
-            let near_hdm = layer.begin(testing::tally(), &ctx).near_hdm;
-            let found = near_and_far(&q, &k, &v, &near_hdm).unwrap();
+            let positions = layer.begin(testing::tally(), &ctx).positions;
+            let found = near_and_far(&q, &k, &v, &positions).unwrap();
             let expected = layer.all_at_once(&q, &k, &v, &Mask::Causal, &ctx);
             assert!(
                 found.allclose(&expected, 0.0, 1e-12, false),
                 "{max_distance}"
             );
-            for (found, expected) in grads(&found).iter().zip(grads(&expected)) {
+            let (found, expected) = (grads(&found), grads(&expected));
+            for (found, expected) in found.iter().zip(&expected) {
                 assert!(
-                    found.allclose(&expected, 1e-10, 1e-11, false),
+                    found.allclose(expected, 1e-10, 1e-11, false),
                     "{max_distance}"
                 );
             }
+            // Column 0 and those of positive offsets are never read, distances of 20 and more not here.
+            let n_beyond = (max_distance - SEQ_LEN).max(0);
+            let unread = found[3].narrow(2, 0, 1 + n_beyond);
+            assert!(unread.eq(0.0).all().int64_value(&[]) == 1);
         }
     }
 
