@@ -60,7 +60,8 @@ struct Stretch {
   List kept;
 };
 
-// What this thread does at the moment.
+// What this thread does at the moment. Each library with a copy of this code has its own: libtorch asks the engine of the
+// one that began a stretch last, also about tensors that the code of other libraries saves.
 struct Doing {
   std::shared_ptr<Stretch> stretch;
   bool is_again = false;

@@ -87,7 +87,7 @@ mod tests {
     use tch::{Device, Kind, Tensor};
 
     use super::*;
-    use crate::one_line;
+    use crate::{Context, Function, apply, one_line};
 
     fn leaf(values: &[f64]) -> Tensor {
         Tensor::from_slice(values).set_requires_grad(true)
@@ -204,6 +204,43 @@ mod tests {
             error.contains("[5, 1], the first one was Double [1]"),
             "{error}"
         );
+    }
+
+    /// What a custom function saves is not kept, either; a kernel's nodes are such functions.
+    #[test]
+    fn what_custom_functions_save_is_computed_again() {
+        struct Square;
+        impl Function for Square {
+            fn forward(
+                &self,
+                ctx: &mut Context,
+                inputs: &[Tensor],
+            ) -> Result<Vec<Tensor>, FunctionError> {
+                ctx.save(&[&inputs[0]])?;
+                Ok(vec![&inputs[0] * &inputs[0]])
+            }
+
+            fn backward(
+                &self,
+                ctx: &Context,
+                grads: &[Option<Tensor>],
+            ) -> Result<Vec<Option<Tensor>>, FunctionError> {
+                let saved = ctx.saved()?;
+                Ok(vec![grads[0].as_ref().map(|grad| grad * &saved[0] * 2.0)])
+            }
+        }
+        let x = leaf(&[3.0]);
+        let (n_again, of_again) = (Rc::new(Cell::new(0)), x.shallow_clone());
+        let counter = Rc::clone(&n_again);
+        let again = move || {
+            counter.set(counter.get() + 1);
+            // As if the input had been another one: the gradient tells which one was used.
+            let _ = apply(Square, &[&(&of_again * 10.0)])?;
+            Ok(())
+        };
+        let y = recomputed(again, || apply(Square, &[&x])).unwrap().unwrap();
+        y[0].backward();
+        assert_eq!((n_again.get(), values(&x.grad())), (1, vec![60.0]));
     }
 
     /// What the closure holds may belong to its thread, so that another one gets an error instead of it.
