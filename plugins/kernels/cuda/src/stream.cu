@@ -161,9 +161,7 @@ extern "C" __global__ void __launch_bounds__(256) normalize_odd(const __grid_con
 //
 //   x_grads = scale · (h - mean(h) - n · mean(h · n)) + plain_grads + sum_grads,   update_grads the same, rounded
 //   parts = Σ g · n, Σ g over the rows of the block, in one fixed order
-//
-// A warp has R rows at a time: loads of one overlap with work on the other, and sums of parameters are touched once for both.
-template <int W, int R>
+template <int W>
 __device__ __forceinline__ void norm_rows_backward(const Norm& p) {
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, n_warps = blockDim.x >> 5;
   float* weight_sums = reinterpret_cast<float*>(shared_memory) + warp * 2 * p.pitch;
@@ -179,81 +177,60 @@ __device__ __forceinline__ void norm_rows_backward(const Norm& p) {
   };
   const i64 row0 = i64(blockIdx.x) * p.rows_per_block;
   const i64 end = min(row0 + p.rows_per_block, p.n_rows);
-  for (i64 row = row0 + warp * R; row < end; row += n_warps * R) {
-    const int n_rows = int(min(i64(R), end - row));
+  for (i64 row = row0 + warp; row < end; row += n_warps) {
     const i64 first = row * p.pitch;
-    float means[R], scales[R], of_grad[R] = {}, of_product[R] = {};
-#pragma unroll
-    for (int r = 0; r < R; r++) {
-      means[r] = r < n_rows ? p.means[row + r] : 0.f;
-      scales[r] = r < n_rows ? p.scales[row + r] : 0.f;
-    }
+    const float mean = p.means[row], scale = p.scales[row];
+    float of_grad = 0.f, of_product = 0.f;
     if (p.normed_grads != nullptr) {
-#pragma unroll 2
+#pragma unroll 4
       for (int at = lane * W; at < p.pitch; at += 32 * W) {
-        float grad[R][W], plain[R][W], weight[W], weight_sum[W], bias_sum[W];
-#pragma unroll
-        for (int r = 0; r < R; r++) {
-          const i64 of_row = first + i64(min(r, n_rows - 1)) * p.pitch + at;
-          load_grad(grad[r], of_row);
-          load_piece(plain[r], p.plain + of_row);
-        }
+        float grad[W], plain[W], weight[W], weight_sum[W], bias_sum[W];
+        load_grad(grad, first + at);
+        load_piece(plain, p.plain + first + at);
         load_piece(weight, p.weight + at);
         load_piece(weight_sum, weight_sums + at);
         load_piece(bias_sum, bias_sums + at);
 #pragma unroll
-        for (int r = 0; r < R; r++) {
-          if (r >= n_rows) break;
-#pragma unroll
-          for (int i = 0; i < W; i++) {
-            const float normed = (plain[r][i] - means[r]) * scales[r];
-            weight_sum[i] += grad[r][i] * normed;
-            bias_sum[i] += grad[r][i];
-            of_grad[r] += grad[r][i] * weight[i];
-            of_product[r] += grad[r][i] * weight[i] * normed;
-          }
+        for (int i = 0; i < W; i++) {
+          const float normed = (plain[i] - mean) * scale;
+          weight_sum[i] += grad[i] * normed;
+          bias_sum[i] += grad[i];
+          of_grad += grad[i] * weight[i];
+          of_product += grad[i] * weight[i] * normed;
         }
         store_piece(weight_sums + at, weight_sum);
         store_piece(bias_sums + at, bias_sum);
       }
-#pragma unroll
-      for (int r = 0; r < R; r++) {
-        of_grad[r] = warp_sum(of_grad[r]) / p.width;
-        of_product[r] = warp_sum(of_product[r]) / p.width;
-      }
+      of_grad = warp_sum(of_grad) / p.width;
+      of_product = warp_sum(of_product) / p.width;
     }
-#pragma unroll 2
+#pragma unroll 4
     for (int at = lane * W; at < p.pitch; at += 32 * W) {
+      float result[W] = {};
+      if (p.normed_grads != nullptr) {
+        float grad[W], plain[W], weight[W];
+        load_grad(grad, first + at);
+        load_piece(plain, p.plain + first + at);
+        load_piece(weight, p.weight + at);
 #pragma unroll
-      for (int r = 0; r < R; r++) {
-        if (r >= n_rows) break;
-        const i64 of_row = first + i64(r) * p.pitch + at;
-        float result[W] = {};
-        if (p.normed_grads != nullptr) {
-          float grad[W], plain[W], weight[W];
-          load_grad(grad, of_row);
-          load_piece(plain, p.plain + of_row);
-          load_piece(weight, p.weight + at);
-#pragma unroll
-          for (int i = 0; i < W; i++) {
-            const float normed = (plain[i] - means[r]) * scales[r];
-            if (at + i < p.width) result[i] = scales[r] * (grad[i] * weight[i] - of_grad[r] - normed * of_product[r]);
-          }
+        for (int i = 0; i < W; i++) {
+          const float normed = (plain[i] - mean) * scale;
+          if (at + i < p.width) result[i] = scale * (grad[i] * weight[i] - of_grad - normed * of_product);
         }
-        float other[W];
-        if (p.plain_grads != nullptr) {
-          load_piece(other, p.plain_grads + of_row);
-#pragma unroll
-          for (int i = 0; i < W; i++) result[i] += other[i];
-        }
-        if (p.sum_grads != nullptr) {
-          load_piece(other, p.sum_grads + of_row);
-#pragma unroll
-          for (int i = 0; i < W; i++) result[i] += other[i];
-        }
-        store_piece(p.x_grads + of_row, result);
-        if (p.update_grads != nullptr) store_piece(p.update_grads + of_row, result);
       }
+      float other[W];
+      if (p.plain_grads != nullptr) {
+        load_piece(other, p.plain_grads + first + at);
+#pragma unroll
+        for (int i = 0; i < W; i++) result[i] += other[i];
+      }
+      if (p.sum_grads != nullptr) {
+        load_piece(other, p.sum_grads + first + at);
+#pragma unroll
+        for (int i = 0; i < W; i++) result[i] += other[i];
+      }
+      store_piece(p.x_grads + first + at, result);
+      if (p.update_grads != nullptr) store_piece(p.update_grads + first + at, result);
     }
   }
   __syncthreads();
@@ -266,10 +243,10 @@ __device__ __forceinline__ void norm_rows_backward(const Norm& p) {
 }
 
 extern "C" __global__ void __launch_bounds__(256) normalize_backward(const __grid_constant__ Norm p) {
-  norm_rows_backward<4, 2>(p);
+  norm_rows_backward<4>(p);
 }
 extern "C" __global__ void __launch_bounds__(256) normalize_backward_odd(const __grid_constant__ Norm p) {
-  norm_rows_backward<1, 2>(p);
+  norm_rows_backward<1>(p);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
