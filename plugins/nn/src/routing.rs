@@ -30,10 +30,17 @@ impl Routing {
     /// Sorts expert ids (int64, any shape, `M` in all, each below `n_experts`); equal ids keep their order.
     pub fn new(ids: &Tensor, n_experts: i64) -> Self {
         tch::no_grad(|| {
-            let (sorted_m, order_m) = ids.reshape([-1]).sort_stable(true, 0, false);
+            // A radix sort takes a pass for each byte.
+            let kind = if n_experts <= i64::from(i16::MAX) {
+                Kind::Int16
+            } else {
+                Kind::Int64
+            };
+            let ids_m = ids.reshape([-1]).to_kind(kind);
+            let (sorted_m, order_m) = ids_m.sort_stable(true, 0, false);
             let positions_m = Tensor::arange(order_m.size()[0], (Kind::Int64, ids.device()));
             let inverse_m = order_m.empty_like().scatter_(0, &order_m, &positions_m);
-            let experts_e = Tensor::arange(n_experts, (Kind::Int64, ids.device()));
+            let experts_e = Tensor::arange(n_experts, (kind, ids.device()));
             let ends_e = experts_e.searchsorted(&sorted_m, true, true, "right", None::<Tensor>);
             Self {
                 order_m,

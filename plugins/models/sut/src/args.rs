@@ -8,6 +8,7 @@ pub(crate) const ARGS: &[ArgSpec] = &joined::<_, { SHELL_ARGS.len() + OWN.len() 
 
 const OWN: &[ArgSpec] = &[
     ArgSpec::text("moe.kernel", "auto").field("kernel").help("grouped matrix product; auto: the fastest that fits"),
+    ArgSpec::text("moe.router_dtype", "f32").field("router_dtype").choices("f32|tf32|mixed|amp").help("with -amp, the scores of routers and halting are computed in: f32; tf32, a GPU's fast single precision; mixed, amp's operands and f32 scores; amp, as everything else, like the reference's"),
     // Attention experts.
     ArgSpec::int("moe.att.expert_size", "256").field("attention.d_expert").help("width of a SUT's attention expert: a multiple of the width of a head"),
     ArgSpec::int("moe.att.n_experts", "4").field("attention.n_experts").help("attention experts"),

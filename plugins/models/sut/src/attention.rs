@@ -1,8 +1,9 @@
 //! Mixture of attention: query and output projections have experts, keys and values are shared by all of them, and
 //! positions are learned, relative and clipped.
 //!
-//! Shape letters: `B` batch, `T` `seq_len`, `S` keys (`T`, and those of earlier tokens), `N = B·T`, `D` `d_model`, or as wide
-//! as [`Context::aligned`] makes it, `E` experts, `K` experts per token, `W` width of an expert, `h` heads of an expert, `d` `d_head`, `M` `max_distance`.
+//! Shape letters: `B` batch, `T` `seq_len`, `S` keys (`T`, and those of earlier tokens), `N = B·T`, `D` `d_model`, or
+//! as wide as [`Context::aligned`] makes it, `E` experts, `K` experts per token, `W` width of an expert, `h` heads of
+//! an expert, `d` `d_head`, `M` `max_distance`.
 
 use crate::banded;
 use crate::experts::Experts;
@@ -30,12 +31,13 @@ pub(crate) struct AttentionConfig {
 /// ```text
 /// q_j = W_q[e_j] x                                    per selected expert, h heads
 /// k, v = W_k s, W_v s                                 s: what is attended to
-/// a_j = softmax(q_j · kᵀ / √d + q_j · R[:, distance] / ∜d)      causal; distance = clip(i − j, 0, M − 1)
+/// a_j = softmax(q_j · kᵀ · d^(-1/2) + q_j · R[:, distance] · d^(-1/4))
+///                                                     causal; distance = clip(i − j, 0, M − 1)
 /// y   = Σ_j g_j · W_o[e_j] · (drop(a_j) · v)
 /// ```
 ///
-/// All keys at a distance of `M − 1` and more have the same position, and a softmax does not change with a number that is
-/// added to all its logits: less that position's, only the logits of near keys have a bias, see [`banded`]. Where
+/// All keys at a distance of `M − 1` and more have the same position, and a softmax does not change with a number that
+/// is added to all its logits: less that position's, only the logits of near keys have a bias, see [`banded`]. Where
 /// probabilities are dropped and where more keys than queries are seen, all logits are made.
 ///
 /// `R` is `[h, d, 2M + 1]` for checkpoints' sake, of which causal attention reads columns `1..=M`.
@@ -62,8 +64,8 @@ struct Positions {
 }
 
 impl Positions {
-    /// What the logits of near keys add, as far as `seq_len` tokens reach. Where all keys are near, nothing is taken away:
-    /// a position that no key has must not get a gradient, were it only of rounding, which Adam would enlarge.
+    /// What the logits of near keys add, as far as `seq_len` tokens reach. Where all keys are near, nothing is taken
+    /// away: a position that no key has must not get a gradient, were it only of rounding, which Adam would enlarge.
     fn near(&self, seq_len: i64) -> Tensor {
         let max_distance = self.plain_hdm.size()[2];
         if seq_len > max_distance {

@@ -1,7 +1,7 @@
 //! Causal attention whose logits have a bias for near keys, without ever holding the logits of far ones.
 //!
-//! Shape letters: `G` sequences times heads, `T` tokens, `K` queries of a token, `d` width of a head, `M` near keys of a
-//! query, `C` tokens of a block, `L` blocks.
+//! Shape letters: `G` sequences times heads, `T` tokens, `K` queries of a token, `d` width of a head, `M` near keys of
+//! a query, `C` tokens of a block, `L` blocks.
 
 use moeut_plugin_api::PluginError;
 use moeut_torch::{Autocast, Context, Function, FunctionError, OrPluginError, apply};
@@ -52,9 +52,9 @@ pub(crate) fn attention(
 /// The function above, for whole blocks.
 ///
 /// Keys at distances below `M` lie in the block of their query or in the one before. Each block attends to those `2·C`
-/// keys with a bias that is -∞ for all others. To the keys at distances of `M` and more, which have no bias, it is plain
-/// causal attention, once the first `M` queries and the last `M` keys are left out. The two softmaxes are joined by their
-/// sums.
+/// keys with a bias that is -∞ for all others. To the keys at distances of `M` and more, which have no bias, it is
+/// plain causal attention, once the first `M` queries and the last `M` keys are left out. The two softmaxes are joined
+/// by their sums.
 ///
 /// The backward pass of either part needs of the other only what both gave together: with that result `y` and the
 /// logarithm of that sum, the gradient of a logit is `a · (dy · v - dy · y)`.
@@ -207,8 +207,8 @@ impl Sizes {
         Ok(self.band(&bias.f_contiguous()?)?.f_reshape(size)?)
     }
 
-    /// The near keys of `[G, L, C·K, 2·C]`, as `[G·L, C, K, M]`: query `c` of a block has its own key in column `C + c`, so
-    /// that the columns move on by one with each token.
+    /// The near keys of `[G, L, C·K, 2·C]`, as `[G·L, C, K, M]`. Query `c` of a block has its own key in column
+    /// `C + c`, so that the columns move on by one with each token.
     fn band(&self, bias: &Tensor) -> Result<Tensor> {
         let width = 2 * self.block_len;
         let of_token = self.n_queries * width;

@@ -4,6 +4,7 @@ use crate::attention::AttentionConfig;
 use crate::feed_forward::FeedForwardConfig;
 use crate::gate::GateConfig;
 use crate::losses::{LossWeights, MiFormula};
+use moeut_nn::RouterDtype;
 use moeut_nn::lm::{Shell, ShellConfig, check_positive, check_probabilities};
 use moeut_plugin_api::PluginError;
 use serde::Deserialize;
@@ -14,6 +15,7 @@ use serde::Deserialize;
 pub(crate) struct Config {
     shell: ShellConfig,
     pub(crate) kernel: String,
+    pub(crate) router_dtype: RouterDtype,
     moe: MoeArgs,
     attention: AttentionArgs,
     router_dropout: f64,

@@ -1,7 +1,7 @@
 //! The feed-forward layer: experts with biases.
 //!
-//! Shape letters: `N` tokens, `D` `d_model`, or as wide as [`Context::aligned`] makes it, `E` experts, `K` experts per token,
-//! `S` `d_expert`.
+//! Shape letters: `N` tokens, `D` `d_model`, or as wide as [`Context::aligned`] makes it, `E` experts, `K` experts per
+//! token, `S` `d_expert`.
 
 use crate::experts::Experts;
 use crate::gate::{Gate, GateConfig, GatePass, Route};

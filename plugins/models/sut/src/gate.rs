@@ -1,6 +1,7 @@
 //! The gate: which experts a token uses, and how much of each.
 //!
-//! Shape letters: `N` tokens, `D` `d_model`, or as wide as [`Context::aligned`] makes it, `E` experts, `K` experts per token.
+//! Shape letters: `N` tokens, `D` `d_model`, or as wide as [`Context::aligned`] makes it, `E` experts, `K` experts per
+//! token.
 
 use crate::losses::{Decision, Tally};
 use crate::scorer::{Scorer, ScorerPass};

@@ -3,7 +3,6 @@
 use crate::args::ARGS;
 use crate::block::Block;
 use crate::config::Config;
-use moeut_nn::RouterDtype;
 use moeut_nn::lm::{ExpertNeeds, LanguageModel};
 use moeut_plugin_api::{ArgSpec, Host, LogLevel, Model, ModelSetup, PluginError};
 
@@ -26,7 +25,7 @@ impl Model for Sut {
         }
         let experts = ExpertNeeds {
             kernel: &config.kernel,
-            router_dtype: RouterDtype::F32,
+            router_dtype: config.router_dtype,
         };
         let block = |params: &_| Ok(Block::new(params, &layers));
         let lm = LanguageModel::build(shell, Some(experts), setup, host, block)?;
