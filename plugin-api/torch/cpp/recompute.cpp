@@ -9,9 +9,9 @@
 #include <torch/csrc/autograd/engine.h>
 #include <torch/csrc/autograd/saved_variable_hooks.h>
 
+#include <atomic>
 #include <memory>
 #include <stdexcept>
-#include <thread>
 #include <utility>
 
 using moeut::List;
@@ -27,6 +27,13 @@ struct Again {
   bool (*call)(void* user, std::string* error);
   void (*drop)(void* user);
 };
+
+// Never another thread's, as a std::thread::id may be after a thread has ended.
+uint64_t this_thread() {
+  static std::atomic<uint64_t> n_threads{0};
+  thread_local const uint64_t number = n_threads++;
+  return number;
+}
 
 // What is known of a tensor that was not kept.
 struct Likeness {
@@ -46,14 +53,14 @@ struct Stretch {
   Stretch(Again again, void* user) : again(again), user(user) {}
   // What belongs to one thread is not dropped on another; it leaks rather than to be touched there.
   ~Stretch() {
-    if (std::this_thread::get_id() == thread) again.drop(user);
+    if (this_thread() == thread) again.drop(user);
   }
   Stretch(const Stretch&) = delete;
   Stretch& operator=(const Stretch&) = delete;
 
   Again again;
   void* user;
-  const std::thread::id thread = std::this_thread::get_id();
+  const uint64_t thread = this_thread();
   // In the order in which they were saved.
   std::vector<Likeness> wanted;
   // The same tensors of the second run; undefined where one was handed out.
@@ -80,7 +87,7 @@ class Scope {
 };
 
 void compute_again(const std::shared_ptr<Stretch>& stretch) {
-  TORCH_CHECK(std::this_thread::get_id() == stretch->thread,
+  TORCH_CHECK(this_thread() == stretch->thread,
               "a backward pass asks for activations on another thread than that of its forward pass");
   stretch->kept.clear();
   std::string error;

@@ -150,6 +150,19 @@ mod tests {
         }
     }
 
+    /// Double precision: in each layer the input, 8·10·8, and with halting two tensors more that travel with it.
+    #[test]
+    fn layers_that_run_again_keep_what_travels() {
+        for (variant, n_streams) in [("sut_universal", 1), ("actsut_universal", 3)] {
+            let again = [("transformer.recompute", "1")];
+            let model: Sut = build(&[&flags(variant, "0")[..], &again].concat()).unwrap();
+            let kept = model.summary(8).activation_bytes;
+            assert_eq!(of(&kept, "inputs of layers"), 3 * n_streams * 640);
+            let of_layer = of(&summary(variant, 8).activation_bytes, "attention") / 3;
+            assert_eq!(of(&kept, "attention"), of_layer);
+        }
+    }
+
     #[test]
     fn pieces_of_a_text_give_the_logits_of_the_whole() {
         for variant in ["sut_universal", "preln_actsut_universal"] {

@@ -15,7 +15,7 @@ pub const SHELL_ARGS: &[ArgSpec] = &[
     ArgSpec::text("transformer.universal.group_type", "abab").field("shell.group_type").choices("abab|aabb").help("how distinct layers make the stack"),
     ArgSpec::float("dropout", "0.0").field("shell.dropout").unit("probability").help("of embedding, block outputs and last state"),
     ArgSpec::float("transformer.p_drop_layer", "0.0").field("shell.layer_drop").unit("probability").help("that a token skips a layer, while training"),
-    ArgSpec::flag("transformer.recompute", "0").field("shell.recomputes").help("layers keep only their inputs and run again in the backward pass: less memory, a third more time, the same results"),
+    ArgSpec::flag("transformer.recompute", "0").field("shell.recomputes").help("layers keep only their inputs and run again in the backward pass: less memory, up to a third more time, the same results"),
     ArgSpec::float("transformer.embedding_scale", "none").field("shell.embedding_scale").optional().help("none: 1 for `preln` variants, else √state_size"),
     ArgSpec::flag("lm.trafo.norm_input", "0").field("shell.norms_input").help("normalize the embedding, without parameters"),
     ArgSpec::flag("lm.trafo.force_out_norm", "0").field("shell.forces_out_norm").help("final layernorm also without `preln`"),
