@@ -36,12 +36,15 @@ usage: moeut-host eval -restore <checkpoint or run folder> [-sets <names>] [-<ar
   -sets <names>                       Evaluation sets and validation streams with commas between them; all, the
                                       default, leaves out those whose files are missing
   -data.dir <folder>                  Where the files of the evaluation sets are, instead of downloads
+  -limit <n>                          Of each group of questions the first n only: scores of a sample, sooner
   -json <file>                        Where the scores go, too; else `eval.json` in the run's folder
   --count-only                        No model: a line `name read skipped` for each set, or for token datasets by name
 
 Other arguments are those of the checkpoint. The table goes to stdout, everything else to stderr.
 ";
 
+/// The value of `-limit` in a file of scores; absent if all questions were scored.
+pub const LIMIT: &str = "limit";
 /// The argument that is the sets' alone here.
 const DATA_DIR: &str = "data.dir";
 
@@ -49,6 +52,8 @@ const DATA_DIR: &str = "data.dir";
 struct Words {
     sets: Option<Vec<String>>,
     json: Option<PathBuf>,
+    /// Questions of each group that are scored, if not all.
+    limit: Option<usize>,
     is_count_only: bool,
     /// Everything else.
     argv: Vec<String>,
@@ -73,6 +78,8 @@ impl Words {
         };
         let sets = value("sets", "names with commas between them, or `all`")?;
         let json = value("json", "the path of a file")?;
+        let limit = value("limit", "a number of questions")?;
+        let limit = limit.map(|text| limit_of(&text)).transpose()?;
         let names = |sets: String| -> Vec<String> {
             let names = sets.split(',').map(str::trim);
             names
@@ -83,10 +90,23 @@ impl Words {
         Ok(Self {
             sets: sets.map(names).filter(|names| names != &["all"]),
             json: json.map(PathBuf::from),
+            limit,
             is_count_only: argv.iter().any(is_count_only),
-            argv: without(&without(&rest, "sets"), "json"),
+            argv: without(&without(&without(&rest, "sets"), "json"), "limit"),
         })
     }
+}
+
+/// The value of `-limit`.
+fn limit_of(text: &str) -> Result<usize, HostError> {
+    let limit = text.parse().ok().filter(|&limit| limit > 0);
+    limit.ok_or_else(|| {
+        HostError::new(
+            format!("`-limit {text}` cannot be used"),
+            "it is how many questions of each group are scored, a whole number above 0",
+            "set `-limit` to 100, say, or leave it out to score all",
+        )
+    })
 }
 
 /// `argv` without a flag and its value.
@@ -175,6 +195,7 @@ fn score(
         trained,
         blueprint: &blueprint,
         of_sets: &of_sets,
+        limit: words.limit,
         registry,
         terminal,
         signals,
@@ -183,8 +204,11 @@ fn score(
         return Ok(());
     };
     terminal.finish();
-    print(&table::render(&all));
-    write(&json, &as_json(&named("", &all))?)?;
+    print(&table::render(&all, words.limit));
+    let mut scores = named("", &all);
+    // Whoever reads the file has to know that these are not the scores of the whole sets.
+    scores.extend(words.limit.map(|limit| (LIMIT.to_owned(), limit as f64)));
+    write(&json, &as_json(&scores)?)?;
     terminal.message(Level::Info, &format!("scores are in `{}`", json.display()));
     Ok(())
 }
@@ -290,6 +314,7 @@ struct Evaluator<'a> {
     trained: Trained,
     blueprint: &'a Blueprint,
     of_sets: &'a Arguments,
+    limit: Option<usize>,
     registry: &'a Arc<Registry>,
     terminal: &'a Arc<Terminal>,
     signals: &'a Arc<Signals>,
@@ -372,6 +397,7 @@ impl Evaluator<'_> {
             batch_size: self.batch_size(),
             seq_len: size(self.trained.plan.train.seq_len)?,
             compat: self.blueprint.config.compat,
+            limit: self.limit,
             warn: &|text| self.terminal.message(Level::Warning, text),
         };
         EvalSet::open(&dataset, &request, setting)
@@ -420,11 +446,14 @@ impl Evaluator<'_> {
             terminal.work(&label, done, all);
         });
         let scored = scored.map_err(|error: TrainError| HostError::from(error))?;
+        let sample = self.limit.map_or_else(String::new, |limit| {
+            format!(", the first {limit} of each group")
+        });
         Ok(scored.map(|(scores, effort)| {
             terminal.message(
                 Level::Info,
                 &format!(
-                    "{}: {} questions; {} tokens computed, {} without shared prefixes and padding",
+                    "{}: {} questions{sample}; {} tokens computed, {} without shared prefixes and padding",
                     set.name,
                     set.len(),
                     effort.n_computed,

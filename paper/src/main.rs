@@ -10,6 +10,7 @@
 //! [`make`] goes this way, and [`stamp`] remembers what is done. [`reproduce`] trains small models first.
 
 mod child;
+mod code;
 mod configurations;
 mod files;
 mod form;
@@ -47,12 +48,19 @@ usage: moeut-paper all | <name> …                         makes every table an
                         save,paper/moe_universal/checkpoints,paper/wandb
   -runs <file>          Which runs a table or figure is made of, as JSON; default: the paper's
   -plugin_dir <folders> Further plugins, with commas between
-  -sets, -data.dir, -data.cache_dir, -gpu, -threads, -test_batch_size
+  -sets, -limit, -data.dir, -data.cache_dir, -gpu, -threads, -test_batch_size
                         Of run-tests: as for `moeut-host eval`
   -n_tokens <number>    Of trace: tokens of the held-out text; default 4096
-  -code, -data.dir, -jobs
-                        Of reproduce: a folder with source files, default the current one; a folder with evaluation
-                        sets, default none; runs at once
+
+Of reproduce:
+  -code <folder>        Source files (.rs .py .c .h .cpp .java .js .go) for the figure on code, at any depth: a clone of
+                        this project, the default being the current folder, ~/.cargo/registry/src or /usr; small needs
+                        1.5 MB, gpu 60 MB
+  -text <folder>        Files of text that everything else is trained on, as for -task moeut_text_files; default: small
+                        the embedded corpus, gpu C4 from the hub
+  -data.dir <folder>    The evaluation sets; without it the result tables have no scores. Small scores the first 50
+                        questions of each group
+  -jobs <n>             Runs at once
 ";
 
 fn main() -> ExitCode {

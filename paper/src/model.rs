@@ -23,6 +23,8 @@ use moeut_host::sweep::file::SweepFile;
 use moeut_host::sweep::runs::{Sweep, Wish};
 use serde_json::Value;
 use std::collections::{BTreeMap, BTreeSet};
+use std::ffi::OsStr;
+use std::path::Path;
 use std::sync::Arc;
 
 /// Families of models in the order of tables and legends.
@@ -191,14 +193,17 @@ impl Model {
         (a - b).abs() < room
     }
 
-    /// The paper's name of the dataset.
+    /// The paper's name of the dataset; of own text the name of its folder.
     pub(crate) fn dataset_title(&self) -> &str {
         match self.dataset.as_str() {
             "c4" => "C4",
             "pes2o" => "peS2o",
             "slimpajama" => "SlimPajama",
             "thestack" => "The Stack",
-            "text_files" => "Own text",
+            "text_files" => {
+                let name = Path::new(self.text("data.dir")).file_name();
+                name.and_then(OsStr::to_str).unwrap_or("Own text")
+            }
             other => other,
         }
     }

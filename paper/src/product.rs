@@ -125,16 +125,23 @@ impl Made {
         if data.rows.is_empty() {
             return;
         }
+        let limits = limits(&bars, scale);
+        let label = if limits.is_some() {
+            "Perplexity (axis cut)"
+        } else {
+            "Perplexity"
+        };
         let y = Axis {
-            label: "Perplexity".to_owned(),
+            label: label.to_owned(),
             scale,
-            limits: limits(&bars, scale),
+            limits,
             ..Axis::default()
         };
         let plot = Bars {
             x: Axis::new(x).with_names(places),
             y,
             series,
+            shows_values: true,
         };
         self.figures.push(Figure {
             name: name.to_owned(),
@@ -177,7 +184,7 @@ pub(crate) fn perplexity(run: &Run) -> Result<f64, Reason> {
 }
 
 /// Perplexities differ by percents: the axis begins below the smallest by as much as they differ, not at zero, where
-/// all bars would look alike.
+/// all bars would look alike. The chart shows that it does, and each number. None if it begins at zero.
 fn limits(bars: &[Bar], scale: Scale) -> Option<(f64, f64)> {
     let (low, high) = bars
         .iter()
@@ -186,8 +193,8 @@ fn limits(bars: &[Bar], scale: Scale) -> Option<(f64, f64)> {
         });
     let span = high - low;
     match scale {
-        Scale::Log => Some((low / 1.5, high * 1.1)),
-        Scale::Linear if span > 0.0 && low > span => Some((low - span, high + 0.1 * span)),
+        Scale::Log => Some((low / 1.5, high * 1.15)),
+        Scale::Linear if span > 0.0 && low > span => Some((low - span, high + 0.15 * span)),
         Scale::Linear => None,
     }
 }

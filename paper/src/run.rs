@@ -13,6 +13,7 @@
 
 use crate::files;
 use crate::model::{Catalog, Model};
+use moeut_host::eval_cli::LIMIT;
 use moeut_host::run_folder::read_args;
 use serde_json::Value;
 use std::collections::BTreeMap;
@@ -44,6 +45,8 @@ pub(crate) struct Run {
     step_times: [Vec<f64>; 2],
     /// Seconds since 1970 of each start, and of the last record.
     times: (Vec<u64>, Vec<f64>),
+    /// Of evaluation sets of which a sample was scored: the number of questions of each group.
+    samples: BTreeMap<String, f64>,
     /// The text of all starts.
     starts: String,
 }
@@ -80,8 +83,8 @@ impl Run {
                 return Err(format!("`{shown}` is half-finished: validated {reached}"));
             }
         }
-        let has_results = merge_results(folder, &mut records.last)?;
-        if !path.is_file() && !has_results {
+        let samples = merge_results(folder, &mut records.last)?;
+        if !path.is_file() && samples.is_none() {
             return Err(format!(
                 "`{shown}` has neither `metrics.jsonl` nor `result.json`"
             ));
@@ -94,6 +97,7 @@ impl Run {
             metrics: records.last,
             step_times: records.step_times,
             times: (start_times(&starts), records.times),
+            samples: samples.unwrap_or_default(),
             starts,
         })
     }
@@ -108,6 +112,11 @@ impl Run {
             Some(_) => Err(format!("`{name}` is not finite")),
             None => Err(format!("it has no `{name}`")),
         }
+    }
+
+    /// Of how many questions of each group an evaluation set's scores are, if not of all.
+    pub(crate) fn sample(&self, set: &str) -> Option<f64> {
+        self.samples.get(set).copied()
     }
 
     /// Metrics whose names are `beginning` and a number, by number.
@@ -240,21 +249,30 @@ impl Records {
     }
 }
 
-/// Adds the scores of result files; whether there was one.
-fn merge_results(folder: &Path, metrics: &mut BTreeMap<String, f64>) -> Result<bool, Reason> {
-    let mut is_any = false;
+/// Adds the scores of result files, and returns of which sets they are those of a sample; none if there is no file.
+fn merge_results(
+    folder: &Path,
+    metrics: &mut BTreeMap<String, f64>,
+) -> Result<Option<BTreeMap<String, f64>>, Reason> {
+    let mut samples: Option<BTreeMap<String, f64>> = None;
     for path in RESULTS.map(|name| folder.join(name)) {
         let Some(text) = files::read_if_there(&path)? else {
             continue;
         };
-        let results: BTreeMap<String, Option<f64>> = serde_json::from_str(&text)
+        let mut results: BTreeMap<String, Option<f64>> = serde_json::from_str(&text)
             .map_err(|error| format!("`{}` is damaged: {error}", path.display()))?;
-        is_any = true;
+        let samples = samples.get_or_insert_default();
+        let limit = results.remove(LIMIT).flatten();
         for (name, value) in results {
+            let set = name.split('/').next().unwrap_or_default();
+            match limit {
+                Some(limit) => samples.insert(set.to_owned(), limit),
+                None => samples.remove(set),
+            };
             metrics.insert(format!("{VALIDATION}{name}"), value.unwrap_or(f64::NAN));
         }
     }
-    Ok(is_any)
+    Ok(samples)
 }
 
 /// `start        1700000000 s after 1970, …` of each start.
@@ -285,6 +303,25 @@ mod tests {
         std::fs::write(&path, format!("{whole}{{\"step\":30,\"vali")).unwrap();
         let reason = Records::default().read(&path).unwrap_err();
         assert!(reason.starts_with("line 3 of `"), "{reason}");
+    }
+
+    #[test]
+    fn later_scores_win_and_bring_what_they_are_scores_of() {
+        let dir = tempfile::tempdir().unwrap();
+        let merge = || {
+            let mut metrics = BTreeMap::new();
+            let samples = merge_results(dir.path(), &mut metrics).unwrap();
+            (metrics, samples)
+        };
+        assert_eq!(merge(), (BTreeMap::new(), None));
+        let write = |name: &str, text: &str| std::fs::write(dir.path().join(name), text).unwrap();
+        write("eval.json", "{\"a/x\":0.1,\"b/x\":0.2,\"limit\":5.0}");
+        write("result.json", "{\"a/x\":0.3}");
+        let (metrics, samples) = merge();
+        let named = |name: &str, value| (name.to_owned(), value);
+        let expected = [named("validation/a/x", 0.3), named("validation/b/x", 0.2)];
+        assert_eq!(metrics, BTreeMap::from(expected));
+        assert_eq!(samples, Some(BTreeMap::from([named("b", 5.0)])));
     }
 
     #[test]

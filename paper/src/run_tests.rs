@@ -1,7 +1,7 @@
 //! `run-tests`: scores trained models on the evaluation sets, one after the other.
 //!
 //! The scores of a run are in its folder as `result.json`, under the reference's names (`lambada/accuracy/total`). Started
-//! again, it goes on with the first run that lacks them. A folder with a bare checkpoint of the reference, `model.ckpt`,
+//! again, it goes on with the first run that lacks them, or has those of another sample (`-limit`). A folder with a bare checkpoint of the reference, `model.ckpt`,
 //! gets its `args.json` from there, and is a run like any other then.
 
 use crate::child::{self, Program};
@@ -11,15 +11,17 @@ use crate::roster::Roster;
 use crate::words::Words;
 use moeut_host::checkpoint;
 use moeut_host::error::HostError;
+use moeut_host::eval_cli::LIMIT;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
 /// Flags of the command; those from `sets` on are the host's.
-pub(crate) const FLAGS: [&str; 9] = [
+pub(crate) const FLAGS: [&str; 10] = [
     "save_dir",
     "runs",
     "sets",
+    LIMIT,
     "data.dir",
     "data.cache_dir",
     "gpu",
@@ -35,8 +37,9 @@ const BARE: [&str; 2] = ["model.ckpt", "model.pth"];
 /// Scores the runs that are named, or those of the result tables. Returns 1 if one of them failed.
 ///
 /// # Errors
-/// If the list of runs cannot be read, or `moeut-host` cannot be started.
+/// If the list of runs cannot be read, the limit is none, or `moeut-host` cannot be started.
 pub(crate) fn command(words: &Words) -> Result<u8, HostError> {
+    let limit = words.positive(LIMIT)?;
     let names = if words.names.is_empty() {
         let roster = Roster::open(words.get("runs").map(Path::new))?;
         let mut names: Vec<String> = Vec::new();
@@ -66,7 +69,7 @@ pub(crate) fn command(words: &Words) -> Result<u8, HostError> {
             continue;
         };
         let result = folder.join("result.json");
-        if is_newer(&result, &weights) {
+        if is_current(&result, &weights, limit) {
             say(&format!("{}: nothing has changed", result.display()));
             continue;
         }
@@ -111,12 +114,13 @@ fn weights(folder: &Path) -> Option<PathBuf> {
     known.find(|path| path.exists())
 }
 
-/// Whether there are scores, whole and made after the weights.
-fn is_newer(result: &Path, weights: &Path) -> bool {
+/// Whether there are scores: whole, of the questions that are asked for, and made after the weights.
+fn is_current(result: &Path, weights: &Path, limit: Option<u64>) -> bool {
     let time =
         |path: &Path| -> Option<SystemTime> { std::fs::metadata(path).ok()?.modified().ok() };
-    let is_whole = files::remembered::<BTreeMap<String, Option<f64>>>(result).is_some();
-    is_whole
+    let scores: Option<BTreeMap<String, Option<f64>>> = files::remembered(result);
+    let of_limit = |scores: BTreeMap<String, Option<f64>>| scores.get(LIMIT).copied().flatten();
+    scores.is_some_and(|scores| of_limit(scores) == limit.map(|limit| limit as f64))
         && time(result)
             .zip(time(weights))
             .is_some_and(|(result, weights)| result > weights)

@@ -164,6 +164,7 @@ fn escaped(text: &str) -> String {
             '~' => latex.push_str("\\textasciitilde{}"),
             '^' => latex.push_str("\\textasciicircum{}"),
             'σ' => latex.push_str("$\\sigma$"),
+            '×' => latex.push_str("$\\times$"),
             '–' => latex.push_str("--"),
             c => latex.push(c),
         }
@@ -187,7 +188,7 @@ mod tests {
             rows: vec![
                 row(["C4", "σ-MoE", "1,5", "x"]),
                 row(["C4", "A_B", "", "y"]),
-                row(["peS2o", "a|b", "3", "z"]),
+                row(["peS2o", "a|b", "2×3", "z"]),
             ],
             n_headings: 1,
         }
@@ -207,7 +208,7 @@ mod tests {
                 "\\multirow{2}{*}{C4} & $\\sigma$-MoE & 1,5 \\\\",
                 " & A\\_B & -- \\\\",
                 "\\midrule",
-                "peS2o & a|b & 3 \\\\",
+                "peS2o & a|b & 2$\\times$3 \\\\",
                 "\\bottomrule",
                 "\\end{tabular}",
             ]
@@ -218,12 +219,12 @@ mod tests {
     fn separators_in_cells_do_not_separate() {
         assert_eq!(
             table().csv(),
-            "Dataset,Model,d_model,Run\nC4,σ-MoE,\"1,5\",x\nC4,A_B,,y\npeS2o,a|b,3,z\n"
+            "Dataset,Model,d_model,Run\nC4,σ-MoE,\"1,5\",x\nC4,A_B,,y\npeS2o,a|b,2×3,z\n"
         );
         assert_eq!(
             table().markdown(),
             "| Dataset | Model | d_model | Run |\n| --- | --- | --: | --: |\n| C4 | σ-MoE | 1,5 | x |\n\
-             | C4 | A_B | – | y |\n| peS2o | a\\|b | 3 | z |\n"
+             | C4 | A_B | – | y |\n| peS2o | a\\|b | 2×3 | z |\n"
         );
     }
 }

@@ -40,14 +40,7 @@ pub(crate) fn command(words: &Words) -> Result<u8, HostError> {
     if words.names.is_empty() {
         return Err(misuse("no run is named"));
     }
-    let n_tokens = match words.get("n_tokens") {
-        None => N_TOKENS,
-        Some(text) => text
-            .parse()
-            .ok()
-            .filter(|&n| n > 0)
-            .ok_or_else(|| misuse(format!("`-n_tokens {text}` is no whole number above 0")))?,
-    };
+    let n_tokens = words.positive("n_tokens")?.unwrap_or(N_TOKENS);
     let catalog = Catalog::open(&words.list("plugin_dir", ""))?;
     for name in &words.names {
         let folder = words.path("save_dir", "save").join(name);
@@ -217,7 +210,7 @@ fn follow(
                     .collect(),
             );
             if let std::collections::btree_map::Entry::Vacant(entry) = selections.texts.entry(id) {
-                entry.insert(trained.tokenizer.decode(&[id])?);
+                entry.insert(text(&trained.tokenizer, id)?);
             }
         }
         for (of_tokens, of_whole) in sums.iter().zip(&whole) {
@@ -227,6 +220,12 @@ fn follow(
         terminal.work("windows traced", window + 1, n_windows);
     }
     Ok((selections, agreement))
+}
+
+/// The text of a token in the middle of others: alone it would lose the space at its beginning.
+fn text(tokenizer: &TokenDatasetClient, id: i32) -> Result<String, PluginError> {
+    let (once, twice) = (tokenizer.decode(&[id])?, tokenizer.decode(&[id, id])?);
+    Ok(twice.strip_prefix(&once).unwrap_or(&once).to_owned())
 }
 
 /// Experts that are selected at all.

@@ -52,6 +52,19 @@ impl Words {
         parts.map(str::to_owned).collect()
     }
 
+    /// A whole number above 0, if one is given.
+    ///
+    /// # Errors
+    /// If it is another value.
+    pub(crate) fn positive(&self, name: &str) -> Result<Option<u64>, HostError> {
+        let Some(text) = self.get(name) else {
+            return Ok(None);
+        };
+        let number = text.parse().ok().filter(|&number| number > 0);
+        let why = || misuse(format!("`-{name} {text}` is no whole number above 0"));
+        number.ok_or_else(why).map(Some)
+    }
+
     /// A path.
     pub(crate) fn path(&self, name: &str, default: &str) -> PathBuf {
         self.get(name).unwrap_or(default).into()
@@ -84,6 +97,15 @@ mod tests {
         assert_eq!(words.list("save_dir", "save"), ["b", "c"]);
         for line in ["-outt a", "all -out"] {
             assert!(read(line).is_err(), "{line}");
+        }
+    }
+
+    #[test]
+    fn counts_are_whole_numbers_above_zero() {
+        assert_eq!(read("-out 12").unwrap().positive("out").unwrap(), Some(12));
+        assert_eq!(read("-out 12").unwrap().positive("save_dir").unwrap(), None);
+        for line in ["-out 0", "-out -3", "-out 1.5"] {
+            assert!(read(line).unwrap().positive("out").is_err(), "{line}");
         }
     }
 }

@@ -1,8 +1,8 @@
 //! Charts of series: lines, points, bars, histograms.
 
 use crate::axes::{self, GAP, LINE_HEIGHT, MARGIN, SIZE, Side, one_line};
-use crate::color::{self, INK};
-use crate::drawing::{Anchor, Area, Drawing, Shape};
+use crate::color::{self, INK, WHITE};
+use crate::drawing::{Anchor, Area, Drawing, Shape, Text};
 use crate::font;
 use crate::plot::{Axis, Bars, Histogram, Scale, Series, XyChart};
 use crate::ticks::{Span, every, number};
@@ -188,7 +188,8 @@ fn error_bar(drawing: &mut Drawing, x: f32, low: f32, high: f32, color: color::C
     }
 }
 
-/// Bars, those of several series beside each other.
+/// Bars, those of several series beside each other. Where the axis does not reach down to zero, bars and axis are torn:
+/// lengths say nothing there, and nobody is to believe that they do.
 pub(crate) fn bars(bars: &Bars, title: &str) -> Drawing {
     let n_places = bars.series.iter().map(|s| s.y.len()).max().unwrap_or(0);
     let values = bars.series.iter().flat_map(Series::heights);
@@ -210,6 +211,12 @@ pub(crate) fn bars(bars: &Bars, title: &str) -> Drawing {
     let slot = area.width / n_places.max(1) as f32;
     let width = slot * if slot > 4.0 { 0.8 } else { 1.0 } / n_series.max(1) as f32;
     let ground = area.at(0.0, y_span.place(0.0).unwrap_or(0.0)).1;
+    let values = bars.series.iter().flat_map(|series| &series.y);
+    let n_digits = if values.into_iter().any(|value| value.abs() >= 100.0) {
+        1
+    } else {
+        2
+    };
     for (index, series) in bars.series.iter().enumerate() {
         let color = color::series(index, n_series);
         for (place, &value) in series.y.iter().enumerate() {
@@ -228,14 +235,43 @@ pub(crate) fn bars(bars: &Bars, title: &str) -> Drawing {
                 let [low, high] = [low, high].map(|at| area.clamp(area.at(0.0, at)).1);
                 error_bar(&mut drawing, left + width / 2.0, low, high, INK);
             }
+            if bars.shows_values {
+                let text = format!("{value:.n_digits$}");
+                write_above(&mut drawing, (left, top, width), &text);
+            }
         }
     }
     if bars.series.iter().all(|series| series.y.is_empty()) {
         axes::say_empty(&mut drawing, &area);
     }
     axes::finish(&mut drawing, &area, &x, &y);
+    if y_span.place(0.0).is_none_or(|zero| zero < 0.0) {
+        tear(&mut drawing, &area);
+    }
     legend.draw(&mut drawing, &area);
     drawing
+}
+
+/// A white zigzag across the feet of all bars and the axis beside them.
+fn tear(drawing: &mut Drawing, area: &Area) {
+    const STEP: f32 = 5.0;
+    const HALF: f32 = 2.5;
+    let (left, middle) = (area.left - 2.0 * STEP, area.bottom() - 4.0 * HALF);
+    let mut points = vec![(left, middle)];
+    while let Some(&(x, y)) = points.last().filter(|(x, _)| *x < area.right()) {
+        let side = if y < middle { HALF } else { -HALF };
+        points.push((x + STEP, middle + side));
+    }
+    drawing.line(points, WHITE, 3.0);
+}
+
+/// Writes above a bar whose left upper corner and width are given, as large as the width allows.
+fn write_above(drawing: &mut Drawing, (left, top, width): (f32, f32, f32), text: &str) {
+    let size = SIZE.min(SIZE * width / font::width(text, SIZE));
+    drawing.text(Text {
+        size,
+        ..axes::label(left + width / 2.0, top - 3.0, text, Anchor::Middle)
+    });
 }
 
 fn bar(left: f32, width: f32, from: f32, to: f32) -> Area {
@@ -372,6 +408,41 @@ mod tests {
             (top.min(y), bottom.max(y))
         });
         assert!(bottom - top <= HEIGHT);
+    }
+
+    /// White lines, and texts.
+    fn tears_and_texts(chart: &Bars) -> (usize, Vec<String>) {
+        let shapes = bars(chart, "").shapes;
+        let is_tear =
+            |shape: &&Shape| matches!(shape, Shape::Line { stroke, .. } if *stroke == WHITE);
+        let n_tears = shapes.iter().filter(is_tear).count();
+        let texts = shapes.into_iter().filter_map(|shape| match shape {
+            Shape::Text(text) => Some(text.content),
+            _ => None,
+        });
+        (n_tears, texts.collect())
+    }
+
+    #[test]
+    fn bars_that_do_not_begin_at_zero_are_torn_and_their_values_are_written() {
+        let mut chart = Bars {
+            series: vec![Series::new("", vec![12.345, 23.45, f64::NAN])],
+            shows_values: true,
+            ..Bars::default()
+        };
+        let (n_tears, texts) = tears_and_texts(&chart);
+        assert_eq!(n_tears, 0);
+        assert!(texts.contains(&"12.35".to_owned()), "{texts:?}");
+        assert!(texts.contains(&"23.45".to_owned()), "{texts:?}");
+        assert!(!texts.contains(&"NaN".to_owned()), "{texts:?}");
+        chart.series[0].y[1] = 123.46;
+        chart.y.limits = Some((10.0, 130.0));
+        let (n_tears, texts) = tears_and_texts(&chart);
+        assert_eq!(n_tears, 1);
+        assert!(texts.contains(&"12.3".to_owned()), "{texts:?}");
+        assert!(texts.contains(&"123.5".to_owned()), "{texts:?}");
+        chart.y.scale = Scale::Log;
+        assert_eq!(tears_and_texts(&chart).0, 1);
     }
 
     #[test]

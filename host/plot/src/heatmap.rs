@@ -2,7 +2,7 @@
 
 use crate::axes::{self, GAP, LINE_HEIGHT, MARGIN, SIZE, Side, write_title};
 use crate::cluster;
-use crate::color::{INK, WHITE, heat};
+use crate::color::{INK, MISSING, WHITE, heat};
 use crate::drawing::{Anchor, Area, Drawing, Pixels, Shape};
 use crate::font;
 use crate::plot::{Axis, Clustermap, Confusion, Frames, Heatmap, Matrix, Scale};
@@ -23,6 +23,10 @@ const MAX_NUMBERS: usize = 1600;
 /// Frames shown side by side where nothing moves.
 const MAX_STILLS: usize = 16;
 const BAR_WIDTH: f32 = 12.0;
+/// Above the scale, where its name stands, so that its last number does not stand in it.
+const NAME_HEIGHT: f32 = 8.0;
+/// Below the scale, for what grey means.
+const KEY_HEIGHT: f32 = BAR_WIDTH + 2.0 * GAP;
 
 impl Matrix {
     /// Rows and columns that there are numbers for.
@@ -112,12 +116,16 @@ impl Shades {
         }
     }
 
-    /// Draws the scale beside the cells.
-    fn draw(self, drawing: &mut Drawing, area: &Area) {
+    /// Draws the scale beside the cells, its name above, and below it what grey means.
+    fn draw(self, drawing: &mut Drawing, area: &Area, (name, missing): (&str, &str)) {
+        let left = area.right() + 2.0 * GAP;
+        let height = bar_height(area.height, (name, missing));
+        let above = if name.is_empty() { 0.0 } else { NAME_HEIGHT };
         let bar = Area {
-            left: area.right() + 2.0 * GAP,
+            left,
+            top: area.top + above,
             width: BAR_WIDTH,
-            ..*area
+            height,
         };
         let shades = (0..128u8).rev().map(|step| heat(f32::from(step) / 127.0).0);
         let pixels = Pixels {
@@ -126,7 +134,7 @@ impl Shades {
             rgb: shades.flatten().collect(),
         };
         drawing.shapes.push(Shape::Pixels { area: bar, pixels });
-        for tick in self.ticks(area.height) {
+        for tick in self.ticks(bar.height) {
             let (x, y) = bar.at(1.0, tick.at);
             drawing.line(vec![(x, y), (x + 3.0, y)], INK, 1.0);
             drawing.text(axes::label(
@@ -136,6 +144,20 @@ impl Shades {
                 Anchor::Start,
             ));
         }
+        if !missing.is_empty() {
+            let swatch = Area {
+                left,
+                top: area.bottom() - BAR_WIDTH,
+                width: BAR_WIDTH,
+                height: BAR_WIDTH,
+            };
+            drawing.fill(swatch, MISSING);
+            let (x, y) = (swatch.right() + GAP, swatch.bottom() - 2.0);
+            drawing.text(axes::label(x, y, missing, Anchor::Start));
+        }
+        let right = drawing.width - MARGIN;
+        let name = axes::one_line(name, right - MARGIN);
+        drawing.text(axes::label(right, area.top - 5.0, &name, Anchor::End));
     }
 
     fn ticks(self, height: f32) -> Vec<Tick> {
@@ -146,11 +168,19 @@ impl Shades {
     }
 
     /// Room that the scale needs beside the cells.
-    fn width(self, height: f32) -> f32 {
-        let ticks = self.ticks(height);
-        let widths = ticks.iter().map(|tick| font::width(&tick.label, SIZE));
+    fn width(self, height: f32, said: (&str, &str)) -> f32 {
+        let ticks = self.ticks(bar_height(height, said));
+        let texts = ticks.iter().map(|tick| &*tick.label).chain([said.1]);
+        let widths = texts.map(|text| font::width(text, SIZE));
         widths.fold(0.0, f32::max) + 2.0 * GAP + BAR_WIDTH + GAP + MARGIN
     }
+}
+
+/// Of the scale, where `height` is that of the cells, and its name and what grey means are said, too.
+fn bar_height(height: f32, (name, missing): (&str, &str)) -> f32 {
+    let above = if name.is_empty() { 0.0 } else { NAME_HEIGHT };
+    let below = if missing.is_empty() { 0.0 } else { KEY_HEIGHT };
+    height - above - below
 }
 
 /// A matrix with its scale.
@@ -166,7 +196,11 @@ fn draw(chart: &Heatmap, title: &str) -> (Drawing, Area) {
     let (width, height) = cells_size(n_rows, n_cols, shows_values);
     let x = Side::across(&chart.x.label, &chart.x.names, n_cols, width);
     let y = Side::down(&chart.y.label, &chart.y.names, n_rows, height);
-    let right = shades.width(height);
+    let has_gaps = chart.matrix.rows().flatten().any(|value| value.is_nan());
+    let missing = if has_gaps { &*chart.missing } else { "" };
+    let missing = axes::one_line(missing, MAX_WIDTH);
+    let said = (&*chart.scale, &*missing);
+    let right = shades.width(height, said);
     let (mut drawing, area) = axes::chart(title, (width, height), &x, &y, right);
     draw_cells(&mut drawing, &area, &chart.matrix, shades);
     if shows_values {
@@ -185,7 +219,7 @@ fn draw(chart: &Heatmap, title: &str) -> (Drawing, Area) {
     if n_rows == 0 {
         axes::say_empty(&mut drawing, &area);
     }
-    shades.draw(&mut drawing, &area);
+    shades.draw(&mut drawing, &area, said);
     axes::finish(&mut drawing, &area, &x, &y);
     (drawing, area)
 }
@@ -298,7 +332,7 @@ pub(crate) fn of_confusion(confusion: &Confusion) -> Heatmap {
         y: axis("true"),
         range: Some((0.0, 1.0)),
         shows_values: true,
-        marks: Vec::new(),
+        ..Heatmap::default()
     }
 }
 
@@ -402,7 +436,7 @@ pub(crate) fn stills(frames: &Frames, title: &str) -> Drawing {
         height: n_rows as f32 * step_y - GAP,
     };
     let mut drawing = Drawing {
-        width: all.right() + shades.width(all.height),
+        width: all.right() + shades.width(all.height, ("", "")),
         height: all.bottom() + MARGIN,
         shapes: Vec::new(),
     };
@@ -424,7 +458,7 @@ pub(crate) fn stills(frames: &Frames, title: &str) -> Drawing {
     if shown.is_empty() {
         axes::say_empty(&mut drawing, &all);
     }
-    shades.draw(&mut drawing, &all);
+    shades.draw(&mut drawing, &all, ("", ""));
     drawing
 }
 
@@ -460,6 +494,44 @@ mod tests {
         };
         assert_eq!(n_boxes(&drawing(18, 18)), 18 * 18);
         assert_eq!(n_boxes(&drawing(18, 565)), 0);
+    }
+
+    #[test]
+    fn grey_is_explained_where_there_is_some() {
+        let texts = |values: Vec<f32>| {
+            let chart = Heatmap {
+                matrix: Matrix {
+                    n_rows: 2,
+                    n_cols: 2,
+                    values,
+                },
+                scale: "share".to_owned(),
+                missing: "never".to_owned(),
+                ..Heatmap::default()
+            };
+            let drawing = heatmap(&chart, "");
+            let right = drawing.width;
+            let texts = drawing.shapes.into_iter().filter_map(|shape| match shape {
+                Shape::Text(text) => Some(text),
+                _ => None,
+            });
+            let texts: Vec<_> = texts.collect();
+            for text in texts.iter().filter(|text| text.anchor == Anchor::Start) {
+                let end = text.x + font::width(&text.content, SIZE);
+                assert!(end <= right, "`{}` ends at {end} of {right}", text.content);
+            }
+            texts
+                .into_iter()
+                .map(|text| text.content)
+                .collect::<Vec<_>>()
+        };
+        let has = |texts: &[String], text: &str| texts.iter().any(|other| other == text);
+        let with_gap = texts(vec![0.0, f32::NAN, 0.5, 1.0]);
+        assert!(
+            has(&with_gap, "never") && has(&with_gap, "share"),
+            "{with_gap:?}"
+        );
+        assert!(!has(&texts(vec![0.0, 0.25, 0.5, 1.0]), "never"));
     }
 
     #[test]

@@ -99,6 +99,9 @@ pub struct Bars {
     pub y: Axis,
     /// Several series stand beside each other at each place. `x` of a series may be empty: 0, 1, ….
     pub series: Vec<Series>,
+    /// Write each number above its bar.
+    #[serde(default)]
+    pub shows_values: bool,
 }
 
 /// Numbers that belong together.
@@ -161,6 +164,12 @@ pub struct Heatmap {
     /// Cells with a frame: row, column.
     #[serde(default)]
     pub marks: Vec<(usize, usize)>,
+    /// What the colours are, with unit; not said if empty.
+    #[serde(default)]
+    pub scale: String,
+    /// What it means that a cell has no number and is grey; not said if empty.
+    #[serde(default)]
+    pub missing: String,
 }
 
 /// Counts of predicted (column) by true (row) class; shown as shares of each row.

@@ -34,6 +34,9 @@ fn bars(chart: &Bars, title: &str) -> Value {
     let data = each(&chart.series, |index, series| {
         let mut trace = trace(series, index, chart.series.len());
         trace["type"] = "bar".into();
+        if chart.shows_values {
+            trace["texttemplate"] = "%{y:.2f}".into();
+        }
         if !chart.x.names.is_empty() {
             trace["x"] = chart.x.names.clone().into();
         }
@@ -94,6 +97,9 @@ fn of_heatmap(chart: &Heatmap, title: &str) -> Value {
     if let Some((low, high)) = chart.range {
         trace["zmin"] = json!(low);
         trace["zmax"] = json!(high);
+    }
+    if !chart.scale.is_empty() {
+        trace["colorbar"] = json!({ "title": { "text": chart.scale } });
     }
     if chart.shows_values {
         trace["texttemplate"] = "%{z:.2f}".into();

@@ -72,14 +72,17 @@ fn matrix() -> impl Strategy<Value = Matrix> {
 fn heatmap() -> impl Strategy<Value = Heatmap> {
     let range = prop::option::of((single(), single()));
     let marks = vec((0usize..9, 0usize..9), 0..4);
-    (matrix(), axis(), axis(), range, any::<bool>(), marks).prop_map(
-        |(matrix, x, y, range, shows_values, marks)| Heatmap {
+    let scale = (range, name(), name());
+    (matrix(), axis(), axis(), scale, any::<bool>(), marks).prop_map(
+        |(matrix, x, y, (range, scale, missing), shows_values, marks)| Heatmap {
             matrix,
             x,
             y,
             range,
             shows_values,
             marks,
+            scale,
+            missing,
         },
     )
 }
@@ -131,7 +134,15 @@ fn plot() -> impl Strategy<Value = Plot> {
         (row(), vec(row(), 0..130)).prop_map(|(header, rows)| Table { header, rows }.into()),
         histogram().prop_map(Plot::from),
         vec(image(), 0..6).prop_map(Plot::from),
-        (axis(), axis(), all_series()).prop_map(|(x, y, series)| Bars { x, y, series }.into()),
+        (axis(), axis(), all_series(), any::<bool>()).prop_map(|(x, y, series, shows_values)| {
+            Bars {
+                x,
+                y,
+                series,
+                shows_values,
+            }
+            .into()
+        }),
         (axis(), axis(), all_series()).prop_map(|(x, y, series)| XyChart { x, y, series }.into()),
         heatmap().prop_map(Plot::from),
         (matrix(), row()).prop_map(|(counts, names)| Confusion { counts, names }.into()),

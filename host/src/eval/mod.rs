@@ -21,6 +21,7 @@ use moeut_plugin_api::abi::client::{ChoiceDatasetClient, ModelClient, TokenDatas
 use moeut_plugin_api::{EvaluationRequest, PluginError, ScoringRule};
 use moeut_torch::OrPluginError;
 use predict::{Client, Effort, predict};
+use std::collections::BTreeMap;
 use tch::{Device, Kind, Tensor};
 
 /// Questions that are read at once.
@@ -50,6 +51,8 @@ pub struct Setting<'a> {
     pub seq_len: usize,
     /// Whether to leave out what the reference's sampler leaves out.
     pub compat: bool,
+    /// So many questions of each group, the first ones; all if absent.
+    pub limit: Option<usize>,
     /// Told what the user may not expect.
     pub warn: &'a dyn Fn(&str),
 }
@@ -87,10 +90,18 @@ impl EvalSet {
             encode: &|text| setting.tokenizer.encode(text),
         };
         let mut items = Vec::new();
+        let mut n_of_group: BTreeMap<String, usize> = BTreeMap::new();
         let mut first = 0;
         while first < n_questions {
             let n = PAGE.min(n_questions - first);
             for (index, question) in (first..).zip(dataset.read(first, n)?) {
+                if let Some(limit) = setting.limit {
+                    let n_taken = n_of_group.entry(question.group.clone()).or_default();
+                    if *n_taken == limit {
+                        continue;
+                    }
+                    *n_taken += 1;
+                }
                 items.push(tokens.item(index, question)?);
             }
             first += n;

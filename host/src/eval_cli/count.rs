@@ -24,6 +24,10 @@ pub(super) fn count(
     terminal: &Arc<Terminal>,
     signals: &Arc<Signals>,
 ) -> Result<(), HostError> {
+    if words.limit.is_some() {
+        let text = "`-limit` has no effect with `--count-only`, which counts all questions";
+        terminal.message(Level::Warning, text);
+    }
     let names = match &words.sets {
         Some(names) => names.clone(),
         None => choice_sets(registry),

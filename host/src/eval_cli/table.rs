@@ -16,8 +16,8 @@ const COLUMNS: [(&str, &str, &str); 6] = [
 /// The stream whose perplexity the paper's tables show.
 const STREAM: &str = "val";
 
-/// The whole text.
-pub(super) fn render(all: &AllScores) -> String {
+/// The whole text; `limit` is how many questions of each group were scored, if not all.
+pub(super) fn render(all: &AllScores, limit: Option<usize>) -> String {
     let mut rows = vec![["set", "metric", "value", "n"].map(String::from)];
     let mut row = |set: &str, metric: &str, value: f64, n: u64| {
         rows.push([
@@ -43,6 +43,12 @@ pub(super) fn render(all: &AllScores) -> String {
     }
     let mut text = aligned(&rows, 2);
     let _ = write!(text, "\n{}", aligned(&paper(all), 0));
+    if let (Some(limit), false) = (limit, all.sets.is_empty()) {
+        let _ = writeln!(
+            text,
+            "of a sample: the first {limit} questions of each group"
+        );
+    }
     text
 }
 

@@ -377,6 +377,7 @@ impl Site<'_> {
             ),
             seq_len: size(plan.train.seq_len)?,
             compat: config.compat,
+            limit: None,
             warn: &|text| self.services.log(LogLevel::Warning, text),
         };
         let evaluations = self.evaluations(plan, setting)?;

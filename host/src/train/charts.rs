@@ -64,6 +64,7 @@ impl Sketch {
                         error: below.iter().copied().zip(above.iter().copied()).collect(),
                         ..Series::default()
                     }],
+                    shows_values: false,
                 })))
             }
             (ChartKind::Heatmap { x, y, range }, &[n_rows, n_cols], _) => {

@@ -1,5 +1,6 @@
 //! Figures: how many experts the occurrences of a token use together in each layer, and which share that is of all
-//! experts that they use in the layers of the same group. Mean and standard deviation over the commonest tokens.
+//! experts that they use in the layers of the same group. Mean and standard deviation over the commonest tokens; an
+//! error bar ends where the values do, for no token uses less than one expert, or more than all.
 
 use crate::product::{Figure, Made, Product};
 use crate::run::Run;
@@ -55,10 +56,17 @@ struct Chart {
 
 impl Chart {
     fn new(name: &'static str, label: &'static str) -> Self {
+        let columns = [
+            "layer",
+            "mean",
+            "standard deviation",
+            "smallest",
+            "largest",
+            "tokens",
+            "run",
+        ];
         let data = Table {
-            columns: ["layer", "mean", "standard deviation", "tokens", "run"]
-                .map(Column::new)
-                .to_vec(),
+            columns: columns.map(Column::new).to_vec(),
             ..Table::default()
         };
         Self {
@@ -71,15 +79,19 @@ impl Chart {
 
     /// Adds a run; `values` are those of all tokens, by layer.
     fn add(&mut self, run: &Run, values: &[Vec<f64>]) {
-        let (mut means, mut stds) = (Vec::new(), Vec::new());
+        let (mut means, mut ranges) = (Vec::new(), Vec::new());
         for (layer, values) in values.iter().enumerate() {
             let (mean, std) = mean_and_std(values).unwrap_or((f64::NAN, 0.0));
+            let smallest = values.iter().copied().fold(f64::INFINITY, f64::min);
+            let largest = values.iter().copied().fold(f64::NEG_INFINITY, f64::max);
             means.push(mean);
-            stds.push(std);
+            ranges.push(((mean - std).max(smallest), (mean + std).min(largest)));
             let numbers = [
                 layer.to_string(),
                 mean.to_string(),
                 std.to_string(),
+                smallest.to_string(),
+                largest.to_string(),
                 values.len().to_string(),
             ];
             self.data
@@ -87,7 +99,8 @@ impl Chart {
                 .push(numbers.into_iter().chain([run.name.clone()]).collect());
         }
         let name = format!("{} {}", run.model.family().name(), run.model.size());
-        self.series.push(Series::new(name, means).with_std(&stds));
+        self.series
+            .push(Series::new(name, means).with_range(&ranges));
     }
 
     fn figure(self) -> Option<Figure> {

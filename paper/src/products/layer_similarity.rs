@@ -49,6 +49,8 @@ fn make(runs: &[&Run]) -> Made {
             range: Some((0.0, 1.0)),
             // Numbers only where each cell has one and room for it.
             shows_values: n_layers <= 9 && rows.len() == similarity.len(),
+            scale: "Overlap of selected experts".to_owned(),
+            missing: "other group".to_owned(),
             ..Heatmap::default()
         };
         made.figures.push(Figure {

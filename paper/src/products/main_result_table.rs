@@ -1,4 +1,6 @@
 //! Table 1: perplexity and zero-shot accuracy by dataset, size and model.
+//!
+//! Unless each run was scored on all questions, a column says what of them its accuracies are from.
 
 use crate::product::{Made, Product, nothing_else, perplexity, sizes};
 use crate::run::{Reason, Run};
@@ -11,15 +13,17 @@ pub(super) const PRODUCT: Product = Product {
     sources: nothing_else,
 };
 
-/// Title and metric of each evaluation; the last column is their mean.
-const ACCURACIES: [(&str, &str); 6] = [
-    ("LAMBADA", "validation/lambada/accuracy/total"),
-    ("BLiMP", "validation/blimp/accuracy/group_average"),
-    ("CBT", "validation/cbt/accuracy/group_average"),
-    ("HellaSwag", "validation/hellaswag/accuracy/group_average"),
-    ("PIQA", "validation/piqa/accuracy/group_average"),
-    ("ARC-E", "validation/ai2arc/accuracy/ARC-Easy"),
+/// Title, set and metric of each evaluation; the last column is their mean.
+const ACCURACIES: [(&str, &str, &str); 6] = [
+    ("LAMBADA", "lambada", "accuracy/total"),
+    ("BLiMP", "blimp", "accuracy/group_average"),
+    ("CBT", "cbt", "accuracy/group_average"),
+    ("HellaSwag", "hellaswag", "accuracy/group_average"),
+    ("PIQA", "piqa", "accuracy/group_average"),
+    ("ARC-E", "ai2arc", "accuracy/ARC-Easy"),
 ];
+/// What stands in the column of questions where all were scored.
+const ALL: &str = "all";
 
 /// The table of a set of runs. A run without some evaluation has a gap there, and none of those that it lacks counts in
 /// its mean: there is no mean then.
@@ -30,14 +34,21 @@ pub(super) fn results(name: &str, runs: &[&Run]) -> Made {
     if rows.is_empty() {
         return made;
     }
-    let titles = ACCURACIES.iter().map(|(title, _)| Column::new(title));
+    let titles = ACCURACIES.iter().map(|(title, ..)| Column::new(title));
     let columns = ["Dataset", "Size", "Model", "PPL"]
         .into_iter()
         .map(Column::new);
     let columns = columns.chain(titles).chain([Column::new("Average")]);
+    let are_all = rows.iter().all(|(run, _)| questions(run) == ALL);
+    let said = (!are_all).then(|| Column::new("Questions"));
+    let whole = |(run, mut row): (&Run, Vec<String>)| {
+        row.extend(said.map(|_| questions(run)));
+        row.push(run.name.clone());
+        row
+    };
     let table = Table {
-        columns: columns.chain([Column::origin("Run")]).collect(),
-        rows: rows.into_iter().map(|(_, row)| row).collect(),
+        columns: columns.chain(said).chain([Column::origin("Run")]).collect(),
+        rows: rows.into_iter().map(whole).collect(),
         n_headings: 2,
     };
     made.tables.push((name.to_owned(), table));
@@ -52,7 +63,7 @@ fn row(run: &Run, size: String) -> Result<Vec<String>, Reason> {
         model.family().name().to_owned(),
         format!("{:.2}", perplexity(run)?),
     ];
-    let accuracies = ACCURACIES.map(|(_, metric)| run.metric(metric).ok());
+    let accuracies = ACCURACIES.map(|(_, set, metric)| accuracy(run, set, metric));
     let mean = accuracies.iter().copied().sum::<Option<f64>>();
     let mean = mean.map(|sum| sum / ACCURACIES.len() as f64);
     let shown = accuracies.into_iter().chain([mean]);
@@ -61,6 +72,21 @@ fn row(run: &Run, size: String) -> Result<Vec<String>, Reason> {
             .map(|share| format!("{:.1}", 100.0 * share))
             .unwrap_or_default()
     }));
-    row.push(run.name.clone());
     Ok(row)
+}
+
+fn accuracy(run: &Run, set: &str, metric: &str) -> Option<f64> {
+    run.metric(&format!("validation/{set}/{metric}")).ok()
+}
+
+/// Which questions a run was scored on: of several samples the smallest, so that no score seems to be of more.
+fn questions(run: &Run) -> String {
+    let is_scored = |(_, set, metric): &&(&str, &str, &str)| accuracy(run, set, metric).is_some();
+    let mut scored = ACCURACIES.iter().filter(is_scored).peekable();
+    if scored.peek().is_none() {
+        return "not scored".to_owned();
+    }
+    let samples = scored.filter_map(|(_, set, _)| run.sample(set));
+    let smallest = samples.reduce(f64::min);
+    smallest.map_or_else(|| ALL.to_owned(), |n| format!("first {n} of each group"))
 }

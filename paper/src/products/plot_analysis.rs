@@ -65,9 +65,12 @@ fn chart(places: &[usize], counts: &[Vec<u64>]) -> Heatmap {
     }
     Heatmap {
         matrix: Matrix::new(order.len(), values),
-        x: Axis::new("Expert, by layer"),
+        x: Axis::new("Expert, ordered by layer")
+            .with_names(order.iter().map(usize::to_string).collect()),
         y: Axis::new("Layer").with_names(places.iter().map(usize::to_string).collect()),
         range: Some((0.0, 1.0)),
+        scale: "Selections / most in a layer".to_owned(),
+        missing: "never selected".to_owned(),
         ..Heatmap::default()
     }
 }

@@ -16,8 +16,8 @@ pub(super) const PRODUCT: Product = Product {
     sources,
 };
 
-/// Rows that can be read.
-const N_TOKENS: usize = 40;
+/// Rows of which each has room for its name.
+const N_TOKENS: usize = 28;
 
 fn make(runs: &[&Run]) -> Made {
     let mut made = Made::default();
@@ -101,6 +101,7 @@ fn figure(
         matrix: Matrix::new(order.len(), values),
         x: Axis::new("Expert").with_names(order.iter().map(usize::to_string).collect()),
         y: Axis::new("Token").with_names(ids.iter().map(text).collect()),
+        scale: "Share of occurrences".to_owned(),
         ..Heatmap::default()
     };
     Figure {

@@ -194,6 +194,101 @@ fn a_trained_run_is_scored_and_stays_as_it_is() {
 }
 
 #[test]
+fn a_limit_scores_the_first_questions_of_each_group_and_says_so() {
+    let sandbox = trained();
+    let sets = sandbox.work().join("sets");
+    // A second group of questions, behind the first.
+    fs::write(sets.join("cbt/cbtest_NE_test_3ex.txt"), cbt()).unwrap();
+    let line = "-gpu none -name a -sets val,lambada,cbt,piqa -data.dir sets -limit 1 -json";
+    let outcome = eval(&sandbox, &format!("{line} of_all.json")).ok();
+    let counts: Vec<&str> = outcome
+        .stdout
+        .lines()
+        .filter(|line| line.contains("accuracy/"))
+        .collect();
+    let counts: Vec<String> = counts
+        .iter()
+        .map(|line| {
+            let words: Vec<&str> = line.split_whitespace().collect();
+            [words[0], words[1], words[3]].join(" ")
+        })
+        .collect();
+    assert_snapshot!(counts.join("\n"), @r"
+    lambada accuracy/total 1
+    lambada accuracy/openai_last_token 1
+    cbt accuracy/CN 1
+    cbt accuracy/NE 1
+    cbt accuracy/group_average 2
+    cbt accuracy/seq_average 2
+    piqa accuracy/val 1
+    piqa accuracy/group_average 1
+    piqa accuracy/seq_average 1
+    ");
+    assert!(
+        outcome
+            .stdout
+            .ends_with("of a sample: the first 1 questions of each group\n"),
+        "{outcome}"
+    );
+    assert!(
+        outcome
+            .stderr
+            .contains("cbt: 2 questions, the first 1 of each group;"),
+        "{outcome}"
+    );
+
+    // The same as files with nothing else in them.
+    let first = |text: &str| format!("{}\n", text.lines().next().unwrap());
+    fs::write(sets.join("lambada_test.jsonl"), first(LAMBADA)).unwrap();
+    fs::write(sets.join("piqa/valid.jsonl"), first(PIQA)).unwrap();
+    fs::write(sets.join("piqa/valid-labels.lst"), "0\n").unwrap();
+    let block = format!("{}\n\n", cbt().split("\n\n").next().unwrap());
+    for group in ["CN", "NE"] {
+        fs::write(
+            sets.join(format!("cbt/cbtest_{group}_test_3ex.txt")),
+            &block,
+        )
+        .unwrap();
+    }
+    eval(&sandbox, &format!("{line} of_few.json")).ok();
+    let [of_all, of_few] =
+        ["of_all.json", "of_few.json"].map(|name| json(&sandbox.work().join(name)));
+    assert_eq!(of_all, of_few);
+    assert_eq!(of_all["limit"], 1.0);
+}
+
+#[test]
+fn a_limit_is_a_number_of_questions_and_counting_has_none() {
+    let sandbox = sandbox();
+    write_sets(&sandbox.work().join("sets"));
+    let count = |line: &str| eval(&sandbox, &format!("--count-only {line}"));
+    assert_snapshot!(count("-sets lambada -limit 0"), @r"
+    exit: 2
+    --- stdout
+    --- stderr
+    Error:   × `-limit 0` cannot be used
+      ╰─▶ it is how many questions of each group are scored, a whole number above 0
+      help: set `-limit` to 100, say, or leave it out to score all
+    ");
+    assert_snapshot!(count("-sets lambada -limit"), @r"
+    exit: 2
+    --- stdout
+    --- stderr
+    Error:   × no value for `-limit`
+      ╰─▶ it takes a number of questions
+      help: write `-limit <value>`
+    ");
+    let outcome = count("-sets lambada -data.dir sets -limit 1").ok();
+    assert_snapshot!(outcome.stdout, @"lambada 3 0");
+    assert!(
+        outcome
+            .stderr
+            .contains("`-limit` has no effect with `--count-only`"),
+        "{outcome}"
+    );
+}
+
+#[test]
 fn all_leaves_out_what_is_missing_and_a_name_insists() {
     let sandbox = trained();
     let outcome = eval(&sandbox, "-gpu none -name a -data.dir sets").ok();

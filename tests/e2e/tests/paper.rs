@@ -656,6 +656,27 @@ fn everything_is_made_of_whole_runs_once() {
         scaling.contains(",12.5,c4_moeut_small_matched_rope_noln_long"),
         "{scaling}"
     );
+
+    // A run that was whole and is damaged later on is left out of what was made with it.
+    for (name, file) in [
+        ("c4_moeut_small_matched_rope_noln_long", "result.json"),
+        ("c4_baseline_small_rope_long_nodrop", "args.json"),
+    ] {
+        fs::write(save.join(name).join(file), "{\"lambada/acc").unwrap();
+    }
+    let fourth = paper(dir.path(), &["plot_scaling"]);
+    for line in [
+        "plot_scaling: `c4_moeut_small_matched_rope_noln_long` is left out: `save/c4_moeut_small_matched_rope_noln_long/result.json` is damaged: ",
+        "plot_scaling: `c4_baseline_small_rope_long_nodrop` is left out: ",
+    ] {
+        assert!(
+            fourth.stderr.lines().any(|said| said.starts_with(line)),
+            "{line}\n{}",
+            fourth.stderr
+        );
+    }
+    let scaling = text(&out.join("scaling.csv"));
+    assert_eq!(scaling.lines().count(), 1 + 11, "{scaling}");
 }
 
 #[test]
@@ -681,11 +702,24 @@ fn what_has_no_run_is_not_made_and_misspellings_are_errors() {
             "`-scale huge` is none of small, gpu, smoke",
         ),
         (&["all", "-runs", "none.json"], "`none.json` cannot be read"),
+        (&["reproduce"], "have 0.0 MB, and 1.5 MB are needed"),
+        (
+            &["reproduce", "-text", "nowhere"],
+            "`-text nowhere` cannot be used",
+        ),
+        (
+            &["reproduce", "-data.dir", "nowhere"],
+            "`-data.dir nowhere` cannot be used",
+        ),
     ] {
         let said = paper(dir.path(), args);
         assert_eq!(said.code, Some(2), "{args:?}");
-        assert!(said.stderr.contains(expected), "{args:?}: {}", said.stderr);
+        // Lines are broken to fit a terminal.
+        let words: Vec<&str> = said.stderr.split_whitespace().collect();
+        let said = words.join(" ");
+        assert!(said.contains(expected), "{args:?}: {said}");
     }
+    assert!(!dir.path().join("reproduction/save").exists());
 }
 
 /// Answers GraphQL queries: the first page of sweeps or runs, or the page behind a cursor. Returns its address.
@@ -851,17 +885,23 @@ fn finished_runs_of_weights_and_biases_become_run_folders() {
     );
 }
 
-/// Trains 23 tiny models of all families, and makes everything from them.
+/// Trains 23 tiny models of all families, scores those of the result tables, and makes everything from them.
 #[test]
 fn a_reproduction_of_two_steps_makes_everything_and_goes_on_where_it_was() {
     let dir = tempfile::tempdir().unwrap();
     let code = repo().join("host/src");
+    let sets = dir.path().join("sets");
+    fs::create_dir(&sets).unwrap();
+    let passages = "{\"text\": \"one stone and another stone\"}\n".repeat(2);
+    fs::write(sets.join("lambada_test.jsonl"), passages).unwrap();
     let line = [
         "reproduce",
         "-scale",
         "smoke",
         "-code",
         code.to_str().unwrap(),
+        "-data.dir",
+        "sets",
         "-out",
         "tiny",
     ];
@@ -874,6 +914,12 @@ fn a_reproduction_of_two_steps_makes_everything_and_goes_on_where_it_was() {
     );
     let out = dir.path().join("tiny/figures");
     check_all_forms(&out);
+    let table = text(&out.join("main_result_table.csv"));
+    for run in ["C4,", "code,"] {
+        let row = table.lines().find(|line| line.starts_with(run));
+        let row = row.unwrap_or_else(|| panic!("{table}"));
+        assert!(row.contains(",first 1 of each group,small_"), "{table}");
+    }
     // A number of a figure is that of its run.
     let scaling = text(&out.join("scaling.csv"));
     let shown = scaling
@@ -901,7 +947,7 @@ fn a_reproduction_of_two_steps_makes_everything_and_goes_on_where_it_was() {
     assert!(read(&dir.path().join("tiny/save/small_k-4/metrics.jsonl")) == before);
     assert_eq!(
         again.stderr.matches(": nothing has changed").count(),
-        19 + 1,
+        19 + 1 + 7,
         "{}",
         again.stderr
     );

@@ -46,8 +46,19 @@ fn runs_and_bare_checkpoints_are_scored_once() {
     let checkpoint = run.join(format!("checkpoint/model-{N_STEPS}"));
     let reference = ReferenceRun::of_checkpoint(&checkpoint, N_STEPS);
     fs::write(bare.join("model.ckpt"), reference.to_bytes()).unwrap();
+    let runs = r#"{"main_result_table": ["a", "bare"]}"#;
+    fs::write(work.join("runs.json"), runs).unwrap();
     fs::create_dir(work.join("sets")).unwrap();
     fs::write(work.join("sets/lambada_test.jsonl"), LAMBADA).unwrap();
+
+    let of_table = || {
+        let args = ["main_result_table", "-runs", "runs.json"];
+        let (code, said) = paper(&work, &args);
+        assert_eq!(code, Some(0), "{said}");
+        String::from_utf8(read(&work.join("paper_out/main_result_table.csv"))).unwrap()
+    };
+    let table = of_table();
+    assert!(table.contains(",not scored,a\n"), "{table}");
 
     let line = [
         "run-tests",
@@ -79,6 +90,30 @@ fn runs_and_bare_checkpoints_are_scored_once() {
     assert!(said.contains("bare: scoring"), "{said}");
     assert_eq!(scores(&bare), of_run);
 
+    // Of a sample: the table says so, and the scores of all questions are no longer current, nor these later on.
+    let sampled = [&line[..], &["-limit", "1"]].concat();
+    let (code, said) = paper(&work, &sampled);
+    assert_eq!(code, Some(0), "{said}");
+    assert!(said.contains("the first 1 of each group"), "{said}");
+    assert_eq!(scores(&run)["limit"], Some(1.0));
+    let table = of_table();
+    assert!(
+        table.contains(",Average,Questions,Run\n") && table.contains(",first 1 of each group,a\n"),
+        "{table}"
+    );
+    let (_, said) = paper(&work, &sampled);
+    assert!(!said.contains("scoring"), "{said}");
+    let (code, said) = paper(&work, &line);
+    assert_eq!(code, Some(0), "{said}");
+    assert_eq!(scores(&run), of_run);
+    assert!(!of_table().contains("Questions"));
+    for limit in ["0", "many"] {
+        let (code, said) = paper(&work, &["run-tests", "a", "-limit", limit]);
+        assert_eq!(code, Some(2), "{said}");
+        let why = format!("`-limit {limit}` is no whole number above 0");
+        assert!(said.contains(&why), "{said}");
+    }
+
     let (code, said) = paper(&work, &["run-tests", "a", "none"]);
     assert_eq!(code, Some(1), "{said}");
     assert!(
@@ -86,14 +121,7 @@ fn runs_and_bare_checkpoints_are_scored_once() {
         "{said}"
     );
 
-    fs::write(
-        work.join("runs.json"),
-        r#"{"main_result_table": ["a", "bare"]}"#,
-    )
-    .unwrap();
-    let (code, said) = paper(&work, &["main_result_table", "-runs", "runs.json"]);
-    assert_eq!(code, Some(0), "{said}");
-    let table = String::from_utf8(read(&work.join("paper_out/main_result_table.csv"))).unwrap();
+    let table = of_table();
     let lambada = 100.0 * of_run["lambada/accuracy/total"].unwrap();
     for name in ["a", "bare"] {
         let row = table
