@@ -11,13 +11,13 @@
 
 use super::{At, Block, Carry as _};
 use crate::{Context, Stream};
-use moeut_plugin_api::{PluginError, Wishes};
+use moeut_plugin_api::PluginError;
 use moeut_torch::recompute::recomputed;
 use moeut_torch::{Autocast, FunctionError, OrPluginError, rng};
 use std::rc::Rc;
 
-/// One application of the block `index`; the second one draws the same random numbers, tells nothing, and what it
-/// gathers is thrown away.
+/// One application of the block `index`; the second one draws the same random numbers, and what it gathers is thrown away.
+/// It has the same wishes, since statistics may be part of the graph.
 pub(super) fn application<B: Block>(
     blocks: &Rc<[B]>,
     index: usize,
@@ -30,24 +30,20 @@ pub(super) fn application<B: Block>(
     let x_btd = x.whole().shallow_clone();
     let device = x_btd.device();
     let random = rng::state(device).or_plugin_error(WHAT)?;
-    let quiet = Context {
-        wishes: Wishes::default(),
-        ..ctx.clone()
-    };
-    let (of_again, x_again) = (Rc::clone(blocks), x_btd.shallow_clone());
+    let (of_again, x_again, of_both) = (Rc::clone(blocks), x_btd.shallow_clone(), ctx.clone());
     let (place, carry, past) = (at.place, at.carry.share(), at.past.share());
     let again = move || {
-        let _mixed = Autocast::new(device, quiet.is_mixed.then_some(quiet.compute))?;
+        let _mixed = Autocast::new(device, of_both.is_mixed.then_some(of_both.compute))?;
         let block = &of_again[index];
         let at = At {
             place,
-            pass: &mut block.begin(&quiet),
+            pass: &mut block.begin(&of_both),
             carry: &mut carry.share(),
             past: &mut past.share(),
         };
         let later = rng::state(device)?;
         rng::set_state(device, &random)?;
-        let y = block.forward(&x_again.shallow_clone().into(), at, &quiet);
+        let y = block.forward(&x_again.shallow_clone().into(), at, &of_both);
         rng::set_state(device, &later)?;
         y.map(drop)
             .map_err(|error| FunctionError::from(error.to_string()))
