@@ -1,8 +1,9 @@
 //! `run-tests`: scores trained models on the evaluation sets, one after the other.
 //!
-//! The scores of a run are in its folder as `result.json`, under the reference's names (`lambada/accuracy/total`). Started
-//! again, it goes on with the first run that lacks them, or has those of another sample (`-limit`). A folder with a bare checkpoint of the reference, `model.ckpt`,
-//! gets its `args.json` from there, and is a run like any other then.
+//! The scores of a run are in its folder as `result.json`, under the reference's names (`lambada/accuracy/total`).
+//! Started again, it goes on with the first run that lacks them, or has those of another sample (`-limit`). A folder
+//! with a bare checkpoint of the reference, `model.ckpt`, gets its `args.json` from there, and is a run like any
+//! other then.
 
 use crate::child::{self, Program};
 use crate::files;

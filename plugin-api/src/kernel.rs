@@ -366,9 +366,10 @@ pub struct Projected {
 /// normed = (sum - mean) / √(var + eps) · weight + bias
 /// ```
 ///
-/// Rows may have more channels than are normalized, `P > D`, so that they begin at aligned addresses; `normed` is 0 in those.
-/// The call has the type of its products, which the options say. Statistics are never in a half type. A kernel may
-/// compute the gradient of the layernorm from `plain`, so that nothing in the type of the stream need be kept.
+/// Rows may have more channels than are normalized, `P > D`, so that they begin at aligned addresses; `normed` is 0
+/// in those. The call has the type of its products, which the options say. Statistics are never in a half type. A
+/// kernel may compute the gradient of the layernorm from `plain`, so that nothing in the type of the stream need be
+/// kept.
 #[derive(Debug)]
 pub struct ResidualNorm {
     /// The stream, `[.., P]`; fp32 where the call has a half type, else in its type.

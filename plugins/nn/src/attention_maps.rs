@@ -81,8 +81,8 @@ impl AttentionMaps {
         self.wish.is_some()
     }
 
-    /// Adds an application: queries `[B, T, H, d]` and keys `[B, S, H, d]` as the attention sees them, perhaps with zeros behind
-    /// their `d_head` channels, and what is selected for the first sequence.
+    /// Adds an application: queries `[B, T, H, d]` and keys `[B, S, H, d]` as the attention sees them, perhaps with
+    /// zeros behind their `d_head` channels, and what is selected for the first sequence.
     ///
     /// # Errors
     /// If autocast cannot be suspended.

@@ -72,8 +72,8 @@ pub struct Choice {
 }
 
 impl Context {
-    /// The width in which a pass computes `width` channels, the rest of which are zero: the next one that products like, if
-    /// the pass is in mixed precision.
+    /// The width in which a pass computes `width` channels, the rest of which are zero: the next one that products
+    /// like, if the pass is in mixed precision.
     pub fn aligned(&self, width: i64) -> i64 {
         if self.is_mixed {
             padding::aligned(width)

@@ -5,8 +5,8 @@ use tch::Tensor;
 
 /// What a layer reads and the last one left, `[B, T, D]`, or as wide as [`crate::Context::aligned`] makes it.
 ///
-/// The last layer's update need not have been added: whoever reads the stream next, [`crate::Context::reading`], adds, rounds
-/// and normalizes in one pass over memory.
+/// The last layer's update need not have been added: whoever reads the stream next, [`crate::Context::reading`],
+/// adds, rounds and normalizes in one pass over memory.
 #[derive(Debug)]
 pub struct Stream {
     sum: Tensor,

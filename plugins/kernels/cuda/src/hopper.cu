@@ -352,9 +352,9 @@ extern "C" __global__ void __launch_bounds__(GROUP_THREADS, 1)
   if (selection >= 0) p.gate_grads[tile.column0 / TILE * p.n_rows + selection] = dots[threadIdx.x];
 }
 
-// y[target of r] += gate of r · (x[source of r] · weight[expert]), rounded to the element type at each addition, in whatever
-// order blocks come to it. Rows of a result are close in time where tiles are listed by windows, so that it stays in the L2
-// cache, which adds. Nothing that is staged passes through memory.
+// y[target of r] += gate of r · (x[source of r] · weight[expert]), rounded to the element type at each addition, in
+// whatever order blocks come to it. Rows of a result are close in time where tiles are listed by windows, so that it
+// stays in the L2 cache, which adds. Nothing that is staged passes through memory.
 struct Added {
   u16* y;
   const int* targets;

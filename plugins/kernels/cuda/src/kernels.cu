@@ -220,8 +220,8 @@ __device__ __forceinline__ void store_tile(const u16* staged, u16* to, i64 width
   }
 }
 
-// Calls `visit(row, column, piece)` for each eight neighboring sums of a row, times `factor_of(row)`. The four lanes of a row
-// exchange pairs until each has eight neighboring columns: four pieces of a row lie side by side.
+// Calls `visit(row, column, piece)` for each eight neighboring sums of a row, times `factor_of(row)`. The four lanes
+// of a row exchange pairs until each has eight neighboring columns: four pieces of a row lie side by side.
 template <typename Factor, typename Visit>
 __device__ __forceinline__ void each_piece(const Sums& sums, const Factor& factor_of, const Visit& visit) {
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
@@ -273,17 +273,18 @@ struct TileList {
   int n_rows;
 };
 
-// Lists the row tiles of all experts as (expert, first row, end of rows): those that begin in the first window of sources,
-// expert by expert, then those of the next. Tiles that run at the same time so read or add to one window, which then stays in
-// the L2 cache, however uneven experts are. Without sources there is one window. Block g makes window g.
+// Lists the row tiles of all experts as (expert, first row, end of rows): those that begin in the first window of
+// sources, expert by expert, then those of the next. Tiles that run at the same time so read or add to one window,
+// which then stays in the L2 cache, however uneven experts are. Without sources there is one window. Block g makes
+// window g.
 extern "C" __global__ void __launch_bounds__(256) list_tiles(const __grid_constant__ TileList p) {
   const int n_experts = p.n_experts;
   __shared__ int warp_sums[3][8];
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   const bool is_last = blockIdx.x + 1 == gridDim.x;
   const auto tiles_of = [&](int n_rows) { return (n_rows + p.n_rows - 1) / p.n_rows; };
-  // Of an expert: its first tile in this window, and how many there are in it. Both ends are searched for at once, since a
-  // search is a chain of loads.
+  // Of an expert: its first tile in this window, and how many there are in it. Both ends are searched for at once,
+  // since a search is a chain of loads.
   constexpr int N_KEPT = 1024;
   __shared__ int2 kept[N_KEPT];
   const auto find = [&](int start, int end) {

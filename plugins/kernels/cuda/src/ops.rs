@@ -39,8 +39,8 @@ pub(crate) type Result<T> = std::result::Result<T, FunctionError>;
 pub(crate) enum Order<'a> {
     /// All tiles of an expert, so that its matrix is read once: for rows that lie in the order of the experts.
     Experts,
-    /// Tiles that begin in one window of what rows are read from, or added to, then those of the next: the L2 cache holds a
-    /// window, and each of them reads all matrices.
+    /// Tiles that begin in one window of what rows are read from, or added to, then those of the next: the L2 cache
+    /// holds a window, and each of them reads all matrices.
     Windows {
         /// int32 `[M]`, ascending within an expert.
         sources: &'a Tensor,
@@ -273,15 +273,16 @@ impl Ops {
         Ok(y)
     }
 
-    /// Whether [`Self::added_product`] serves a product that sums `n_summed` rows each: on GPUs that add 16-bit numbers in
-    /// their L2 cache, unless the user wants every sum in one order.
+    /// Whether [`Self::added_product`] serves a product that sums `n_summed` rows each: on GPUs that add 16-bit
+    /// numbers in their L2 cache, unless the user wants every sum in one order.
     pub(crate) fn can_add(&self, d_in: i64, d_out: i64, n_summed: i64) -> bool {
         let has_shape = d_in <= TILE && d_out > TILE && n_summed > 1;
         has_shape && self.module.has_groups() && !determinism::is_set()
     }
 
     /// `y[target] = Σ gate · (x[source] · weight[expert])` over the rows of a target, in no fixed order and with a rounding for
-    /// each row; `weight [E, A, B]`, or `[E, B, A]` if it `is_transposed`, `targets` int32 `[M]` below `n_targets` → `[n_targets, B]`.
+    /// each row; `weight [E, A, B]`, or `[E, B, A]` if it `is_transposed`, `targets` int32 `[M]` below `n_targets` →
+    /// `[n_targets, B]`.
     /// Only where [`Self::can_add`] says so.
     pub(crate) fn added_product(
         &self,
