@@ -7,6 +7,8 @@
 mod count;
 mod table;
 
+pub use table::COLUMNS;
+
 use crate::args::{Arguments, HostConfig, Role, asks_for_help, nearest, parse, peek};
 use crate::cli::{open_registry, print, warn_about_plugins};
 use crate::error::HostError;

@@ -3,8 +3,8 @@
 use crate::train::validation::AllScores;
 use std::fmt::Write;
 
-/// What the paper's tables show of each set: title, set, metric.
-const COLUMNS: [(&str, &str, &str); 6] = [
+/// What the paper's tables show of each set: title, set, metric; the last column is their mean.
+pub const COLUMNS: [(&str, &str, &str); 6] = [
     ("LAMBADA", "lambada", "accuracy/total"),
     ("BLiMP", "blimp", "accuracy/group_average"),
     ("CBT", "cbt", "accuracy/group_average"),

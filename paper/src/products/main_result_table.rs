@@ -5,6 +5,7 @@
 use crate::product::{Made, Product, nothing_else, perplexity, sizes};
 use crate::run::{Reason, Run};
 use crate::table::{Column, Table};
+use moeut_host::eval_cli::COLUMNS;
 
 pub(super) const PRODUCT: Product = Product {
     name: "main_result_table",
@@ -13,15 +14,6 @@ pub(super) const PRODUCT: Product = Product {
     sources: nothing_else,
 };
 
-/// Title, set and metric of each evaluation; the last column is their mean.
-const ACCURACIES: [(&str, &str, &str); 6] = [
-    ("LAMBADA", "lambada", "accuracy/total"),
-    ("BLiMP", "blimp", "accuracy/group_average"),
-    ("CBT", "cbt", "accuracy/group_average"),
-    ("HellaSwag", "hellaswag", "accuracy/group_average"),
-    ("PIQA", "piqa", "accuracy/group_average"),
-    ("ARC-E", "ai2arc", "accuracy/ARC-Easy"),
-];
 /// What stands in the column of questions where all were scored.
 const ALL: &str = "all";
 
@@ -34,7 +26,7 @@ pub(super) fn results(name: &str, runs: &[&Run]) -> Made {
     if rows.is_empty() {
         return made;
     }
-    let titles = ACCURACIES.iter().map(|(title, ..)| Column::new(title));
+    let titles = COLUMNS.iter().map(|(title, ..)| Column::new(title));
     let columns = ["Dataset", "Size", "Model", "PPL"]
         .into_iter()
         .map(Column::new);
@@ -63,9 +55,9 @@ fn row(run: &Run, size: String) -> Result<Vec<String>, Reason> {
         model.family().name().to_owned(),
         format!("{:.2}", perplexity(run)?),
     ];
-    let accuracies = ACCURACIES.map(|(_, set, metric)| accuracy(run, set, metric));
+    let accuracies = COLUMNS.map(|(_, set, metric)| accuracy(run, set, metric));
     let mean = accuracies.iter().copied().sum::<Option<f64>>();
-    let mean = mean.map(|sum| sum / ACCURACIES.len() as f64);
+    let mean = mean.map(|sum| sum / COLUMNS.len() as f64);
     let shown = accuracies.into_iter().chain([mean]);
     row.extend(shown.map(|share| {
         share
@@ -82,7 +74,7 @@ fn accuracy(run: &Run, set: &str, metric: &str) -> Option<f64> {
 /// Which questions a run was scored on: of several samples the smallest, so that no score seems to be of more.
 fn questions(run: &Run) -> String {
     let is_scored = |(_, set, metric): &&(&str, &str, &str)| accuracy(run, set, metric).is_some();
-    let mut scored = ACCURACIES.iter().filter(is_scored).peekable();
+    let mut scored = COLUMNS.iter().filter(is_scored).peekable();
     if scored.peek().is_none() {
         return "not scored".to_owned();
     }

@@ -1,9 +1,11 @@
 //! `cuda`: the σ-MoE layer, the grouped matrix product, routing and what happens to the residual stream between products
 //! by kernels of our own, for NVIDIA GPUs of compute capability 8.0 and later, in bf16 and f16.
 //!
-//! The kernels read rows where they are, so no gathered copy of a tensor exists; every sum has one fixed order, so two
-//! runs give the same bits. They are compiled for the GPU when they are first needed, by the compiler that comes with
-//! libtorch's CUDA libraries, and kept in the cache folder. Other element types and the CPU are left to `grouped`.
+//! The kernels read rows where they are, so no gathered copy of a tensor exists. On Hopper GPUs products of experts add
+//! to the rows of tokens in whatever order they come; all other sums have one fixed order, and so have these where
+//! libtorch was told to use deterministic algorithms: two runs then give the same bits. Kernels are compiled for the GPU
+//! when they are first needed, by the compiler that comes with libtorch's CUDA libraries, and kept in the cache folder.
+//! Other element types and the CPU are left to `grouped`.
 
 mod driver;
 mod mlp;

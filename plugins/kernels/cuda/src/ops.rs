@@ -280,10 +280,9 @@ impl Ops {
         has_shape && self.module.has_groups() && !determinism::is_set()
     }
 
-    /// `y[target] = Σ gate · (x[source] · weight[expert])` over the rows of a target, in no fixed order and with a rounding for
-    /// each row; `weight [E, A, B]`, or `[E, B, A]` if it `is_transposed`, `targets` int32 `[M]` below `n_targets` →
-    /// `[n_targets, B]`.
-    /// Only where [`Self::can_add`] says so.
+    /// `y[target] = Σ gate · (x[source] · weight[expert])` over the rows of a target, in no fixed order and with a
+    /// rounding for each row; `weight [E, A, B]`, or `[E, B, A]` if it `is_transposed`, `targets` int32 `[M]` below
+    /// `n_targets` → `[n_targets, B]`. Only where [`Self::can_add`] says so.
     pub(crate) fn added_product(
         &self,
         rows: Rows,
