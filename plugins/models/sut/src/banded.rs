@@ -455,9 +455,13 @@ mod tests {
                     .iter()
                     .zip(found.iter().zip(&expected))
                 {
+                    // A logit of size `spread²` is rounded by its own size, and gradients are sums of terms of that
+                    // size, of which little may be left.
+                    let tolerance = 1e-11 * spread * spread;
                     assert!(
-                        found.allclose(expected, 1e-9, 1e-10, false),
-                        "{name} with {n_near} near keys, {seq_len} tokens, spread {spread}"
+                        found.allclose(expected, 1e-9, tolerance, false),
+                        "{name} with {n_near} near keys, {seq_len} tokens, spread {spread}: off by {}",
+                        (found - expected).abs().max().double_value(&[])
                     );
                 }
             }
