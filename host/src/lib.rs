@@ -16,6 +16,7 @@ pub mod generate;
 pub mod gpu;
 pub mod growth;
 pub mod job;
+pub mod kernels;
 pub mod log;
 pub mod model_show;
 pub mod plan;

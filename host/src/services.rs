@@ -2,8 +2,9 @@
 
 use crate::args::HostConfig;
 use crate::distributed::Group;
+use crate::kernels::self_test;
 use crate::log::{Level, Terminal};
-use crate::plugins::Registry;
+use crate::plugins::{Component, Registry};
 use crate::signals::Signals;
 use moeut_plugin_api::abi::client::{HostServices, KernelClient};
 use moeut_plugin_api::{DType, Device, HostInfo, LogLevel, PluginError, Reduction, TensorHandle};
@@ -90,10 +91,34 @@ impl HostServices for Services {
         let gone = || PluginError::new("the host is shutting down");
         let registry = self.registry.upgrade().ok_or_else(gone)?;
         let services: Arc<dyn HostServices> = self.this.upgrade().ok_or_else(gone)?;
-        let component = registry.find_kernel(name, device, dtype)?;
-        component
-            .client()
-            .new_kernel(&component.info.name, &services)
+        let open = |component: &Component<'_>| {
+            let name = &component.info.name;
+            component.client().new_kernel(name, &services)
+        };
+        if name != "auto" {
+            return open(&registry.find_kernel(name, device, dtype)?);
+        }
+        let mut refusals = Vec::new();
+        for component in registry.kernels(device, dtype)? {
+            let tested = open(&component).and_then(|kernel| {
+                self_test::check(&kernel, device, dtype)?;
+                Ok(kernel)
+            });
+            match tested {
+                Ok(kernel) => return Ok(kernel),
+                Err(PluginError { what, why, .. }) => {
+                    let refusal = format!(
+                        "kernel `{}` is left out: {what} ({why})",
+                        component.info.name
+                    );
+                    self.terminal.message(Level::Warning, &refusal);
+                    refusals.push(refusal);
+                }
+            }
+        }
+        Err(PluginError::new(format!("no kernel works for {dtype} on {device}"))
+            .why(refusals.join("; "))
+            .fix("put another kernel plugin into a plugin folder; `moeut-host plugins list` shows them"))
     }
 
     fn all_reduce(&self, tensor: TensorHandle, reduction: Reduction) -> Result<(), PluginError> {

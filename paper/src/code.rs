@@ -8,8 +8,10 @@
 //! than 4192 bytes, which most source files are, and would be left with too little text for a whole vocabulary.
 
 use crate::files;
+use crate::make::say;
 use moeut_host::error::HostError;
 use serde_json::json;
+use std::io;
 use std::path::{Path, PathBuf};
 
 /// Endings of source files.
@@ -29,20 +31,35 @@ pub(crate) struct Amount {
     pub(crate) enough: usize,
 }
 
-/// Writes the documents into `folder`, unless that was done.
+/// Writes the documents into `folder`, unless that was done: then they stay what runs were trained on.
 ///
 /// # Errors
 /// If there is too little source below `from`, or a file cannot be written.
 pub(crate) fn write(from: &Path, folder: &Path, amount: &Amount) -> Result<(), HostError> {
     if folder.is_dir() {
+        let there = folder.display();
+        say(&format!(
+            "{there}: the code is there; another one needs another `-out`"
+        ));
         return Ok(());
     }
     let found = Documents::find(from, amount.enough);
     if found.n_bytes < amount.least {
         return Err(too_little(from, &found, amount));
     }
+    let wrong = |error: io::Error| {
+        HostError::new(
+            format!("`{}` cannot be made", folder.display()),
+            error.to_string(),
+            "check permissions and free space, or set `-out` to another folder",
+        )
+    };
     // Under its name it is whole, or not there.
     let unfinished = folder.with_extension("unfinished");
+    match std::fs::remove_dir_all(&unfinished) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(wrong(error)),
+        _ => {}
+    }
     for (index, shard) in found.train.iter().enumerate() {
         let name = format!("train-{index:03}.jsonl");
         files::write(&unfinished.join(name), shard.as_bytes())?;
@@ -51,13 +68,7 @@ pub(crate) fn write(from: &Path, folder: &Path, amount: &Amount) -> Result<(), H
         let path = unfinished.join("valid.jsonl");
         files::write(&path, found.held_out.as_bytes())?;
     }
-    std::fs::rename(&unfinished, folder).map_err(|error| {
-        HostError::new(
-            format!("`{}` cannot be made", folder.display()),
-            error.to_string(),
-            "check permissions and free space, or set `-out` to another folder",
-        )
-    })
+    std::fs::rename(&unfinished, folder).map_err(wrong)
 }
 
 fn too_little(from: &Path, found: &Documents, amount: &Amount) -> HostError {
@@ -201,7 +212,12 @@ mod tests {
         );
         assert!(!folder.exists());
 
+        // What a start left that was ended before this one is not taken along.
+        let unfinished = dir.path().join("code.unfinished");
+        std::fs::create_dir(&unfinished).unwrap();
+        std::fs::write(unfinished.join("train-009.jsonl"), "{}").unwrap();
         write(&from, &folder, &amount(100_000)).unwrap();
+        assert!(!folder.join("train-009.jsonl").exists());
         let numbers = |name: &str| {
             let text = std::fs::read_to_string(folder.join(name)).unwrap();
             let mut numbers = Vec::new();
@@ -215,7 +231,7 @@ mod tests {
         };
         assert_eq!(numbers("valid.jsonl"), ["let file = 1;", "let file = 21;"]);
         assert_eq!(numbers("train-000.jsonl").len(), 23);
-        assert!(!dir.path().join("code.unfinished").exists());
+        assert!(!unfinished.exists());
 
         // What is there stays, whatever has become of its source.
         std::fs::remove_dir_all(&from).unwrap();

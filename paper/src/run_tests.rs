@@ -1,9 +1,9 @@
 //! `run-tests`: scores trained models on the evaluation sets, one after the other.
 //!
 //! The scores of a run are in its folder as `result.json`, under the reference's names (`lambada/accuracy/total`).
-//! Started again, it goes on with the first run that lacks them, or has those of another sample (`-limit`). A folder
-//! with a bare checkpoint of the reference, `model.ckpt`, gets its `args.json` from there, and is a run like any
-//! other then.
+//! Started again, it goes on with the first run that lacks them, or those of a set that is asked for, or has those of
+//! another sample (`-limit`). A folder with a bare checkpoint of the reference, `model.ckpt`, gets its `args.json` from
+//! there, and is a run like any other then.
 
 use crate::child::{self, Program};
 use crate::files;
@@ -41,6 +41,7 @@ const BARE: [&str; 2] = ["model.ckpt", "model.pth"];
 /// If the list of runs cannot be read, the limit is none, or `moeut-host` cannot be started.
 pub(crate) fn command(words: &Words) -> Result<u8, HostError> {
     let limit = words.positive(LIMIT)?;
+    let sets = words.list("sets", "");
     let names = if words.names.is_empty() {
         let roster = Roster::open(words.get("runs").map(Path::new))?;
         let mut names: Vec<String> = Vec::new();
@@ -70,7 +71,7 @@ pub(crate) fn command(words: &Words) -> Result<u8, HostError> {
             continue;
         };
         let result = folder.join("result.json");
-        if is_current(&result, &weights, limit) {
+        if is_current(&result, &weights, &sets, limit) {
             say(&format!("{}: nothing has changed", result.display()));
             continue;
         }
@@ -115,13 +116,19 @@ fn weights(folder: &Path) -> Option<PathBuf> {
     known.find(|path| path.exists())
 }
 
-/// Whether there are scores: whole, of the questions that are asked for, and made after the weights.
-fn is_current(result: &Path, weights: &Path, limit: Option<u64>) -> bool {
+/// Whether there are scores: whole, of all sets and as many questions as are asked for, and made after the weights.
+fn is_current(result: &Path, weights: &Path, sets: &[String], limit: Option<u64>) -> bool {
     let time =
         |path: &Path| -> Option<SystemTime> { std::fs::metadata(path).ok()?.modified().ok() };
-    let scores: Option<BTreeMap<String, Option<f64>>> = files::remembered(result);
-    let of_limit = |scores: BTreeMap<String, Option<f64>>| scores.get(LIMIT).copied().flatten();
-    scores.is_some_and(|scores| of_limit(scores) == limit.map(|limit| limit as f64))
+    let Some(scores) = files::remembered::<BTreeMap<String, Option<f64>>>(result) else {
+        return false;
+    };
+    // `all` are those whose data is there, which only scoring tells.
+    let has_set =
+        |set: &String| set == "all" || scores.keys().any(|key| key.starts_with(&format!("{set}/")));
+    let limit_of_scores = scores.get(LIMIT).copied().flatten();
+    limit_of_scores == limit.map(|limit| limit as f64)
+        && sets.iter().all(has_set)
         && time(result)
             .zip(time(weights))
             .is_some_and(|(result, weights)| result > weights)

@@ -113,7 +113,8 @@ pub struct Capabilities {
     pub cpu: Vec<DType>,
     /// Element types on CUDA devices; empty if it does not run there.
     pub cuda: Vec<DType>,
-    /// Rank for `-moe.kernel auto`: the highest that supports device and element type is taken.
+    /// Rank for `-moe.kernel auto`: the highest that supports device and element type, and computes a small layer rightly
+    /// when the host starts, is taken.
     pub speed_rank: u32,
     /// Whether two runs give the same bits, if libtorch was told to use deterministic algorithms.
     pub is_deterministic: bool,

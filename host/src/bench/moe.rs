@@ -11,15 +11,13 @@ use super::report::Report;
 use super::shapes::{Heads, Shape, wanted};
 use super::{machine, misuse};
 use crate::error::HostError;
+use crate::kernels::{Sorted, product, sigma_moe};
 use crate::log::Terminal;
 use crate::plugins::Registry;
 use crate::services::Services;
 use crate::train::device::Placement;
 use moeut_plugin_api::abi::client::{HostServices, KernelClient};
-use moeut_plugin_api::kernel::{Activation, FusedCall, MoeMlp, MoeMlpOptions};
-use moeut_plugin_api::{ComponentKind, GroupedMatmul, PluginError, Selection};
-use moeut_torch::testing::selection;
-use moeut_torch::{IntoHandle, IntoTensor};
+use moeut_plugin_api::kernel::{Activation, FusedCall};
 use std::sync::Arc;
 use tch::{Device, Kind, Tensor};
 
@@ -94,21 +92,13 @@ fn kernels(
     } = placement;
     let mut names = wanted.to_vec();
     if names.is_empty() {
-        let mut found: Vec<(u32, String)> = registry
-            .components()
-            .filter(|component| component.info.kind == ComponentKind::Kernel)
-            .filter_map(|component| {
-                let capabilities = component.info.capabilities.as_ref()?;
-                let is_usable = capabilities.supports(device, dtype);
-                is_usable.then(|| (capabilities.speed_rank, component.info.name.clone()))
-            })
+        let usable = registry.kernels(device, dtype)?;
+        names = usable
+            .iter()
+            .rev()
+            .map(|component| component.info.name.clone())
             .collect();
-        found.sort();
-        found.dedup();
-        names = found.into_iter().map(|(_, name)| name).collect();
-    }
-    if names.is_empty() {
-        registry.find_kernel("auto", device, dtype)?; // It says why there is none.
+        names.dedup();
     }
     let open = |name: &String| -> Result<Subject, HostError> {
         if name == "auto" {
@@ -219,33 +209,10 @@ fn projection(
 
 impl Part {
     fn with<'a>(&'a self, subject: &'a Subject) -> Layer<'a> {
-        let kernel = &subject.kernel;
-        let product = |x: &Tensor, weight: &Tensor, gate: Option<&Tensor>| {
-            let y = kernel.grouped_matmul(GroupedMatmul {
-                x: x.share(),
-                weight: weight.share(),
-                selection: self.selection.share(),
-                gate: gate.map(IntoHandle::share),
-            })?;
-            Ok::<Tensor, PluginError>(y.into_tensor())
-        };
-        let call = move |inputs: &[Tensor]| match (inputs, subject.is_fused) {
-            ([x, w1, w2, gate], true) => {
-                let y = kernel.moe_mlp(MoeMlp {
-                    x: x.share(),
-                    w1: w1.share(),
-                    b1: None,
-                    w2: w2.share(),
-                    gate: gate.share(),
-                    selection: self.selection.share(),
-                    options: MoeMlpOptions {
-                        activation: Activation::Relu,
-                    },
-                })?;
-                Ok(y.into_tensor())
-            }
-            ([x, w1, w2, gate], false) => product(&product(x, w1, None)?.relu(), w2, Some(gate)),
-            ([x, weight, gate], _) => product(x, weight, Some(gate)),
+        let (kernel, selection) = (&subject.kernel, &self.selection);
+        let call = move |inputs: &[Tensor]| match inputs {
+            [x, w1, w2, gate] => sigma_moe(kernel, subject.is_fused, selection, [x, w1, w2, gate]),
+            [x, weight, gate] => product(kernel, selection, x, weight, Some(gate)),
             _ => unreachable!("a part has three or four inputs"),
         };
         Layer {
@@ -254,29 +221,6 @@ impl Part {
             call: Box::new(call),
             n_tokens: self.n_tokens,
             flops: self.flops,
-        }
-    }
-}
-
-/// A selection that many calls share.
-struct Sorted([Tensor; 3]);
-
-impl Sorted {
-    fn new(ids: &Tensor, n_experts: i64) -> Self {
-        let Selection {
-            order,
-            inverse,
-            ends,
-        } = selection(ids, n_experts);
-        Self([order, inverse, ends].map(IntoTensor::into_tensor))
-    }
-
-    fn share(&self) -> Selection {
-        let [order, inverse, ends] = self.0.each_ref().map(IntoHandle::share);
-        Selection {
-            order,
-            inverse,
-            ends,
         }
     }
 }

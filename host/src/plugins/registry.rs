@@ -8,6 +8,7 @@ use crate::args::nearest;
 use moeut_plugin_api::abi::client::PluginClient;
 use moeut_plugin_api::abi::manifest::PluginRecord;
 use moeut_plugin_api::{Capabilities, ComponentInfo, ComponentKind, DType, Device, PluginError};
+use std::cmp::Reverse;
 use std::collections::BTreeMap;
 
 /// The plugins of a search path, opened.
@@ -189,41 +190,52 @@ impl Registry {
         }
     }
 
-    /// The kernel that `wanted` means; `auto` is the fastest that supports device and element type.
+    /// The kernel of this name.
     ///
     /// # Errors
-    /// If there is none that does.
+    /// If there is none, or it does not support device and element type.
     pub fn find_kernel(
         &self,
-        wanted: &str,
+        name: &str,
         device: Device,
         dtype: DType,
     ) -> Result<Component<'_>, PluginError> {
-        let supports = |component: &Component<'_>| {
-            let capabilities = component.info.capabilities.as_ref();
-            capabilities.is_some_and(|capabilities| capabilities.supports(device, dtype))
-        };
-        if wanted != "auto" {
-            let component = self.find(ComponentKind::Kernel, wanted)?;
-            return if supports(&component) {
-                Ok(component)
-            } else {
-                Err(PluginError::new(format!(
-                    "kernel `{wanted}` does not support {dtype} on {device}"
-                ))
-                .why(abilities(component.info.capabilities.as_ref()))
-                .fix("set `-moe.kernel auto`"))
-            };
+        let component = self.find(ComponentKind::Kernel, name)?;
+        let capabilities = component.info.capabilities.as_ref();
+        if capabilities.is_some_and(|capabilities| capabilities.supports(device, dtype)) {
+            return Ok(component);
         }
-        self.components()
+        Err(PluginError::new(format!(
+            "kernel `{name}` does not support {dtype} on {device}"
+        ))
+        .why(abilities(capabilities))
+        .fix("set `-moe.kernel auto`"))
+    }
+
+    /// The kernels that support device and element type, the fastest first; of equally fast ones that of the folder
+    /// that is searched first.
+    ///
+    /// # Errors
+    /// If there is none.
+    pub fn kernels(&self, device: Device, dtype: DType) -> Result<Vec<Component<'_>>, PluginError> {
+        let mut found: Vec<(u32, Component<'_>)> = self
+            .components()
             .filter(|component| component.info.kind == ComponentKind::Kernel)
-            .filter(supports)
-            .max_by_key(|component| component.info.capabilities.as_ref().map(|c| c.speed_rank))
-            .ok_or_else(|| {
-                PluginError::new(format!("no kernel supports {dtype} on {device}"))
-                    .why(format!("found {}", self.names(ComponentKind::Kernel)))
-                    .fix("put a kernel plugin into a plugin folder; `moeut-host plugins list` shows them")
+            .filter_map(|component| {
+                let capabilities = component.info.capabilities.as_ref()?;
+                let rank = capabilities.speed_rank;
+                capabilities
+                    .supports(device, dtype)
+                    .then_some((rank, component))
             })
+            .collect();
+        found.sort_by_key(|(rank, _)| Reverse(*rank));
+        if found.is_empty() {
+            return Err(PluginError::new(format!("no kernel supports {dtype} on {device}"))
+                .why(format!("found {}", self.names(ComponentKind::Kernel)))
+                .fix("put a kernel plugin into a plugin folder; `moeut-host plugins list` shows them"));
+        }
+        Ok(found.into_iter().map(|(_, component)| component).collect())
     }
 
     fn names(&self, kind: ComponentKind) -> String {

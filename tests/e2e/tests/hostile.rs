@@ -5,7 +5,7 @@
 )]
 
 use insta::assert_snapshot;
-use moeut_e2e::{Outcome, Sandbox, build_new, read, wait_until};
+use moeut_e2e::{Outcome, Sandbox, build_new, losses, read, tiny, wait_until};
 use std::fs;
 use std::path::PathBuf;
 use std::sync::LazyLock;
@@ -153,6 +153,40 @@ fn models() {
         "throws_in_thread",
     ];
     assert_snapshot!(table("model", &ways));
+}
+
+/// `-moe.kernel auto` takes the fastest kernel that computes what it should: here a run with one that does not is the
+/// run without it, and says so.
+#[test]
+fn kernels() {
+    let sandbox = Sandbox::new();
+    let train = |how: Option<&str>| {
+        let variables: Vec<(&str, &str)> = how.iter().map(|&how| ("HOSTILE_KERNEL", how)).collect();
+        let name = how.unwrap_or("without");
+        let args = tiny(name, &["-stop_after", "3"]);
+        let outcome = sandbox.start(&args.as_strs(), &variables).wait();
+        (outcome, losses(&sandbox.run_folder(name)))
+    };
+    let (_, expected) = train(None);
+    assert_eq!(expected.len(), 3);
+    sandbox.drop_in("plugins", "hostile.so", &read(&LIBRARY));
+    let ways = ["cannot", "error", "panic", "zeros"].map(|how| {
+        let (outcome, losses) = train(Some(how));
+        assert_eq!(losses, expected, "{how}: {outcome}");
+        let said = outcome.stderr.lines().next().unwrap_or_default();
+        format!("{how} | {said}")
+    });
+    assert_snapshot!(ways.join("\n"));
+
+    for kernel in ["grouped", "reference"] {
+        let file = format!("libmoeut_kernel_{kernel}.so");
+        fs::remove_file(sandbox.installed().join(file)).expect("the kernel was there");
+    }
+    let args = tiny("nothing_else", &["-stop_after", "3"]);
+    let outcome = sandbox
+        .start(&args.as_strs(), &[("HOSTILE_KERNEL", "zeros")])
+        .wait();
+    assert_snapshot!(outcome);
 }
 
 /// Nothing ends such a call from outside; but it is named, and two signals end the run.
