@@ -20,6 +20,7 @@ use crate::plugins_cli;
 use crate::report;
 use crate::run_folder::{RunFolder, read_args};
 use crate::signals::{Ending, Signals};
+use crate::spinning;
 use crate::startup_log;
 use crate::sweep_cli;
 use crate::train;
@@ -47,6 +48,7 @@ usage: moeut-host -task <task> -name <name> [-<argument> <value> …]   train
        moeut-host bench step|moe|attention|data                       how fast training, layers and data are here; --json
        moeut-host doctor                                              what is wrong with this machine, and the fix
        moeut-host --help [-task <task>]                               every argument
+       moeut-host --version                                           of the program, the plugin ABI and libtorch
 
 Everywhere: -q (--quiet) warnings, errors and results only; -v (--verbose) what plugins say to find a fault, too.
 ";
@@ -57,6 +59,7 @@ pub fn main() -> ExitCode {
     let mut argv: Vec<String> = std::env::args().skip(1).collect();
     // Another program in a moment, which has no use for libtorch.
     let is_child = argv.first().is_some_and(|word| word == WITH_PARENT);
+    spinning::shorten(&argv);
     let cuda = if is_child {
         Ok(false)
     } else {
@@ -115,6 +118,7 @@ fn dispatch(
     match words[..] {
         [] if argv.is_empty() => print(USAGE),
         [] if asks_for_help(argv) => help(argv, terminal)?,
+        [] if argv == ["--version"] => print(&doctor::versions()),
         [] => return train_command(argv, cuda, terminal, start),
         ["launch"] => return launch::command(rest, terminal),
         ["plugins", ..] => return plugins_cli::command(&argv[1..]),

@@ -85,13 +85,7 @@ fn problems(problems: &[Problem]) -> String {
 
 /// Everything about this machine that a run depends on.
 pub fn report(registry: &Registry, cuda: &Result<bool, PluginError>) -> String {
-    let mut text = String::new();
-    let _ = writeln!(
-        text,
-        "moeut-host   {} (plugin ABI {ABI_MAJOR}.{ABI_MINOR})",
-        env!("CARGO_PKG_VERSION")
-    );
-    text.push_str(&machine(cuda));
+    let mut text = versions() + &hardware(cuda);
     let _ = writeln!(text, "plugin folders, first wins:");
     for folder in registry.folders() {
         let n_files = folders::libraries(&folder.path).map(|files| files.len());
@@ -116,16 +110,31 @@ pub fn report(registry: &Registry, cuda: &Result<bool, PluginError>) -> String {
     text + &problems(registry.problems())
 }
 
+/// Of this program, its plugin ABI and libtorch.
+pub fn versions() -> String {
+    format!(
+        "moeut-host   {} (plugin ABI {ABI_MAJOR}.{ABI_MINOR})\n{}",
+        env!("CARGO_PKG_VERSION"),
+        libtorch()
+    )
+}
+
 /// libtorch, CUDA and CPU, a line each.
 pub fn machine(cuda: &Result<bool, PluginError>) -> String {
-    let mut text = String::new();
-    let libtorch = moeut_torch::version::runtime_version();
-    let _ = writeln!(
-        text,
-        "libtorch     {} (needed: {})",
-        libtorch.as_deref().unwrap_or("of unknown version"),
+    libtorch() + &hardware(cuda)
+}
+
+fn libtorch() -> String {
+    let found = moeut_torch::version::runtime_version();
+    format!(
+        "libtorch     {} (needed: {})\n",
+        found.as_deref().unwrap_or("of unknown version"),
         moeut_torch::LIBTORCH_VERSION
-    );
+    )
+}
+
+fn hardware(cuda: &Result<bool, PluginError>) -> String {
+    let mut text = String::new();
     let n_gpus = if matches!(cuda, Ok(true)) {
         tch::Cuda::device_count()
     } else {

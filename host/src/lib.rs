@@ -27,6 +27,7 @@ pub mod report;
 pub mod run_folder;
 pub mod services;
 pub mod signals;
+mod spinning;
 pub mod startup_log;
 pub mod sweep;
 pub mod sweep_cli;

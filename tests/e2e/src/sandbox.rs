@@ -155,6 +155,8 @@ impl Sandbox {
             .env("HOME", self.root.path().join("home"))
             .env("XDG_DATA_HOME", self.root.path().join("home/data"))
             .env("NO_COLOR", "1")
+            // The host would set it and start once more, which costs a moment each time; one test is about that.
+            .env("GOMP_SPINCOUNT", "10000")
             .env("LD_LIBRARY_PATH", libtorch())
             .current_dir(self.work())
             .stdin(Stdio::null());

@@ -65,10 +65,20 @@ fn nothing_typed_shows_how_to_use_it() {
            moeut-host bench step|moe|attention|data                       how fast training, layers and data are here; --json
            moeut-host doctor                                              what is wrong with this machine, and the fix
            moeut-host --help [-task <task>]                               every argument
+           moeut-host --version                                           of the program, the plugin ABI and libtorch
 
     Everywhere: -q (--quiet) warnings, errors and results only; -v (--verbose) what plugins say to find a fault, too.
     --- stderr
     ");
+}
+
+#[test]
+fn versions_are_those_that_doctor_says() {
+    let sandbox = Sandbox::bare();
+    let versions = sandbox.run(&["--version"]).ok().stdout;
+    assert_eq!(versions.lines().count(), 2, "{versions}");
+    let doctor = sandbox.run(&["doctor"]).ok().stdout;
+    assert!(doctor.starts_with(&versions), "{doctor}");
 }
 
 #[test]

@@ -5,9 +5,10 @@
 )]
 
 use insta::assert_snapshot;
-use moeut_e2e::{Sandbox, checkpoint_files, losses, tiny};
+use moeut_e2e::{Sandbox, checkpoint_files, losses, tiny, wait_until};
 use serde_json::Value;
 use std::fs;
+use std::process::Stdio;
 
 /// What a script does that reads `-test_only`.
 fn scores(stdout: &str) -> Value {
@@ -263,5 +264,30 @@ fn the_start_is_on_record() {
         ", sha256 ",
     ] {
         assert!(log.contains(part), "{part}\n{log}");
+    }
+}
+
+/// It starts itself once more with a variable that libtorch's threads read before `main`, unless somebody set one.
+#[test]
+fn threads_that_wait_do_not_spin_for_long() {
+    let sandbox = Sandbox::new();
+    let args = tiny("a", &["-stop_after", "1000000"]);
+    let variables = |own: Option<(&str, &str)>| {
+        let mut command = sandbox.foreign(&sandbox.program());
+        command.args(args.as_strs()).env_remove("GOMP_SPINCOUNT");
+        command.envs(own).arg("-reset=1");
+        let mut child = command.stderr(Stdio::null()).spawn().unwrap();
+        let metrics = sandbox.run_folder("a").join("metrics.jsonl");
+        wait_until("the first step", || metrics.exists());
+        let environ = fs::read(format!("/proc/{}/environ", child.id())).unwrap();
+        child.kill().unwrap();
+        child.wait().unwrap();
+        fs::remove_file(metrics).unwrap();
+        String::from_utf8(environ).unwrap()
+    };
+    assert!(variables(None).contains("GOMP_SPINCOUNT=10000\0"));
+    for own in [("GOMP_SPINCOUNT", "77"), ("OMP_WAIT_POLICY", "active")] {
+        let environ = variables(Some(own));
+        assert!(!environ.contains("GOMP_SPINCOUNT=10000\0"), "{environ}");
     }
 }
