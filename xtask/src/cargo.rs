@@ -118,11 +118,7 @@ pub(crate) fn test(repo: &Path, args: &[String]) -> Result<(), Failure> {
 /// harness of `tests/numerics` builds models and kernels itself.
 pub(crate) fn fixtures(repo: &Path, args: &[String]) -> Result<(), Failure> {
     setup(repo, Set::Cpu)?;
-    let folder = match args {
-        [flag, _, folder] if flag == "--kernel" => Some(folder),
-        [folder, ..] => Some(folder),
-        [] => None,
-    };
+    let folder = first_positional(args);
     let has_tokenizers = folder.is_some_and(|folder| has_below(Path::new(folder), TOKENIZER_FILE));
     let has_runs = folder.is_some_and(|folder| has_runs(Path::new(folder)));
     let mut statuses = Vec::new();
@@ -134,6 +130,21 @@ pub(crate) fn fixtures(repo: &Path, args: &[String]) -> Result<(), Failure> {
         statuses.push(harness(repo, NUMERICS, NUMERICS, args)?);
     }
     statuses.into_iter().try_for_each(passed)
+}
+
+/// The first argument that is neither a flag nor the value behind one: each has one, or carries it behind `=`. Whether
+/// flags are known is the program's matter.
+fn first_positional(args: &[String]) -> Option<&String> {
+    let mut args = args.iter();
+    while let Some(arg) = args.next() {
+        if !arg.starts_with("--") {
+            return Some(arg);
+        }
+        if !arg.contains('=') {
+            args.next();
+        }
+    }
+    None
 }
 
 /// Builds a program of a package and runs it.
@@ -445,6 +456,26 @@ mod tests {
         assert!(!has_runs(folder.path()) && !has_runs(&tokenizer));
         fs::write(folder.path().join("01_dense.json"), "").unwrap();
         assert!(has_runs(folder.path()));
+    }
+
+    #[test]
+    fn the_folder_stands_anywhere_among_flags() {
+        let folder = |line: &str| {
+            let args: Vec<String> = line.split_whitespace().map(str::to_owned).collect();
+            first_positional(&args).cloned()
+        };
+        for line in [
+            "runs",
+            "runs --kernel grouped",
+            "--kernel grouped runs --device cuda",
+            "--dtype=bf16 runs",
+            "--dtype bf16,f16 --device=cuda:1 runs",
+        ] {
+            assert_eq!(folder(line).as_deref(), Some("runs"), "{line}");
+        }
+        for line in ["", "--kernel", "--kernel grouped", "--device=cpu"] {
+            assert_eq!(folder(line), None, "{line}");
+        }
     }
 
     #[test]

@@ -39,9 +39,14 @@ Usage: cargo xtask <command>
   tools [--torchrun]                     install TensorBoard and Weights & Biases below `.tools`, with which tests read
                                          what we write; --torchrun adds PyTorch (4.5 GB) for a test with its launcher
   test [args]                            build, install tools, then `cargo test --release --workspace` with args
-  fixtures <folder> [--kernel <name>]    run every recorded run of the reference in a folder (`<name>.json` and
-                                         `<name>.safetensors`) with every kernel, in fp64 and fp32, and every recorded
-                                         tokenizer below it (folders with `tokenizer.model.model`); one line each
+  fixtures <folder> [flags]              run every recorded run of the reference in a folder (`<name>.json` and
+                                         `<name>.safetensors`) with every kernel, and every recorded tokenizer below it
+                                         (folders with `tokenizer.model.model`); one line each. Flags of recorded runs:
+                                         --kernel <name>     only this kernel
+                                         --device <device>   cpu (default), cuda, or cuda:<n>
+                                         --dtype <list>      of f64, f32, and mixed with parameters in fp32 bf16, f16;
+                                                             default f64,f32
+                                         --plugins <folder>  plugins as they lie there; default: build them
   faults [--short] [--seed <number>]     build, then kill, starve and damage runs, and count what is lost; about
                                          5 minutes, a short one 1 minute
   dist [--libtorch]                      build, then pack `target/dist/moeut-host-….tar.gz`, which runs without Rust;

@@ -1,16 +1,12 @@
-//! All runs of all fixtures: each with every kernel, in both precisions, against its tolerance.
+//! All runs of all fixtures: each with every kernel, in every precision that is asked for, against its bounds.
 
 use crate::Result;
 use crate::fixture::Fixture;
+use crate::placement::Placement;
 use crate::plugins::{self, KernelPlugin};
 use crate::replay::replay;
 use moeut_plugin_api::{DType, Device, PluginError};
 use std::path::PathBuf;
-
-/// Recorded tensors are double-precision results rounded once to single precision (6e-8).
-const TOLERANCE_F64: f64 = 1e-6;
-/// The reference's own single-precision run is up to 2e-6 away.
-const TOLERANCE_F32: f64 = 1e-5;
 
 /// How the runs went.
 #[derive(Debug, Default)]
@@ -25,28 +21,22 @@ pub struct Verdict {
     pub failures: Vec<String>,
 }
 
-/// The error that `dtype` may have.
-pub fn tolerance(dtype: DType) -> f64 {
-    if dtype == DType::F64 {
-        TOLERANCE_F64
-    } else {
-        TOLERANCE_F32
-    }
-}
-
-/// Runs the fixtures in the given precisions, with all kernels or the one of this name, and tells each outcome as a
-/// line.
+/// Runs the fixtures in the given precisions on a device that is open, with all kernels or the one of this name, and
+/// tells each outcome as a line.
 ///
 /// # Errors
-/// If the kernels do not build, or there is none of this name that runs on the CPU. What is wrong with single fixtures
-/// is in the verdict.
+/// If the kernels do not build, or none of them, or not the one of this name, computes so. What is wrong with single
+/// fixtures is in the verdict.
 pub fn check(
     fixtures: &[PathBuf],
     kernel: Option<&str>,
+    device: Device,
     dtypes: &[DType],
     mut tell: impl FnMut(&str),
 ) -> Result<Verdict> {
-    let kernels = chosen(kernel)?;
+    // Many small calls, in which threads would wait for each other.
+    tch::set_num_threads(1);
+    let settings = settings(&chosen(kernel)?, device, dtypes)?;
     let mut verdict = Verdict {
         n_fixtures: fixtures.len(),
         ..Verdict::default()
@@ -54,44 +44,79 @@ pub fn check(
     for path in fixtures {
         let fixture = Fixture::read(path);
         let name = path.file_stem().unwrap_or_default().to_string_lossy();
-        for &dtype in dtypes {
-            let able = kernels
-                .iter()
-                .filter(|kernel| kernel.capabilities.supports(Device::Cpu, dtype));
-            for kernel in able {
-                let title = format!("{name} {dtype} {}", kernel.name);
-                let problems = match &fixture {
-                    Ok(fixture) => run(fixture, dtype, kernel, &title, &mut tell),
-                    Err(error) => vec![error.to_string()],
-                };
-                verdict.n_runs += 1;
-                verdict.n_failed += usize::from(!problems.is_empty());
-                let problems = problems.iter().map(|problem| format!("{title}: {problem}"));
-                for problem in problems {
-                    tell(&format!("FAILED {problem}"));
-                    verdict.failures.push(problem);
-                }
+        for (placement, kernel) in &settings {
+            let title = title(&name, *placement, kernel);
+            let problems = match &fixture {
+                Ok(fixture) => run(fixture, *placement, kernel, &title, &mut tell),
+                Err(error) => vec![error.to_string()],
+            };
+            verdict.n_runs += 1;
+            verdict.n_failed += usize::from(!problems.is_empty());
+            let problems = problems.iter().map(|problem| format!("{title}: {problem}"));
+            for problem in problems {
+                tell(&format!("FAILED {problem}"));
+                verdict.failures.push(problem);
             }
         }
     }
     Ok(verdict)
 }
 
+/// A run in words; the CPU goes without saying.
+fn title(fixture: &str, placement: Placement, kernel: &KernelPlugin) -> String {
+    let Placement { device, dtype } = placement;
+    let kernel = &kernel.name;
+    match device {
+        Device::Cpu => format!("{fixture} {dtype} {kernel}"),
+        Device::Cuda(_) => format!("{fixture} {device} {dtype} {kernel}"),
+    }
+}
+
 /// What is wrong with one run.
 fn run(
     fixture: &Fixture,
-    dtype: DType,
+    placement: Placement,
     kernel: &KernelPlugin,
     title: &str,
     tell: &mut impl FnMut(&str),
 ) -> Vec<String> {
-    match replay(fixture, dtype, kernel) {
+    match replay(fixture, placement, kernel) {
         Ok(errors) => {
             tell(&format!("{title}:{errors}"));
-            errors.above(tolerance(dtype))
+            errors.above()
         }
         Err(error) => vec![error.to_string()],
     }
+}
+
+/// Each precision with each kernel that has it on the device.
+fn settings(
+    kernels: &[KernelPlugin],
+    device: Device,
+    dtypes: &[DType],
+) -> Result<Vec<(Placement, KernelPlugin)>> {
+    let mut settings = Vec::new();
+    for &dtype in dtypes {
+        let able = kernels
+            .iter()
+            .filter(|kernel| kernel.capabilities.supports(device, dtype));
+        settings.extend(able.map(|kernel| (Placement { device, dtype }, kernel.clone())));
+    }
+    if settings.is_empty() {
+        let list = |words: Vec<String>| words.join(", ");
+        let names = kernels.iter().map(|kernel| format!("`{}`", kernel.name));
+        let dtypes = dtypes.iter().map(|dtype| format!("`{dtype}`"));
+        let error = PluginError::new(format!("nothing can be run on `{device}`"));
+        return Err(error
+            .why(format!(
+                "of the kernels {} none computes there in {}",
+                list(names.collect()),
+                list(dtypes.collect())
+            ))
+            .fix("name another `--device` or `--dtype`, or leave out `--kernel` to run all")
+            .into());
+    }
+    Ok(settings)
 }
 
 fn chosen(name: Option<&str>) -> Result<Vec<KernelPlugin>> {

@@ -20,7 +20,7 @@ pub struct Fixture {
 }
 
 /// The JSON file, as far as it is used.
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Clone, Deserialize)]
 pub struct Meta {
     /// Number of distinct tokens.
     pub vocab: u64,
@@ -35,7 +35,7 @@ pub struct Meta {
 }
 
 /// Scalars of the run.
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Clone, Deserialize)]
 pub struct Recorded {
     /// Weighted regularizers of the first step.
     pub reg: BTreeMap<String, f64>,

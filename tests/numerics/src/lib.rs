@@ -6,11 +6,14 @@
 
 pub mod check;
 pub mod error_of;
+pub mod errors;
 pub mod fixture;
+pub mod placement;
 pub mod plugins;
 pub mod replay;
 pub mod subject;
 pub mod tiny;
+mod untied;
 
 /// Errors of all kinds; a test only shows them.
 pub type Result<T> = std::result::Result<T, Box<dyn std::error::Error + Send + Sync>>;

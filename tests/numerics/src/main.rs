@@ -1,17 +1,18 @@
-//! `moeut-numerics <folder> [--kernel <name>]`: every recorded run of a folder, with every kernel, in both precisions.
+//! `moeut-numerics <folder> [flags]`: every recorded run of a folder, with every kernel, on one device.
 //!
-//! Developers start it with `cargo xtask fixtures`; the test `fixtures` does the same with the shared data.
+//! Developers start it with `cargo xtask fixtures`; the test `fixtures` does the same with the shared data. With
+//! `--plugins <folder>` it needs neither cargo nor the sources: it runs where it was copied to, libtorch permitting.
 #![expect(
     clippy::print_stderr,
     clippy::print_stdout,
     reason = "a command line program: this is its user interface"
 )]
 
-use moeut_numerics::Result;
+mod cli;
+
 use moeut_numerics::check::check;
-use moeut_numerics::fixture;
-use moeut_plugin_api::{DType, PluginError};
-use std::path::Path;
+use moeut_numerics::{Result, fixture, placement, plugins};
+use moeut_plugin_api::PluginError;
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
@@ -33,22 +34,16 @@ fn main() -> ExitCode {
 
 /// Whether every run agrees with the reference.
 fn run(args: &[String]) -> Result<bool> {
-    let args: Vec<&str> = args.iter().map(String::as_str).collect();
-    let (folder, kernel) = match args[..] {
-        [folder] => (folder, None),
-        [folder, "--kernel", name] | ["--kernel", name, folder] => (folder, Some(name)),
-        _ => {
-            return Err(
-                PluginError::new("no single folder with recorded runs is named")
-                    .why(format!("the arguments are {args:?}"))
-                    .fix("`cargo xtask fixtures <folder> [--kernel <name>]`")
-                    .into(),
-            );
-        }
-    };
-    let fixtures = fixture::in_folder(Path::new(folder))?;
-    let dtypes = [DType::F64, DType::F32];
-    let verdict = check(&fixtures, kernel, &dtypes, |line| println!("{line}"))?;
+    let args = cli::parse(args)?;
+    let fixtures = fixture::in_folder(&args.folder)?;
+    if let Some(folder) = args.plugins {
+        plugins::open_from(folder);
+    }
+    placement::open(args.device)?;
+    let kernel = args.kernel.as_deref();
+    let verdict = check(&fixtures, kernel, args.device, &args.dtypes, |line| {
+        println!("{line}");
+    })?;
     println!(
         "{} runs of {} fixtures: {} agree with the reference, {} do not",
         verdict.n_runs,

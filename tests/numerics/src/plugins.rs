@@ -1,4 +1,4 @@
-//! Real plugin libraries, built if need be, and the services that a model expects of its host.
+//! Real plugin libraries, built if need be or from a folder, and the services that a model expects of its host.
 
 use crate::Result;
 use moeut_plugin_api::abi::client::{HostServices, KernelClient, PluginClient};
@@ -8,16 +8,28 @@ use moeut_plugin_api::{
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 /// The packages of the kernels.
-const KERNELS: [&str; 2] = ["moeut-kernel-reference", "moeut-kernel-grouped"];
+const KERNELS: [&str; 3] = [
+    "moeut-kernel-reference",
+    "moeut-kernel-grouped",
+    "moeut-kernel-cuda",
+];
 /// The packages of the models, each with what the names of its variants contain; the first that fits counts.
 const MODELS: [(&str, &str); 3] = [
     ("sut", "moeut-model-sut"),
     ("rope", "moeut-model-dense"),
     ("moe", "moeut-model-moeut"),
 ];
+
+/// Where libraries are, if they are not built.
+static FOLDER: OnceLock<PathBuf> = OnceLock::new();
+
+/// From here on opens libraries of this folder, and builds none. Only the first call counts, and before [`open`].
+pub fn open_from(folder: PathBuf) {
+    let _first = FOLDER.set(folder);
+}
 
 /// The package of the model that has a variant.
 ///
@@ -36,7 +48,8 @@ pub fn model_components() -> Vec<ComponentInfo> {
     components.flatten().collect()
 }
 
-/// Opens the library of a package, after `cargo build` has made sure that it is not older than its source.
+/// Opens the library of a package: of the folder of [`open_from`], else after `cargo build` has made sure that it is not
+/// older than its source.
 ///
 /// # Errors
 /// If it does not build or open.
@@ -45,7 +58,10 @@ pub fn open(package: &str) -> Result<PluginClient> {
         Mutex::new(BTreeMap::new());
     let mut opened = OPENED.lock().unwrap_or_else(PoisonError::into_inner);
     let plugin = opened.entry(package.to_owned()).or_insert_with(|| {
-        let library = build(package).map_err(|error| error.to_string())?;
+        let library = match FOLDER.get() {
+            Some(folder) => folder.join(file_name(package)),
+            None => build(package).map_err(|error| error.to_string())?,
+        };
         PluginClient::open(&library).map_err(|error| format!("{}: {error}", library.display()))
     });
     Ok(plugin.clone()?)
@@ -76,7 +92,11 @@ fn build(package: &str) -> Result<PathBuf> {
         )
         .into());
     }
-    Ok(folder.join(format!("lib{}.so", package.replace('-', "_"))))
+    Ok(folder.join(file_name(package)))
+}
+
+fn file_name(package: &str) -> String {
+    format!("lib{}.so", package.replace('-', "_"))
 }
 
 /// A kernel under test.

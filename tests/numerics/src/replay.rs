@@ -1,118 +1,136 @@
 //! Runs a fixture: the recorded steps with the model in its plugin, and the error of every recorded quantity.
 
+use crate::errors::{Errors, MixedBounds, tolerance};
 use crate::fixture::{Fixture, Step};
+use crate::placement::Placement;
 use crate::plugins::KernelPlugin;
 use crate::subject::Subject;
-use crate::{Result, error_of};
+use crate::{Result, error_of, untied};
 use moeut_plugin_api::{DType, Past};
 use moeut_torch::optim::{AdamConfig, AdamTensors, clip_grad_norm_, fused_adamw_};
 use std::collections::BTreeMap;
-use std::fmt;
-use tch::{Kind, Reduction, Tensor};
+use tch::{Device, Kind, Reduction, Tensor};
 
 /// Rounding of a single-precision gradient, as a share of the tensor's largest; up to 1.1e-6 was measured.
 const GRAD_ROUNDING: f64 = 1e-6;
 /// Optimizer steps that a fixture records.
 const N_STEPS: f64 = 3.0;
-/// What is shown, but has no bound: see [`without_adam_rounding`].
-const ONLY_SHOWN: &str = "after3_raw";
-/// What has no slack for rounding, ‖a − b‖ / ‖b‖ of a parameter, and how much wider its bound is: a single element whose
+/// How much wider the bound of ‖a − b‖ / ‖b‖ of a parameter is, which has no slack for rounding: a single element whose
 /// gradient is near Adam's epsilon makes up 9.5e-6 of it in fixture 01.
-const BY_NORM: (&str, f64) = ("after3_norm", 5.0);
+const BY_NORM: f64 = 5.0;
+/// The token whose logits count in mixed precision: of a quarter the error is smaller.
+const QUARTILE: f64 = 0.25;
 
-/// The largest error of each quantity, and where it is.
-#[derive(Debug, Default)]
-pub struct Errors {
-    /// Parameters and buffers that were found by their recorded names.
-    n_found: usize,
-    by_quantity: BTreeMap<&'static str, (f64, String)>,
-}
-
-impl Errors {
-    fn add(&mut self, quantity: &'static str, at: &str, error: f64) {
-        let worst = self
-            .by_quantity
-            .entry(quantity)
-            .or_insert((0.0, String::new()));
-        if error >= worst.0 {
-            *worst = (error, at.to_owned());
-        }
-    }
-
-    /// Where each error above its bound is: `tolerance`, but see [`BY_NORM`] and [`ONLY_SHOWN`].
-    pub fn above(&self, tolerance: f64) -> Vec<String> {
-        let bound = |quantity| match quantity {
-            ONLY_SHOWN => f64::INFINITY,
-            _ if quantity == BY_NORM.0 => tolerance * BY_NORM.1,
-            _ => tolerance,
-        };
-        let quantities = self.by_quantity.iter();
-        let too_large = quantities.filter(|(quantity, (error, _))| *error > bound(**quantity));
-        too_large
-            .map(|(quantity, (error, at))| format!("{quantity} of {at}: {error:.1e}"))
-            .collect()
-    }
-}
-
-impl fmt::Display for Errors {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "  params {}", self.n_found)?;
-        for (quantity, (error, _)) in &self.by_quantity {
-            write!(f, "  {quantity} {error:.1e}")?;
-        }
-        Ok(())
-    }
-}
-
-/// Repeats the recorded steps in `dtype` and compares everything with the reference's double-precision run.
+/// Repeats the recorded steps and compares with the reference's double-precision run: everything in full precision, in
+/// mixed precision what [`MixedBounds`] names.
+///
+/// Parameters after the steps are not compared in mixed precision. They are in fp32, and Adam makes their first changes
+/// from the signs of gradients, so that what rounding does to small gradients would count as much as all else.
 ///
 /// # Errors
 /// If the fixture is not one of the model's, and whatever model or kernel say.
-pub fn replay(fixture: &Fixture, dtype: DType, kernel: &KernelPlugin) -> Result<Errors> {
-    let mut subject = Subject::of(fixture, dtype, kernel)?;
+pub fn replay(fixture: &Fixture, placement: Placement, kernel: &KernelPlugin) -> Result<Errors> {
+    let mut subject = Subject::of(fixture, placement, kernel)?;
     let mut adam = Adam::new(fixture, &subject)?;
-    let mut errors = Errors {
-        n_found: fixture.below("param").count(),
-        ..Errors::default()
-    };
+    let mut errors = Errors::new(fixture.below("param").count());
+    let bounds = ScalarBounds::new(placement);
     for (index, expected) in fixture.meta.fp64.steps.iter().enumerate() {
-        let pass = Pass::run(fixture, index, &mut subject)?;
+        let pass = Pass::run(fixture, index, &mut subject, placement)?;
         if index == 0 {
-            pass.compare(fixture, &subject, &mut errors)?;
+            pass.compare_regularizers(fixture, bounds.reg, &mut errors);
+            if placement.is_mixed() {
+                pass.compare_roughly(fixture, &subject, placement, &mut errors)?;
+            } else {
+                pass.compare(fixture, &subject, placement, &mut errors)?;
+            }
         }
         let norm = adam.step(&subject)?;
-        pass.compare_scalars(index, *expected, &norm, &mut errors);
+        pass.compare_scalars(index, *expected, &norm, bounds, &mut errors);
     }
-    for (name, expected) in fixture.below("after3") {
-        let parameter = trained(&subject, name)?.detach();
-        errors.add(BY_NORM.0, name, error_of::norm(&parameter, expected));
-        let raw = error_of::tensor(&parameter, expected);
-        if dtype == DType::F64 {
-            errors.add("after3", name, raw);
-        } else {
-            let first_grad = fixture.tensor(&format!("grad.{name}"))?;
-            let parameter = without_adam_rounding(&parameter, expected, first_grad, adam.config.lr);
-            errors.add("after3", name, error_of::tensor(&parameter, expected));
-            errors.add(ONLY_SHOWN, name, raw);
-        }
+    if placement.is_mixed() {
+        untied::compare(fixture, placement, kernel, &mut errors)?;
+    } else {
+        compare_after(fixture, &subject, placement, adam.config.lr, &mut errors)?;
     }
     Ok(errors)
 }
 
+/// Compares the parameters after all steps.
+fn compare_after(
+    fixture: &Fixture,
+    subject: &Subject,
+    placement: Placement,
+    lr: f64,
+    errors: &mut Errors,
+) -> Result<()> {
+    let bound = tolerance(placement.dtype);
+    for (name, expected) in fixture.below("after3") {
+        let parameter = trained(subject, name)?.detach().to_device(Device::Cpu);
+        let by_norm = error_of::norm(&parameter, expected);
+        errors.add("after3_norm", name, by_norm, bound * BY_NORM);
+        let raw = error_of::tensor(&parameter, expected);
+        if placement.dtype == DType::F64 {
+            errors.add("after3", name, raw, bound);
+        } else {
+            let first_grad = fixture.tensor(&format!("grad.{name}"))?;
+            let parameter = without_adam_rounding(&parameter, expected, first_grad, lr);
+            let error = error_of::tensor(&parameter, expected);
+            errors.add("after3", name, error, bound);
+            // Shown, but without a bound: see `without_adam_rounding`.
+            errors.add("after3_raw", name, raw, f64::INFINITY);
+        }
+    }
+    Ok(())
+}
+
+/// What errors of a step's scalars may be.
+#[derive(Debug, Clone, Copy)]
+struct ScalarBounds {
+    loss: f64,
+    reg: f64,
+    grad_norm: f64,
+}
+
+impl ScalarBounds {
+    fn new(placement: Placement) -> Self {
+        let dtype = placement.dtype;
+        let [loss, reg, grad_norm] = if placement.is_mixed() {
+            let bounds = MixedBounds::new(dtype);
+            [bounds.loss, bounds.reg, bounds.grad_norm]
+        } else {
+            [tolerance(dtype); 3]
+        };
+        Self {
+            loss,
+            reg,
+            grad_norm,
+        }
+    }
+}
+
 /// One forward and backward pass.
-struct Pass {
-    logits: Tensor,
-    regularizers: BTreeMap<String, Tensor>,
+pub(crate) struct Pass {
+    /// `[seq_len, batch, vocab_size]`.
+    pub(crate) logits: Tensor,
+    /// By name.
+    pub(crate) regularizers: BTreeMap<String, Tensor>,
     loss: Tensor,
     reg_loss: Tensor,
     total: Tensor,
 }
 
 impl Pass {
-    fn run(fixture: &Fixture, index: usize, subject: &mut Subject) -> Result<Self> {
+    /// Runs the recorded step of this number, and leaves its gradients in the subject.
+    pub(crate) fn run(
+        fixture: &Fixture,
+        index: usize,
+        subject: &mut Subject,
+        placement: Placement,
+    ) -> Result<Self> {
         let tokens = fixture
             .tensor(&format!("input.tokens.step{index}"))?
-            .to_kind(Kind::Int64);
+            .to_kind(Kind::Int64)
+            .to_device(moeut_torch::device(placement.device));
         let seq_len = tokens.size()[0] - 1;
         let past = if fixture.meta.state_carry {
             Past::Segments {
@@ -122,22 +140,25 @@ impl Pass {
         } else {
             Past::None
         };
-        let (logits, regularizers) = subject.forward(&tokens.narrow(0, 0, seq_len), past)?;
-        let targets = tokens.narrow(0, 1, seq_len).reshape([-1]);
-        let loss = logits.reshape([-1, logits.size()[2]]).cross_entropy_loss(
-            &targets,
-            None::<&Tensor>,
-            Reduction::Mean,
-            -100,
-            0.0,
-        );
+        let (logits, regularizers) = {
+            let _mixed = placement.autocast()?;
+            subject.forward(&tokens.narrow(0, 0, seq_len), past)?
+        };
+        let loss = mean_loss(&logits, &tokens.narrow(0, 1, seq_len));
         let weight = fixture.number("reg")?.unwrap_or(1.0);
-        let reg_loss = regularizers.values().sum::<Tensor>() * weight;
+        let sum = |sum, value| sum + value;
+        let reg_loss = regularizers.values().fold(loss.zeros_like(), sum) * weight;
         let total = &loss + &reg_loss;
         for parameter in subject.trainable.values_mut() {
             parameter.zero_grad();
         }
-        total.backward();
+        let scale = placement.loss_scale();
+        (&total * scale).backward();
+        // A gradient that overflowed is not finite after this either, which no bound lets pass.
+        let grads = subject.trainable.values().map(Tensor::grad);
+        for mut grad in grads.filter(Tensor::defined) {
+            let _ = grad.g_div_scalar_(scale);
+        }
         Ok(Self {
             logits,
             regularizers,
@@ -147,42 +168,103 @@ impl Pass {
         })
     }
 
-    /// What is recorded of the first step only.
-    fn compare(&self, fixture: &Fixture, subject: &Subject, errors: &mut Errors) -> Result<()> {
-        let logits = error_of::tensor(&self.logits, fixture.tensor("expected.logits")?);
-        errors.add("logits", "step 0", logits);
+    /// A regularizer's value; 0 if the model has none of this name.
+    pub(crate) fn regularizer(&self, name: &str) -> f64 {
+        let value = self.regularizers.get(name);
+        value.map_or(0.0, |value| value.double_value(&[]))
+    }
+
+    fn compare_regularizers(&self, fixture: &Fixture, bound: f64, errors: &mut Errors) {
         let recorded = &fixture.meta.fp64.reg;
-        let zero = Tensor::from(0.0);
         for name in recorded.keys().chain(self.regularizers.keys()) {
-            let own = self.regularizers.get(name).unwrap_or(&zero);
             let expected = recorded.get(name).copied().unwrap_or(0.0);
-            let error = error_of::scalar(own.double_value(&[]), expected);
-            errors.add("reg", name, error);
+            let error = error_of::scalar(self.regularizer(name), expected);
+            errors.add("reg", name, error, bound);
         }
+    }
+
+    /// Compares each logit and each gradient, which are recorded of the first step only.
+    fn compare(
+        &self,
+        fixture: &Fixture,
+        subject: &Subject,
+        placement: Placement,
+        errors: &mut Errors,
+    ) -> Result<()> {
+        let bound = tolerance(placement.dtype);
+        let logits = error_of::tensor(&self.logits, fixture.tensor("expected.logits")?);
+        errors.add("logits", "step 0", logits, bound);
         for (name, expected) in fixture.below("grad") {
-            let grad = trained(subject, name)?.grad();
-            let grad = if grad.defined() {
-                grad
-            } else {
-                expected.zeros_like()
-            };
-            errors.add("grad", name, error_of::tensor(&grad, expected));
+            let grad = grad_like(subject, name, expected)?;
+            let error = error_of::tensor(&grad, expected);
+            errors.add("grad", name, error, bound);
         }
         Ok(())
     }
 
-    fn compare_scalars(&self, index: usize, expected: Step, norm: &Tensor, errors: &mut Errors) {
+    /// Compares what selections that differ leave of logits and gradients.
+    fn compare_roughly(
+        &self,
+        fixture: &Fixture,
+        subject: &Subject,
+        placement: Placement,
+        errors: &mut Errors,
+    ) -> Result<()> {
+        let bounds = MixedBounds::new(placement.dtype);
+        let logits = fixture.tensor("expected.logits")?;
+        let logits = error_of::quantile_of_rows(&self.logits, logits, QUARTILE);
+        errors.add("logits", "step 0", logits, bounds.logits);
+        let (mut grads, mut all_expected) = (Vec::new(), Vec::new());
+        for (name, expected) in fixture.below("grad") {
+            grads.push(grad_like(subject, name, expected)?);
+            all_expected.push(expected.shallow_clone());
+        }
+        let error = error_of::norm_of_all(&grads, &all_expected);
+        errors.add("grads", "step 0", error, bounds.grads);
+        Ok(())
+    }
+
+    fn compare_scalars(
+        &self,
+        index: usize,
+        expected: Step,
+        norm: &Tensor,
+        bounds: ScalarBounds,
+        errors: &mut Errors,
+    ) {
         let at = format!("step {index}");
-        for (quantity, value, expected) in [
-            ("loss", &self.loss, expected.loss),
-            ("reg", &self.reg_loss, expected.reg_loss),
-            ("total", &self.total, expected.total_loss),
-            ("grad_norm", norm, expected.grad_norm_before_clip),
+        let norm_expected = expected.grad_norm_before_clip;
+        for (quantity, value, expected, bound) in [
+            ("loss", &self.loss, expected.loss, bounds.loss),
+            ("reg", &self.reg_loss, expected.reg_loss, bounds.reg),
+            ("total", &self.total, expected.total_loss, bounds.loss),
+            ("grad_norm", norm, norm_expected, bounds.grad_norm),
         ] {
             let error = error_of::scalar(value.double_value(&[]), expected);
-            errors.add(quantity, &at, error);
+            errors.add(quantity, &at, error, bound);
         }
     }
+}
+
+/// Mean cross-entropy of the next tokens, in nats; at least in fp32, whatever the logits are, as the host's.
+fn mean_loss(logits_tbv: &Tensor, targets_tb: &Tensor) -> Tensor {
+    let kind = match logits_tbv.kind() {
+        Kind::Double => Kind::Double,
+        _ => Kind::Float,
+    };
+    let logits_nv = logits_tbv.reshape([-1, logits_tbv.size()[2]]).to_kind(kind);
+    let targets_n = targets_tb.reshape([-1]);
+    logits_nv.cross_entropy_loss(&targets_n, None::<&Tensor>, Reduction::Mean, -100, 0.0)
+}
+
+/// The gradient of a parameter; zeros like what is expected if none reaches it.
+pub(crate) fn grad_like(subject: &Subject, name: &str, expected: &Tensor) -> Result<Tensor> {
+    let grad = trained(subject, name)?.grad();
+    Ok(if grad.defined() {
+        grad
+    } else {
+        expected.zeros_like()
+    })
 }
 
 fn trained<'a>(subject: &'a Subject, name: &str) -> Result<&'a Tensor> {
@@ -256,7 +338,9 @@ impl Adam {
             max_norm: fixture.number("grad_clip")?.unwrap_or(f64::INFINITY),
             exp_avg: zeros().collect(),
             exp_avg_sq: zeros().collect(),
-            steps: names.iter().map(|_| Tensor::from(0f32)).collect(),
+            steps: zeros()
+                .map(|like| Tensor::zeros([], (Kind::Float, like.device())))
+                .collect(),
             names,
         })
     }

@@ -2,10 +2,11 @@
 
 use crate::Result;
 use crate::fixture::Fixture;
+use crate::placement::Placement;
 use crate::plugins::{self, KernelPlugin};
 use moeut_plugin_api::abi::client::{ModelClient, PluginClient};
 use moeut_plugin_api::{
-    ArgDef, ComponentKind, DType, Device, ForwardInput, ModelSetup, Past, Wishes, args,
+    ArgDef, ComponentKind, DType, ForwardInput, ModelSetup, Past, Wishes, args,
 };
 use moeut_torch::{IntoHandle, IntoTensor};
 use serde_json::Value;
@@ -98,8 +99,8 @@ impl Subject {
     ///
     /// # Errors
     /// As [`Subject::build`], and if the recorded parameters are not exactly those of the model.
-    pub fn of(fixture: &Fixture, dtype: DType, kernel: &KernelPlugin) -> Result<Self> {
-        let setup = on_cpu(fixture.meta.vocab, dtype);
+    pub fn of(fixture: &Fixture, placement: Placement, kernel: &KernelPlugin) -> Result<Self> {
+        let setup = placement.setup(fixture.meta.vocab);
         let subject = Self::build(&flags(&fixture.meta.args_effective), &setup, kernel)?;
         let mut missing: Vec<&str> = subject.named().map(|(name, _)| name).collect();
         for (name, value) in fixture.below("param") {
@@ -166,14 +167,7 @@ impl Subject {
 
 /// A model on the CPU in one precision, as the reference is.
 pub fn on_cpu(vocab_size: u64, dtype: DType) -> ModelSetup {
-    ModelSetup {
-        vocab_size,
-        device: Device::Cpu,
-        dtype,
-        compute_dtype: dtype,
-        compat: true,
-        is_shape_only: false,
-    }
+    Placement::on_cpu(dtype).setup(vocab_size)
 }
 
 /// The recorded arguments that are a model's, as a user types them.

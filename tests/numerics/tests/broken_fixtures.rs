@@ -26,9 +26,13 @@ impl Run {
 
 /// Exit code and output for a folder.
 fn run(folder: &Path) -> (Option<i32>, String) {
+    run_with(folder, &["--kernel", "grouped"])
+}
+
+fn run_with(folder: &Path, flags: &[&str]) -> (Option<i32>, String) {
     let output = Command::new(env!("CARGO_BIN_EXE_moeut-numerics"))
         .arg(folder)
-        .args(["--kernel", "grouped"])
+        .args(flags)
         .output()
         .unwrap();
     let text = [output.stdout, output.stderr].concat();
@@ -105,6 +109,46 @@ fn each_fault_is_named() {
         assert!(found.is_some(), "{message}: {text}");
         assert_eq!(code, Some(1), "{message}: {text}");
     }
+}
+
+/// A folder that looks as if it had a recorded run: what is wrong with arguments shows before one is read.
+fn folder() -> tempfile::TempDir {
+    let folder = tempfile::tempdir().unwrap();
+    std::fs::write(folder.path().join("run.json"), "{}").unwrap();
+    folder
+}
+
+#[test]
+fn a_device_that_is_not_there_is_refused() {
+    let (code, text) = run_with(folder().path(), &["--device", "cuda:99"]);
+    assert_eq!(code, Some(2), "{text}");
+    let lines: Vec<&str> = text.lines().collect();
+    assert_eq!(lines.len(), 3, "{text}");
+    assert_eq!(lines[0], "Error: there is no device `cuda:99`");
+    // Why is the machine's matter: it may have no GPU, fewer, or no libraries for them.
+    assert!(lines[1].starts_with("  why: "), "{text}");
+    assert!(lines[2].contains("`--device cpu`"), "{text}");
+}
+
+#[test]
+fn a_kernel_for_gpus_is_not_run_on_the_cpu() {
+    let (code, text) = run_with(folder().path(), &["--kernel", "cuda", "--dtype", "bf16"]);
+    assert_eq!(code, Some(2), "{text}");
+    assert_eq!(
+        text,
+        "Error: nothing can be run on `cpu`\n  why: of the kernels `cuda` none computes there in `bf16`\n  fix: name \
+         another `--device` or `--dtype`, or leave out `--kernel` to run all\n"
+    );
+}
+
+#[test]
+fn with_a_folder_of_plugins_nothing_is_built() {
+    let empty = tempfile::tempdir().unwrap();
+    let plugins = empty.path().to_str().unwrap();
+    let (code, text) = run_with(folder().path(), &["--plugins", plugins]);
+    assert_eq!(code, Some(2), "{text}");
+    let library = empty.path().join("libmoeut_kernel_reference.so");
+    assert!(text.contains(library.to_str().unwrap()), "{text}");
 }
 
 #[test]

@@ -3,6 +3,7 @@
 use moeut_e2e::{RawTensor, ReferenceRun, read_safetensors};
 use moeut_host::checkpoint::{Layout, convert, export, read_model_tensors};
 use moeut_numerics::fixture::{self, Fixture};
+use moeut_numerics::placement::Placement;
 use moeut_numerics::subject::Subject;
 use moeut_numerics::{Result, error_of, plugins};
 use moeut_plugin_api::{DType, Past};
@@ -52,7 +53,7 @@ fn error_with(path: &Path, json: &Path) -> Result<f64> {
     }
     let kernels = plugins::kernels()?;
     let kernel = kernels.first().ok_or("there is no kernel")?;
-    let mut subject = Subject::of(&fixture, DType::F32, kernel)?;
+    let mut subject = Subject::of(&fixture, Placement::on_cpu(DType::F32), kernel)?;
     let tokens = fixture.tensor("input.tokens.step0")?.to_kind(Kind::Int64);
     let (logits, _) = subject.forward(&tokens.narrow(0, 0, tokens.size()[0] - 1), Past::None)?;
     Ok(error_of::tensor(

@@ -4,6 +4,7 @@ use moeut_host::eval::item::{Item, Tokens};
 use moeut_host::eval::metrics::{Accuracy, is_right};
 use moeut_host::eval::predict::{Client, Effort, predict};
 use moeut_numerics::fixture::{Fixture, shared};
+use moeut_numerics::placement::Placement;
 use moeut_numerics::subject::Subject;
 use moeut_numerics::{Result, plugins};
 use moeut_plugin_api::{DType, PluginError, Question};
@@ -128,7 +129,7 @@ fn subject(fixture: &str) -> Result<Option<Subject>> {
         .ok_or("there is no kernel")?;
     Ok(Some(Subject::of(
         &Fixture::read(&json)?,
-        DType::F32,
+        Placement::on_cpu(DType::F32),
         &kernel,
     )?))
 }
