@@ -5,11 +5,14 @@ use crate::color::{self, INK, WHITE};
 use crate::drawing::{Anchor, Area, Drawing, Shape, Text};
 use crate::font;
 use crate::plot::{Axis, Bars, Histogram, Scale, Series, XyChart};
-use crate::ticks::{Span, every, number};
+use crate::ticks::{Span, Tick, every, number};
 
 /// Size of the area with the data.
 const WIDTH: f32 = 520.0;
 const HEIGHT: f32 = 300.0;
+/// How far above the axis bars are torn, and how far the tear goes up and down from there.
+const TEAR: f32 = 10.0;
+const TEAR_HALF: f32 = 2.5;
 /// Numbers along an axis.
 const N_TICKS: usize = 6;
 /// Series in a legend; of more, every second, fifth, … is named.
@@ -204,7 +207,19 @@ pub(crate) fn bars(bars: &Bars, title: &str) -> Drawing {
             .collect();
     }
     let x = Side::across(&bars.x.label, &names, n_places, WIDTH);
-    let y = Side::of_span(&bars.y.label, &y_span, N_TICKS);
+    let mut y = Side::of_span(&bars.y.label, &y_span, N_TICKS);
+    let is_torn = y_span.place(0.0).is_none_or(|zero| zero < 0.0);
+    if is_torn {
+        // No number under the tear.
+        let axis = Area {
+            height: HEIGHT,
+            ..Area::default()
+        };
+        let torn = axis.bottom() - TEAR;
+        let distance = |tick: &Tick| (axis.at(0.0, tick.at).1 - torn).abs();
+        y.ticks
+            .retain(|tick| distance(tick) > TEAR_HALF + SIZE / 2.0);
+    }
     let legend = Legend::new(&bars.series);
     let (mut drawing, area) = axes::chart(title, (WIDTH, HEIGHT), &x, &y, legend.width);
     let n_series = bars.series.len();
@@ -245,7 +260,7 @@ pub(crate) fn bars(bars: &Bars, title: &str) -> Drawing {
         axes::say_empty(&mut drawing, &area);
     }
     axes::finish(&mut drawing, &area, &x, &y);
-    if y_span.place(0.0).is_none_or(|zero| zero < 0.0) {
+    if is_torn {
         tear(&mut drawing, &area);
     }
     legend.draw(&mut drawing, &area);
@@ -255,11 +270,10 @@ pub(crate) fn bars(bars: &Bars, title: &str) -> Drawing {
 /// A white zigzag across the feet of all bars and the axis beside them.
 fn tear(drawing: &mut Drawing, area: &Area) {
     const STEP: f32 = 5.0;
-    const HALF: f32 = 2.5;
-    let (left, middle) = (area.left - 2.0 * STEP, area.bottom() - 4.0 * HALF);
+    let (left, middle) = (area.left - 2.0 * STEP, area.bottom() - TEAR);
     let mut points = vec![(left, middle)];
     while let Some(&(x, y)) = points.last().filter(|(x, _)| *x < area.right()) {
-        let side = if y < middle { HALF } else { -HALF };
+        let side = if y < middle { TEAR_HALF } else { -TEAR_HALF };
         points.push((x + STEP, middle + side));
     }
     drawing.line(points, WHITE, 3.0);
@@ -441,6 +455,10 @@ mod tests {
         assert_eq!(n_tears, 1);
         assert!(texts.contains(&"12.3".to_owned()), "{texts:?}");
         assert!(texts.contains(&"123.5".to_owned()), "{texts:?}");
+        chart.y.limits = Some((18.0, 130.0));
+        let (_, texts) = tears_and_texts(&chart);
+        assert!(texts.contains(&"40".to_owned()), "{texts:?}");
+        assert!(!texts.contains(&"20".to_owned()), "{texts:?}");
         chart.y.scale = Scale::Log;
         assert_eq!(tears_and_texts(&chart).0, 1);
     }
