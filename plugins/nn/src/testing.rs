@@ -373,12 +373,19 @@ pub fn check_recomputation<M: Model>(flags: &[(&str, &str)], precision: TestPrec
     );
 }
 
+/// What rounding to fp16 may change of logits and regularizers, as a share of their length: ten times its unit
+/// roundoff. In 475 models it was up to 1.6e-3.
+const MIXED_RESULT: f64 = 5e-3;
+/// The same of gradients. Units that rounding brings to the other side of the kink of `ReLU` change them by far more, in
+/// models this small by up to 0.12.
+const MIXED_GRADIENT: f64 = 0.3;
+
 /// That a training in mixed precision, where odd widths are padded, is one in single precision but for rounding: logits,
 /// regularizers, gradients. With `flags` that let nothing depend on which of two numbers is larger.
 ///
 /// # Panics
-/// With what is off by more than `tolerance` of its length.
-pub fn check_padding<M: Model>(flags: &[(&str, &str)], tolerance: f64) {
+/// With what is off by more.
+pub fn check_padding<M: Model>(flags: &[(&str, &str)]) {
     tch::set_num_threads(1);
     // Rounding of fp16 hides less than that of bf16.
     let precisions = [DType::F32, DType::F16].map(TestPrecision::of);
@@ -388,7 +395,13 @@ pub fn check_padding<M: Model>(flags: &[(&str, &str)], tolerance: f64) {
     let results = trained(&mut exact, &segments, precisions[0]);
     let mixed = trained(&mut mixed, &segments, precisions[1]);
     assert_eq!(results.len(), mixed.len());
+    let n_results = results.len() - exact.parameters().len();
     for (index, (result, mixed)) in results.iter().zip(&mixed).enumerate() {
+        let tolerance = if index < n_results {
+            MIXED_RESULT
+        } else {
+            MIXED_GRADIENT
+        };
         assert_eq!(result.defined(), mixed.defined());
         if result.defined() {
             assert_eq!(

@@ -116,7 +116,7 @@ mod tests {
                 ("transformer.ff_multiplier", "1.55"),
                 ("lm.trafo.context_blocks", n_segments),
             ];
-            check_padding::<Dense>(&flags, 0.15);
+            check_padding::<Dense>(&flags);
         }
     }
 
