@@ -57,9 +57,9 @@ Everywhere: -q (--quiet) warnings, errors and results only; -v (--verbose) what 
 pub fn main() -> ExitCode {
     let start = Instant::now();
     let mut argv: Vec<String> = std::env::args().skip(1).collect();
+    spinning::shorten(&argv);
     // Another program in a moment, which has no use for libtorch.
     let is_child = argv.first().is_some_and(|word| word == WITH_PARENT);
-    spinning::shorten(&argv);
     let cuda = if is_child {
         Ok(false)
     } else {

@@ -11,7 +11,6 @@ use crate::files;
 use crate::make::say;
 use moeut_host::error::HostError;
 use serde_json::json;
-use std::io;
 use std::path::{Path, PathBuf};
 
 /// Endings of source files.
@@ -47,7 +46,7 @@ pub(crate) fn write(from: &Path, folder: &Path, amount: &Amount) -> Result<(), H
     if found.n_bytes < amount.least {
         return Err(too_little(from, &found, amount));
     }
-    let wrong = |error: io::Error| {
+    let wrong = |error: std::io::Error| {
         HostError::new(
             format!("`{}` cannot be made", folder.display()),
             error.to_string(),
@@ -56,9 +55,8 @@ pub(crate) fn write(from: &Path, folder: &Path, amount: &Amount) -> Result<(), H
     };
     // Under its name it is whole, or not there.
     let unfinished = folder.with_extension("unfinished");
-    match std::fs::remove_dir_all(&unfinished) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(wrong(error)),
-        _ => {}
+    if unfinished.exists() {
+        std::fs::remove_dir_all(&unfinished).map_err(wrong)?;
     }
     for (index, shard) in found.train.iter().enumerate() {
         let name = format!("train-{index:03}.jsonl");

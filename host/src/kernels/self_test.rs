@@ -29,7 +29,7 @@ type Outcome = Result<Tensor, PluginError>;
 /// # Errors
 /// Whatever the kernel says, or with what is off.
 pub fn check(kernel: &KernelClient, device: Device, dtype: DType) -> Result<(), PluginError> {
-    let test = Test::new(device, dtype);
+    let test = Test::new(device, dtype)?;
     test.check("grouped_matmul", |inputs| {
         sigma_moe(kernel, false, &test.sorted, inputs)
     })?;
@@ -84,13 +84,13 @@ struct Test {
     dtype: DType,
     /// `x`, `w1`, `w2` and `gate`.
     inputs: [Tensor; 4],
-    /// `[tokens, k]`, on the CPU.
-    ids: Tensor,
     sorted: Sorted,
+    /// The result and the gradients by the formula, in double precision on the CPU.
+    expected: Vec<Tensor>,
 }
 
 impl Test {
-    fn new(device: Device, dtype: DType) -> Self {
+    fn new(device: Device, dtype: DType) -> Result<Self, PluginError> {
         let (kind, there) = (moeut_torch::kind(dtype), moeut_torch::device(device));
         let inputs = [
             waves(0.1, &[N_TOKENS, D_MODEL]),
@@ -98,18 +98,16 @@ impl Test {
             waves(0.3, &[N_EXPERTS, D_EXPERT, D_MODEL]) * 0.2,
             waves(0.4, &[N_TOKENS, TOP_K]).abs(),
         ];
-        // Two different experts for each token, and another number of tokens for each expert.
-        let token = Tensor::arange(N_TOKENS, (Kind::Int64, tch::Device::Cpu));
-        let first = (&token * &token).remainder(N_EXPERTS);
-        let second = (&first + 1 + token.remainder(2)).remainder(N_EXPERTS);
-        let ids = Tensor::stack(&[first, second], 1);
-        Self {
+        let inputs = inputs.map(|input| input.to_kind(kind));
+        let exact = inputs.each_ref().map(|input| input.to_kind(Kind::Double));
+        let expected = differentiate(exact.each_ref(), |inputs| Ok(formula(inputs)))?;
+        Ok(Self {
             device,
             dtype,
-            inputs: inputs.map(|input| input.to_kind(kind).to_device(there)),
-            sorted: Sorted::new(&ids.to_device(there), N_EXPERTS),
-            ids,
-        }
+            inputs: inputs.map(|input| input.to_device(there)),
+            sorted: Sorted::new(&ids().to_device(there), N_EXPERTS),
+            expected,
+        })
     }
 
     /// Compares a layer, and its gradients, with the formula.
@@ -118,11 +116,8 @@ impl Test {
         name: &str,
         layer: impl Fn([&Tensor; 4]) -> Outcome,
     ) -> Result<(), PluginError> {
-        let inputs = self.inputs.each_ref();
-        let exact = inputs.map(|input| input.to_device(tch::Device::Cpu).to_kind(Kind::Double));
-        let expected = differentiate(exact.each_ref(), |inputs| Ok(self.formula(inputs)))?;
-        let found = differentiate(inputs, layer)?;
-        for (of, (found, expected)) in NAMES.iter().zip(found.iter().zip(&expected)) {
+        let found = differentiate(self.inputs.each_ref(), layer)?;
+        for (of, (found, expected)) in NAMES.iter().zip(found.iter().zip(&self.expected)) {
             let verdict = judge(found, expected, tolerance(self.dtype)).or_plugin_error(FAILED)?;
             if let Err(wrong) = verdict {
                 let Self { device, dtype, .. } = self;
@@ -137,16 +132,24 @@ impl Test {
         }
         Ok(())
     }
+}
 
-    /// A product for every selection.
-    fn formula(&self, [x, w1, w2, gate]: [&Tensor; 4]) -> Tensor {
-        let ids = self.ids.reshape([-1]);
-        let rows = x.repeat_interleave_self_int(TOP_K, 0, None).unsqueeze(1);
-        let hidden = rows.bmm(&w1.index_select(0, &ids)).relu();
-        let y = hidden.bmm(&w2.index_select(0, &ids));
-        let y = y.view([N_TOKENS, TOP_K, D_MODEL]) * gate.unsqueeze(-1);
-        y.sum_dim_intlist(1i64, false, None)
-    }
+/// Two different experts for each token, and another number of tokens for each expert: `[tokens, k]`, on the CPU.
+fn ids() -> Tensor {
+    let token = Tensor::arange(N_TOKENS, (Kind::Int64, tch::Device::Cpu));
+    let first = (&token * &token).remainder(N_EXPERTS);
+    let second = (&first + 1 + token.remainder(2)).remainder(N_EXPERTS);
+    Tensor::stack(&[first, second], 1)
+}
+
+/// A product for every selection.
+fn formula([x, w1, w2, gate]: [&Tensor; 4]) -> Tensor {
+    let ids = ids().reshape([-1]);
+    let rows = x.repeat_interleave_self_int(TOP_K, 0, None).unsqueeze(1);
+    let hidden = rows.bmm(&w1.index_select(0, &ids)).relu();
+    let y = hidden.bmm(&w2.index_select(0, &ids));
+    let y = y.view([N_TOKENS, TOP_K, D_MODEL]) * gate.unsqueeze(-1);
+    y.sum_dim_intlist(1i64, false, None)
 }
 
 /// The result of a layer, and the gradients of its inputs.
@@ -183,8 +186,9 @@ mod tests {
     use super::*;
 
     fn verdict(dtype: DType, change: impl Fn(Tensor) -> Tensor) -> Result<(), String> {
-        let test = Test::new(Device::Cpu, dtype);
-        let outcome = test.check("test", |inputs| Ok(change(test.formula(inputs))));
+        let test = Test::new(Device::Cpu, dtype).unwrap();
+        let layer = |inputs: [&Tensor; 4]| Ok(change(formula(inputs)));
+        let outcome = test.check("test", layer);
         outcome.map_err(|error| error.why)
     }
 
