@@ -117,6 +117,18 @@ impl Fixture {
         })?))
     }
 
+    /// Whether its regularizer depends on the order in which libtorch leaves the selected experts, which is another on
+    /// GPUs than on CPUs, where the runs are recorded: with `moe.activation_after_topk` the reference averages selected
+    /// logits by their place in what `topk(sorted=False)` returns.
+    ///
+    /// # Errors
+    /// If a weight is not a number.
+    pub fn balances_by_order(&self) -> Result<bool> {
+        let is_after = self.argument("moe.activation_after_topk");
+        let is_after = is_after.is_some_and(|flag| flag != 0 && flag != false);
+        Ok(is_after && self.number("moe.perplexity_reg")?.unwrap_or(0.0) > 0.0)
+    }
+
     /// Adam's two decays.
     ///
     /// # Errors
