@@ -3,7 +3,7 @@
 use std::env;
 use std::path::PathBuf;
 
-const SOURCES: [&str; 9] = [
+const SOURCES: [&str; 10] = [
     "cpp/list.cpp",
     "cpp/function.cpp",
     "cpp/optim.cpp",
@@ -12,6 +12,7 @@ const SOURCES: [&str; 9] = [
     "cpp/readback.cpp",
     "cpp/profiler.cpp",
     "cpp/recompute.cpp",
+    "cpp/graph.cpp",
     "cpp/terminate.cpp",
 ];
 

@@ -52,6 +52,8 @@ pub struct HostConfig {
     pub seed: Option<i64>,
     /// Whether every operation must give the same bits each time.
     pub deterministic: bool,
+    /// Whether passes of a step are captured as CUDA graphs.
+    pub cuda_graphs: bool,
     /// Whether to repeat the reference's quirks.
     pub compat: bool,
     /// The device.

@@ -99,6 +99,8 @@ const HOST_ARGS: &[ArgSpec] = &[
         .help("Fixes all random numbers"),
     ArgSpec::flag("deterministic", "0")
         .help("Only operations that give the same bits each time; those that cannot are errors"),
+    ArgSpec::flag("cuda_graphs", "0")
+        .help("Launch the passes of a step as one piece, where the CPU is slower than the GPU; activations take their memory twice"),
     ArgSpec::flag("compat", "0")
         .help("Repeat the reference's quirks, to compare with it or with its checkpoints"),
     // The machine.

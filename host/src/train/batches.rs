@@ -7,9 +7,10 @@ use super::TrainError;
 use super::sampler::Sampler;
 use super::stream::Stream;
 use moeut_plugin_api::PluginError;
+use moeut_torch::{OrPluginError, cuda};
 use serde::{Deserialize, Serialize};
 use std::sync::mpsc::{Receiver, sync_channel};
-use tch::Tensor;
+use tch::{Device, Tensor};
 
 /// Batches that wait in the queue; one more is in the thread's hands.
 const READ_AHEAD: usize = 2;
@@ -98,6 +99,19 @@ impl Microbatch {
             weight: self.weight,
             is_start: self.is_start,
         }
+    }
+
+    /// The tokens on a device. A copy to a GPU is queued behind the work of the step before, which nobody waits for.
+    ///
+    /// # Errors
+    /// If memory does not suffice.
+    pub(super) fn tokens_on(&self, device: Device) -> Result<Tensor, PluginError> {
+        let copy = if device.is_cuda() {
+            cuda::upload(&self.tokens, device)
+        } else {
+            self.tokens.f_to_device(device)
+        };
+        copy.or_plugin_error("a batch cannot be copied to the device")
     }
 }
 

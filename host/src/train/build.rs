@@ -9,6 +9,7 @@ use super::device::{Placement, place};
 use super::dumps::Dumps;
 use super::evaluate::EvalStream;
 use super::generate::Sampling;
+use super::graphs::Graphs;
 use super::labels::Follower;
 use super::logs::sinks;
 use super::monitor::{Monitor, Watch};
@@ -190,6 +191,7 @@ pub fn build(
         samples: samples(plan.prompts, data.tokenizer, &config, shape.seq_len),
         last_saved,
         checkpoint_dir,
+        graphs: Graphs::new(config.cuda_graphs),
         config,
     })
 }

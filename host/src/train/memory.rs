@@ -136,6 +136,7 @@ pub(super) fn explain(error: TrainError, run: &Run) -> TrainError {
         n_microbatches: sizes.len(),
         eval_batch_size: run.eval_batch_size,
         seq_len: shape.seq_len,
+        has_graphs: run.config.cuda_graphs,
     };
     TrainError::Component(situation.explain(&cause.why, &Memory::of(run)))
 }
@@ -149,6 +150,7 @@ struct Situation {
     n_microbatches: usize,
     eval_batch_size: usize,
     seq_len: usize,
+    has_graphs: bool,
 }
 
 impl Situation {
@@ -179,6 +181,11 @@ impl Situation {
                 ),
             )
         };
+        let once = if self.has_graphs {
+            ", or hold activations once: `-cuda_graphs 0`"
+        } else {
+            ""
+        };
         let fix = if size > 1 {
             format!("compute fewer sequences at once: {fix}")
         } else {
@@ -190,7 +197,7 @@ impl Situation {
                 "batch {batch_size}, {size} sequences of {seq_len} tokens at once ({n_microbatches} microbatches); {memory}; {}",
                 request(cause)
             ))
-            .fix(fix)
+            .fix(format!("{fix}{once}"))
     }
 }
 
@@ -227,6 +234,7 @@ mod tests {
             n_microbatches: 64 / microbatch_size,
             eval_batch_size: 32,
             seq_len: 1024,
+            has_graphs: false,
         }
     }
 
@@ -256,6 +264,16 @@ mod tests {
         ));
         let error = situation(Phase::Optimizer, 1).explain(CUDA, &MEMORY);
         assert!(error.fix.contains("`-lm.unroll`"));
+        let with_graphs = Situation {
+            has_graphs: true,
+            ..situation(Phase::Optimizer, 32)
+        };
+        let error = with_graphs.explain(CUDA, &MEMORY);
+        assert!(
+            error
+                .fix
+                .ends_with(", or hold activations once: `-cuda_graphs 0`")
+        );
     }
 
     /// What the allocator of this libtorch really says.

@@ -11,6 +11,7 @@ pub mod dumps;
 mod eta;
 pub mod evaluate;
 pub mod generate;
+pub(crate) mod graphs;
 pub mod labels;
 mod logs;
 mod loss;
@@ -42,7 +43,7 @@ use batches::Microbatch;
 use charts::Sketch;
 use loss::mean_loss;
 use moeut_plugin_api::abi::client::ModelClient;
-use moeut_plugin_api::{Chart, ForwardInput, NamedTensor, PluginError};
+use moeut_plugin_api::{Chart, ForwardInput, NamedTensor, Past, PluginError, Wishes};
 use moeut_torch::autocast::Autocast;
 use moeut_torch::error::OrPluginError;
 use moeut_torch::handle::{IntoHandle, IntoTensor};
@@ -122,42 +123,73 @@ fn forward_backward(run: &mut Run, batch: &[Microbatch]) -> Result<StepStats, Tr
     let mut stats = StepStats::default();
     let forgets = std::mem::take(&mut run.state.forgets);
     run.optimizer.zero_grads()?;
+    let mut graphs = std::mem::take(&mut run.graphs);
+    let is_replayed = graphs.prepare(run, batch)?;
     for (index, microbatch) in batch.iter().enumerate() {
         let _microbatch = Span::begin("microbatch");
-        let tokens = microbatch.tokens.to_device(run.device);
-        let (inputs, targets) = inputs_and_targets(&tokens);
         let past = run.segments.training(index, forgets || microbatch.is_start);
         let place = (index, batch.len());
         let wishes = run
             .monitor
             .wishes(&run.state, place, &microbatch.tokens, past);
-        let output = {
-            let _mixed =
-                Autocast::new(run.device, run.autocast).or_plugin_error("mixed precision")?;
-            let input = ForwardInput {
-                tokens_tb: inputs.share(),
-                is_training: true,
-                wishes,
-                past,
-            };
-            forward(&mut run.model, &inputs, input)?
+        let done = if is_replayed {
+            graphs.replay(run, (index, microbatch))?
+        } else {
+            let tokens = microbatch.tokens_on(run.device)?;
+            pass(run, (&tokens, microbatch), place, (wishes, past))?
         };
-        let loss = mean_loss(&output.logits, &targets, microbatch.n_targets)?;
-        run.inspector.output(index, &output, &loss);
-        let regularizers = run
-            .regularizers
-            .total(&output.regularizers, run.state.step)?;
-        let share = (&loss + regularizers) * microbatch.weight;
-        run.optimizer.expect(index + 1 == batch.len());
-        let _backward = Span::begin("backward");
-        let _watched = watch("model", run.model.name(), "backward");
-        run.scaler
-            .scale(share.shallow_clone())
-            .f_backward()
-            .or_plugin_error("the backward pass failed")?;
-        stats.add(microbatch.weight, &share, &loss, output);
+        stats.add(microbatch.weight, done);
     }
+    run.graphs = graphs;
     Ok(stats)
+}
+
+/// What a pass leaves besides gradients.
+struct Pass {
+    /// The microbatch's part of the objective.
+    share: Tensor,
+    /// Its mean loss, nats.
+    loss: Tensor,
+    output: Output,
+}
+
+/// The forward and backward passes of a microbatch, whose tokens are on the device; `place` is its number, and that of
+/// all. Queues work and waits for none of it.
+fn pass(
+    run: &mut Run,
+    (tokens, microbatch): (&Tensor, &Microbatch),
+    (index, n): (usize, usize),
+    (wishes, past): (Wishes, Past),
+) -> Result<Pass, TrainError> {
+    let (inputs, targets) = inputs_and_targets(tokens);
+    let output = {
+        let _mixed = Autocast::new(run.device, run.autocast).or_plugin_error("mixed precision")?;
+        let input = ForwardInput {
+            tokens_tb: inputs.share(),
+            is_training: true,
+            wishes,
+            past,
+        };
+        forward(&mut run.model, &inputs, input)?
+    };
+    let loss = mean_loss(&output.logits, &targets, microbatch.n_targets)?;
+    run.inspector.output(index, &output, &loss);
+    let regularizers = run
+        .regularizers
+        .total(&output.regularizers, run.state.step)?;
+    let share = (&loss + regularizers) * microbatch.weight;
+    run.optimizer.expect(index + 1 == n);
+    let _backward = Span::begin("backward");
+    let _watched = watch("model", run.model.name(), "backward");
+    run.scaler
+        .scale(share.shallow_clone())
+        .f_backward()
+        .or_plugin_error("the backward pass failed")?;
+    Ok(Pass {
+        share,
+        loss,
+        output,
+    })
 }
 
 /// What a model returned, as tensors.

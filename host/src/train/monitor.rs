@@ -176,6 +176,21 @@ impl Monitor {
         self.watch.intervals.training(state.step + 1, index, n)
     }
 
+    /// Whether the next step's microbatch number `index` of `n` is asked for nothing but the loss.
+    pub(super) fn is_plain(&self, state: &TrainState, (index, n): (usize, usize)) -> bool {
+        self.watch.intervals.training(state.step + 1, index, n) == Wishes::default()
+    }
+
+    /// Whether a profile is recorded in this run.
+    pub(super) fn is_profiled(&self) -> bool {
+        self.profile.is_some()
+    }
+
+    /// Whether there are steps of which nothing is logged.
+    pub(super) fn has_plain_steps(&self) -> bool {
+        self.watch.intervals.has_plain_steps()
+    }
+
     /// For the validation of a stream.
     pub fn observer(&self) -> Observer {
         self.watch.intervals.observer()

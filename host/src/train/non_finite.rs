@@ -2,6 +2,7 @@
 //! and the step is then repeated to find the tensor where it began.
 
 use super::batches::Microbatch;
+use super::graphs::Graphs;
 use super::run::{Named, RNG_CPU, RNG_CUDA, Run, rng_states};
 use super::{Output, StepStats, TrainError, forward_backward};
 use crate::checkpoint::write_tensors;
@@ -159,6 +160,11 @@ impl Inspector {
         }
     }
 
+    /// Whether it looks.
+    pub(super) fn is_on(&self) -> bool {
+        self.found.is_some()
+    }
+
     fn look(&mut self, kind: &'static str, name: &str, tensor: &Tensor) {
         let Some(found) = &mut self.found else {
             return;
@@ -290,6 +296,7 @@ pub(super) fn explain(error: TrainError, run: &mut Run) -> TrainError {
 /// what it held before each step would take as much room again, and what it holds now is of the step itself.
 fn repeat(run: &mut Run, remembered: &Remembered) -> Vec<Finding> {
     run.inspector = Inspector::new(true);
+    run.graphs = Graphs::default();
     run.state.forgets = true;
     for (name, tensor) in &run.parameters {
         run.inspector.look("parameter", name, tensor);

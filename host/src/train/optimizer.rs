@@ -13,6 +13,7 @@ use moeut_torch::error::OrPluginError;
 use moeut_torch::optim::{
     AdagradConfig, AdagradTensors, AdamConfig, AdamTensors, Norms, SgdConfig, SgdTensors,
     clear_grads, clip_grad_norm_, fused_adagrad_, fused_adam_, fused_adamw_, fused_sgd_, norms,
+    set_grads,
 };
 use std::collections::BTreeMap;
 use tch::{Device, Kind, Tensor};
@@ -285,6 +286,25 @@ impl Optimizer {
             .map(|(name, param)| (name.as_str(), param.grad()))
             .filter(|(_, grad)| grad.defined())
             .collect()
+    }
+
+    /// The same by the parameters' indices, for [`Self::set_grads`].
+    pub(super) fn own_grads_by_index(&self) -> Vec<(usize, Tensor)> {
+        let grads = self.params.iter().map(|(_, param)| param.grad());
+        grads
+            .enumerate()
+            .filter(|(_, grad)| grad.defined())
+            .collect()
+    }
+
+    /// Gives parameters gradients, shared, as a backward pass would.
+    ///
+    /// # Errors
+    /// If libtorch refuses.
+    pub(super) fn set_grads(&self, grads: &[(usize, Tensor)]) -> Result<(), TrainError> {
+        let params: Vec<&Tensor> = grads.iter().map(|(i, _)| &self.params[*i].1).collect();
+        let grads: Vec<&Tensor> = grads.iter().map(|(_, grad)| grad).collect();
+        Ok(set_grads(&params, &grads).or_plugin_error("gradients cannot be set")?)
     }
 
     /// Bytes of the state in this process.

@@ -44,6 +44,11 @@ impl Regularizers {
         })
     }
 
+    /// Whether the weights change from step to step.
+    pub(super) fn are_decaying(&self) -> bool {
+        !self.decaying.is_empty()
+    }
+
     /// What is added to the loss at `step`, the first of which is 0; nats.
     ///
     /// # Errors

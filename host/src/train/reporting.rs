@@ -83,6 +83,11 @@ impl Intervals {
         }
     }
 
+    /// Whether there are training steps of which nothing is wished for.
+    pub(super) fn has_plain_steps(&self) -> bool {
+        self.record > 1 && !self.dumps
+    }
+
     /// For the validation of a stream.
     pub fn observer(&self) -> Observer {
         Observer::new(Wishes {

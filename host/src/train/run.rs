@@ -4,6 +4,7 @@ use super::TrainError;
 use super::batches::Batches;
 use super::evaluate::EvalStream;
 use super::generate::{Sampling, Uniform, generate};
+use super::graphs::Graphs;
 use super::monitor::Monitor;
 use super::non_finite::{Guard, Inspector};
 use super::optimizer::Optimizer;
@@ -64,6 +65,8 @@ pub struct Run {
     pub evaluations: Vec<EvalSet>,
     /// Sequences per batch of the validation.
     pub eval_batch_size: usize,
+    /// Captured passes, if wished for.
+    pub(super) graphs: Graphs,
     /// The optimizer.
     pub optimizer: Optimizer,
     /// Keeps small float16 gradients from vanishing.

@@ -3,7 +3,7 @@
 use super::charts::Sketch;
 use super::optimizer::GradNorms;
 use super::reporting::accumulate;
-use super::{Output, TrainError};
+use super::{Pass, TrainError};
 use crate::distributed::Group;
 use crate::signals::Signals;
 use std::collections::BTreeMap;
@@ -33,13 +33,18 @@ pub struct StepStats {
 }
 
 impl StepStats {
-    /// Adds what a microbatch gave: `share` is its part of the objective, `loss` its mean.
-    pub(super) fn add(&mut self, weight: f64, share: &Tensor, loss: &Tensor, output: Output) {
+    /// Adds what a microbatch of this weight gave.
+    pub(super) fn add(&mut self, weight: f64, pass: Pass) {
+        let Pass {
+            share,
+            loss,
+            output,
+        } = pass;
         let regularizers = output
             .regularizers
             .into_iter()
             .map(|(name, value)| (format!("train/reg_loss/{name}"), value));
-        let loss = ("train/loss".to_owned(), loss.shallow_clone());
+        let loss = ("train/loss".to_owned(), loss);
         for (name, value) in std::iter::once(loss).chain(regularizers) {
             accumulate(&mut self.averaged, name, value.detach() * weight);
         }

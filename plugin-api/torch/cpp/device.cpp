@@ -133,6 +133,17 @@ char* moeut_cuda_stream(int device, void** stream) {
   });
 }
 
+// A copy by way of pinned memory, queued on the current stream. The allocator of pinned memory does not hand it out again
+// before the copy is done.
+char* moeut_cuda_upload(const at::Tensor* tensor, int device, List* copy) {
+  return guard([&] {
+    const auto to = cuda_device(device);
+    const auto& from = checked(tensor, "tensor");
+    TORCH_CHECK(from.defined() && from.is_cpu(), "only tensors of the CPU are uploaded");
+    checked(copy, "copy") = {from.pin_memory().to(to, /*non_blocking=*/true)};
+  });
+}
+
 // Asks the driver, whose three functions have had the same face since its beginnings, and honors CUDA_VISIBLE_DEVICES.
 char* moeut_cuda_describe(int device, char* name, int name_length, int* major, int* minor) {
   return guard([&] {

@@ -230,6 +230,21 @@ char* moeut_clear_grads(const List* tensors) {
   });
 }
 
+char* moeut_set_grads(const List* tensors, const List* grads) {
+  return guard([&] {
+    moeut::check_defined(checked(tensors, "tensors"), "tensors");
+    moeut::check_defined(checked(grads, "grads"), "grads");
+    TORCH_CHECK(tensors->size() == grads->size(), tensors->size(), " tensors have ", grads->size(), " gradients");
+    for (size_t i = 0; i < tensors->size(); ++i) {
+      const auto &tensor = (*tensors)[i], &grad = (*grads)[i];
+      TORCH_CHECK(grad.sizes() == tensor.sizes() && grad.options().type_equal(tensor.options()) &&
+                      grad.device() == tensor.device(),
+                  "gradient ", i, " has not the shape, type and device of its tensor");
+      tensor.mutable_grad() = grad;
+    }
+  });
+}
+
 char* moeut_scale(const List* tensors, const at::Tensor* factor) {
   return guard([&] {
     const at::NoGradGuard no_grad;

@@ -5,11 +5,12 @@
 use std::ffi::{c_char, c_int, c_void};
 
 use moeut_plugin_api::PluginError;
-use tch::{Device, TchError};
+use tch::{Device, TchError, Tensor};
 
 use crate::convert::device_code;
 use crate::error::one_line;
 use crate::ffi::{self, RawMemory, check};
+use crate::list::List;
 
 /// Opens `libtorch_cuda.so` beside the libtorch of this process and says whether there is a device.
 ///
@@ -91,6 +92,24 @@ pub fn current_stream(device: Device) -> Result<*mut c_void, TchError> {
     Ok(stream)
 }
 
+/// Copies a tensor of the CPU to a device, behind what this thread has queued there, and does not wait for it.
+///
+/// # Errors
+/// If `device` is not a CUDA device that libtorch sees, or memory does not suffice.
+pub fn upload(tensor: &Tensor, device: Device) -> Result<Tensor, TchError> {
+    let code = device_code(device)?;
+    let mut copy = List::new()?;
+    // SAFETY: tensor and list outlive the call; the shim checks the device and fills the list.
+    unsafe {
+        check(ffi::moeut_cuda_upload(
+            tensor.as_ptr(),
+            code,
+            copy.as_mut_ptr(),
+        ))
+    }?;
+    copy.to_tensor()
+}
+
 /// What the driver says about a CUDA device.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Description {
@@ -154,6 +173,8 @@ mod tests {
             assert!(reset_peak_memory(device).is_err(), "{device:?}");
             assert!(describe(device).is_err(), "{device:?}");
             assert!(current_stream(device).is_err(), "{device:?}");
+            let tensor = Tensor::from_slice(&[1i64, 2]);
+            assert!(upload(&tensor, device).is_err(), "{device:?}");
         }
     }
 }

@@ -46,6 +46,12 @@ pub(crate) struct RawScope {
     _private: [u8; 0],
 }
 
+/// Captured work of a CUDA device.
+#[repr(C)]
+pub(crate) struct RawGraph {
+    _private: [u8; 0],
+}
+
 pub(crate) type Callback = unsafe extern "C" fn(
     user: *mut c_void,
     call: *mut RawCall,
@@ -156,6 +162,7 @@ unsafe extern "C" {
     ) -> *mut c_char;
     pub(crate) fn moeut_clear_grads(tensors: *const RawList) -> *mut c_char;
     pub(crate) fn moeut_norms(tensors: *const RawList, norms: *mut RawList) -> *mut c_char;
+    pub(crate) fn moeut_set_grads(tensors: *const RawList, grads: *const RawList) -> *mut c_char;
     pub(crate) fn moeut_scale(tensors: *const RawList, factor: *const C_tensor) -> *mut c_char;
     pub(crate) fn moeut_clip_grad_norm(
         tensors: *const RawList,
@@ -193,6 +200,11 @@ unsafe extern "C" {
     pub(crate) fn moeut_cuda_memory(device: c_int, memory: *mut RawMemory) -> *mut c_char;
     pub(crate) fn moeut_cuda_reset_peak(device: c_int) -> *mut c_char;
     pub(crate) fn moeut_cuda_stream(device: c_int, stream: *mut *mut c_void) -> *mut c_char;
+    pub(crate) fn moeut_cuda_upload(
+        tensor: *const C_tensor,
+        device: c_int,
+        copy: *mut RawList,
+    ) -> *mut c_char;
     pub(crate) fn moeut_cuda_describe(
         device: c_int,
         name: *mut c_char,
@@ -200,6 +212,14 @@ unsafe extern "C" {
         major: *mut c_int,
         minor: *mut c_int,
     ) -> *mut c_char;
+    pub(crate) fn moeut_graph_begin(
+        device: c_int,
+        neighbor: *const RawGraph,
+        graph: *mut *mut RawGraph,
+    ) -> *mut c_char;
+    pub(crate) fn moeut_graph_end(graph: *mut RawGraph) -> *mut c_char;
+    pub(crate) fn moeut_graph_replay(graph: *mut RawGraph) -> *mut c_char;
+    pub(crate) fn moeut_graph_free(graph: *mut RawGraph);
     pub(crate) fn moeut_profiler_prepare(with_cuda: bool) -> *mut c_char;
     pub(crate) fn moeut_profiler_start(with_cuda: bool) -> *mut c_char;
     pub(crate) fn moeut_profiler_stop(path: *const c_char) -> *mut c_char;

@@ -1,6 +1,6 @@
 //! What `tch` lacks of libtorch, behind safe functions: custom autograd functions, recomputed activations, fused
-//! optimizer steps, gradient clipping without a host sync, random generator state, autocast, CUDA at run time, and
-//! tensors as plugin handles.
+//! optimizer steps, gradient clipping without a host sync, random generator state, autocast, CUDA at run time and its
+//! graphs, and tensors as plugin handles.
 //!
 //! With the SentencePiece binding, this is the only C++ of the project. The crate is copied into every library that
 //! uses it, so it holds no state but what a thread does at the moment: whatever must exist once per process lives in
@@ -19,6 +19,7 @@ pub mod cuda;
 pub mod determinism;
 pub mod error;
 pub mod function;
+pub mod graph;
 pub mod grouped;
 pub mod handle;
 pub mod memory;

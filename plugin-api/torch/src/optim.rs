@@ -285,6 +285,16 @@ pub fn clear_grads(tensors: &[&Tensor]) -> Result<(), TchError> {
     unsafe { check(ffi::moeut_clear_grads(tensors.as_ptr())) }
 }
 
+/// Gives each tensor a gradient, which is shared, not copied.
+///
+/// # Errors
+/// If there are not as many gradients as tensors, or one does not have its tensor's shape, type and device.
+pub fn set_grads(tensors: &[&Tensor], grads: &[&Tensor]) -> Result<(), TchError> {
+    let (tensors, grads) = (List::of(tensors)?, List::of(grads)?);
+    // SAFETY: the lists outlive the call, and the shim compares them.
+    unsafe { check(ffi::moeut_set_grads(tensors.as_ptr(), grads.as_ptr())) }
+}
+
 /// Euclidean norms of tensors, on the first one's device.
 #[derive(Debug)]
 pub struct Norms {

@@ -169,9 +169,7 @@ impl Balance {
 fn log_mean_exp_everywhere(host: &Host, log_p: &Tensor, n: i64) -> Result<Tensor, PluginError> {
     let largest = log_p.detach().copy();
     host.all_reduce(largest.share(), Reduction::Max)?;
-    let n_all = Tensor::from(n as f64)
-        .to_kind(log_p.kind())
-        .to_device(log_p.device());
+    let n_all = Tensor::full([], n as f64, (log_p.kind(), log_p.device()));
     host.all_reduce(n_all.share(), Reduction::Sum)?;
     let own = (log_p - &largest).exp() * n as f64;
     let sum = apply(Sum(host.clone()), &[&own]);

@@ -53,6 +53,30 @@ fn the_curve_is_the_stored_one_and_a_second_run_repeats_it_bit_for_bit() {
     }
 }
 
+/// Where there can be no CUDA graphs the log says so once, and steps are as ever.
+#[test]
+fn cuda_graphs_without_a_gpu_are_no_obstacle() {
+    let sandbox = Sandbox::new();
+    let [plain, wished] = ["0", "1"].map(|wish| {
+        let args = [
+            "-cuda_graphs",
+            wish,
+            "-stop_after",
+            "10",
+            "-log_interval",
+            "5",
+        ];
+        let output = sandbox.run(&tiny(wish, &args).as_strs()).ok();
+        let n_warnings = output
+            .stderr
+            .matches("`-cuda_graphs` has no effect: the device is no GPU")
+            .count();
+        (losses(&sandbox.run_folder(wish)), n_warnings)
+    });
+    assert_eq!((plain.1, wished.1), (0, 1));
+    assert!(!plain.0.is_empty() && plain.0 == wished.0);
+}
+
 #[test]
 fn every_optimizer_learns_and_resumes() {
     let sandbox = Sandbox::new();

@@ -104,7 +104,7 @@ impl ScalarBounds {
     fn new(placement: Placement) -> Self {
         let dtype = placement.dtype;
         let [loss, reg, grad_norm] = if placement.is_mixed() {
-            let bounds = MixedBounds::new(dtype);
+            let bounds = MixedBounds::new(placement);
             [bounds.loss, bounds.reg, bounds.grad_norm]
         } else {
             [tolerance(dtype); 3]
@@ -202,7 +202,7 @@ impl Pass {
     ) -> Result<()> {
         let expected = fixture.tensor("expected.logits")?;
         let (error, bound) = if placement.is_mixed() {
-            let bound = MixedBounds::new(placement.dtype).logits;
+            let bound = MixedBounds::new(placement).logits;
             let error = error_of::quantile_of_rows(&self.logits, expected, QUARTILE);
             (error, bound)
         } else {
@@ -255,7 +255,7 @@ fn compare_grads(
     }
     if placement.is_mixed() {
         let error = error_of::norm_of_all(&grads, &recorded);
-        let bound = MixedBounds::new(placement.dtype).grads;
+        let bound = MixedBounds::new(placement).grads;
         errors.add("grads", "step 0", error, bound);
     }
     Ok(())

@@ -37,7 +37,7 @@ pub(crate) fn compare(
     let (exact_subject, exact) = first_step(&fixture, Placement::on_cpu(DType::F64), oracle)?;
     let (subject, pass) = first_step(&fixture, placement, kernel)?;
 
-    let bounds = MixedBounds::new(placement.dtype);
+    let bounds = MixedBounds::new(placement);
     let logits = error_of::norm(&pass.logits, &exact.logits);
     errors.add("untied_logits", "step 0", logits, bounds.untied_logits);
     for name in exact.regularizers.keys() {

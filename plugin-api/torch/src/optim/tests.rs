@@ -512,6 +512,23 @@ fn unscaling_multiplies_and_finds_what_is_not_finite() {
 }
 
 #[test]
+fn gradients_that_are_set_are_shared() {
+    let x = waves(&[3], 0.5, Kind::Float).set_requires_grad(true);
+    let grad = waves(&[3], 2.0, Kind::Float);
+    set_grads(&[&x], &[&grad]).unwrap();
+    let _ = grad.shallow_clone().fill_(7.0);
+    assert_eq!(x.grad(), grad);
+    let others = [
+        waves(&[2], 1.0, Kind::Float),
+        waves(&[3], 1.0, Kind::Double),
+    ];
+    for other in &others {
+        assert!(set_grads(&[&x], &[other]).is_err());
+    }
+    assert!(set_grads(&[&x], &[]).is_err());
+}
+
+#[test]
 fn cleared_gradients_are_gone() {
     let x = waves(&[3], 0.5, Kind::Float).set_requires_grad(true);
     (&x * &x).sum(Kind::Float).backward();

@@ -95,8 +95,7 @@ impl Kernel for Cuda {
             cuda: DTYPES.to_vec(),
             speed_rank: 20,
             is_deterministic: true,
-            // No call waits for the device, but none has been captured yet.
-            is_graph_safe: false,
+            is_graph_safe: true,
             alignment_bytes: ALIGNMENT_BYTES,
             fused: vec![
                 fused(FusedCall::MoeMlp, &mlp::ACTIVATIONS, &DTYPES),
