@@ -3,7 +3,7 @@
 use std::env;
 use std::path::PathBuf;
 
-const SOURCES: [&str; 10] = [
+const SOURCES: [&str; 11] = [
     "cpp/list.cpp",
     "cpp/function.cpp",
     "cpp/optim.cpp",
@@ -13,6 +13,7 @@ const SOURCES: [&str; 10] = [
     "cpp/profiler.cpp",
     "cpp/recompute.cpp",
     "cpp/graph.cpp",
+    "cpp/epilogue.cpp",
     "cpp/terminate.cpp",
 ];
 

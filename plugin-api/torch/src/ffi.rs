@@ -212,6 +212,12 @@ unsafe extern "C" {
         major: *mut c_int,
         minor: *mut c_int,
     ) -> *mut c_char;
+    pub(crate) fn moeut_relu_linear(
+        x: *const C_tensor,
+        w: *const C_tensor,
+        b: *const C_tensor,
+        result: *mut RawList,
+    ) -> *mut c_char;
     pub(crate) fn moeut_graph_begin(
         device: c_int,
         neighbor: *const RawGraph,

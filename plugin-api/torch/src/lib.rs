@@ -28,6 +28,7 @@ pub mod padding;
 pub mod profiler;
 pub mod readback;
 pub mod recompute;
+pub mod relu_linear;
 pub mod rng;
 pub mod testing;
 pub mod tf32;

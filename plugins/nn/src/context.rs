@@ -3,14 +3,14 @@
 use crate::norm::normed;
 use crate::padding::{self, padded};
 use crate::router::{self, RouterDtype};
-use crate::{LayerNorm, Routing, Stream};
+use crate::{LayerNorm, Linear, Routing, Stream};
 use moeut_plugin_api::abi::client::KernelClient;
 use moeut_plugin_api::kernel::{
     Activation, FusedCall, MoeMlp, MoeMlpOptions, ResidualNorm, ResidualNormOptions, Rotate,
     Select, SelectOptions,
 };
 use moeut_plugin_api::{DType, Device, GroupedMatmul, Host, PluginError, TensorHandle, Wishes};
-use moeut_torch::{Autocast, IntoHandle, IntoTensor, OrPluginError, dtype};
+use moeut_torch::{Autocast, IntoHandle, IntoTensor, OrPluginError, dtype, relu_linear};
 use std::rc::Rc;
 use tch::{Kind, Tensor};
 
@@ -85,6 +85,26 @@ impl Context {
     /// A weight for products in the compute type, its last axes as long as `last`, the rest zeros.
     pub fn operand_of(&self, weight: &Tensor, last: &[i64]) -> Tensor {
         padded(&weight.to_kind(self.compute), last)
+    }
+
+    /// `relu(layer(x))`, with zeros up to `width` outputs.
+    ///
+    /// # Errors
+    /// If memory does not suffice.
+    pub fn relu_linear(
+        &self,
+        x: &Tensor,
+        layer: &Linear,
+        width: i64,
+    ) -> Result<Tensor, PluginError> {
+        let d_in = x.size().last().copied().unwrap_or(0);
+        let is_aligned = [d_in, width].iter().all(|width| width % 8 == 0);
+        if !is_aligned || !relu_linear::is_worthwhile(x.device(), self.compute) {
+            return Ok(layer.forward_to(x, width).relu());
+        }
+        let (weight, bias) = layer.operands(self.compute, [width, d_in]);
+        let y = relu_linear::relu_linear(&x.to_kind(self.compute), &weight, &bias);
+        y.or_plugin_error("a linear layer cannot be computed")
     }
 
     /// Adds to the stream what is still to be added, and reads it through `norm`, if there is one: in one call

@@ -2,7 +2,7 @@
 
 use crate::padding::padded;
 use crate::{Init, Params};
-use tch::Tensor;
+use tch::{Kind, Tensor};
 
 /// The plain layer, with a bias; `[.., in]` → `[.., out]`.
 #[derive(Debug)]
@@ -35,15 +35,22 @@ impl Linear {
     /// count nothing.
     pub fn forward_to(&self, x: &Tensor, width: i64) -> Tensor {
         let d_in = x.size().last().copied().unwrap_or(0);
-        let weight = padded(&self.weight, &[width, d_in]);
-        x.linear(&weight, Some(&padded(&self.bias, &[width])))
+        let (weight, bias) = self.operands(self.weight.kind(), [width, d_in]);
+        x.linear(&weight, Some(&bias))
+    }
+
+    /// Weight and bias as wide as `shape`, with zeros behind their own, and of this element type.
+    pub(crate) fn operands(&self, kind: Kind, shape: [i64; 2]) -> (Tensor, Tensor) {
+        let weight = padded(&self.weight.to_kind(kind), &shape);
+        let bias = padded(&self.bias.to_kind(kind), &shape[..1]);
+        (weight, bias)
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use tch::{Device, Kind};
+    use tch::Device;
 
     /// Three hidden units more change neither the result nor a gradient.
     #[test]

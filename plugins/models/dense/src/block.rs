@@ -117,11 +117,16 @@ impl Block {
         })
     }
 
-    fn feed(&self, x: &Tensor, ctx: &Context) -> Tensor {
-        let hidden = self.linear1.forward_to(x, ctx.aligned(self.d_ff));
-        let hidden = ctx.dropout(self.activation.forward(hidden), self.dropout);
+    fn feed(&self, x: &Tensor, ctx: &Context) -> Result<Tensor, PluginError> {
+        let width = ctx.aligned(self.d_ff);
+        let hidden = if self.activation == Activation::Relu {
+            ctx.relu_linear(x, &self.linear1, width)?
+        } else {
+            self.activation.forward(self.linear1.forward_to(x, width))
+        };
+        let hidden = ctx.dropout(hidden, self.dropout);
         let y = self.linear2.forward_to(&hidden, x.size()[2]);
-        ctx.dropout(y, self.dropout)
+        Ok(ctx.dropout(y, self.dropout))
     }
 }
 
@@ -165,16 +170,16 @@ impl lm::Block for Block {
                 let y = attend(&first.normed)?;
                 let second = Stream::updated(first.stream, y);
                 let second = ctx.reading(&second, Some(norm2), false)?;
-                Stream::updated(second.stream, self.feed(&second.normed, ctx))
+                Stream::updated(second.stream, self.feed(&second.normed, ctx)?)
             }
             Norms::PreParallel(norm1) => {
                 let Reading { stream, normed, .. } = ctx.reading(x, Some(norm1), false)?;
-                Stream::updated(stream + attend(&normed)?, self.feed(&normed, ctx))
+                Stream::updated(stream + attend(&normed)?, self.feed(&normed, ctx)?)
             }
             Norms::Post([norm1, norm2]) => {
                 let x = x.whole();
                 let x = norm1.forward(&(x + attend(x)?));
-                norm2.forward(&(&x + self.feed(&x, ctx))).into()
+                norm2.forward(&(&x + self.feed(&x, ctx)?)).into()
             }
         })
     }
