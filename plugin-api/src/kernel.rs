@@ -33,6 +33,7 @@ use serde::{Deserialize, Serialize};
 /// | [`Kernel::residual_norm`] | residual addition, rounding, layernorm | [`ResidualNormed`] |
 /// | [`Kernel::select`] | router, top-k, gates, sort by expert, mean probabilities | [`Selected`] |
 /// | [`Kernel::rotate`] | rotary positions | as `x` |
+/// | [`Kernel::cross_entropy`] | loss of each token | `[tokens]` |
 ///
 /// # Source
 /// Reference `layers/cvmm.py`.
@@ -104,6 +105,14 @@ pub trait Kernel: Sized + 'static {
     fn rotate(&self, _call: Rotate) -> Result<TensorHandle, PluginError> {
         Err(not_provided(Self::NAME, FusedCall::Rotate))
     }
+
+    /// The loss of each token; see [`CrossEntropy`]. The host makes this call, of the kernel that the model computes with.
+    ///
+    /// # Errors
+    /// As [`Kernel::route`].
+    fn cross_entropy(&self, _call: CrossEntropy) -> Result<TensorHandle, PluginError> {
+        Err(not_provided(Self::NAME, FusedCall::CrossEntropy))
+    }
 }
 
 /// What a kernel supports.
@@ -158,6 +167,8 @@ pub enum FusedCall {
     Select,
     /// [`Kernel::rotate`].
     Rotate,
+    /// [`Kernel::cross_entropy`].
+    CrossEntropy,
     /// One of a newer version of this interface; nobody can ask for it.
     #[serde(other)]
     Unknown,
@@ -478,6 +489,22 @@ pub struct Rotate {
     pub sin: TensorHandle,
 }
 
+/// One call of [`Kernel::cross_entropy`], in the type of `logits`; `N` tokens, `V` ids.
+///
+/// ```text
+/// loss_n = log Σ_v exp(logits_nv) − logits_n,target       nats; 0 where there is no target
+/// ```
+///
+/// The losses `[N]` are at least in fp32, and so is all that is computed of logits; their gradient has the type of
+/// `logits`. Logits may be of any size. A target of `V` or more is refused, or has a loss that is not a number.
+#[derive(Debug)]
+pub struct CrossEntropy {
+    /// `[N, V]`.
+    pub logits: TensorHandle,
+    /// int64 `[N]`; below 0: none.
+    pub targets: TensorHandle,
+}
+
 /// The answer of a kernel without an optional call.
 pub(crate) fn not_provided(kernel: &str, call: FusedCall) -> PluginError {
     let call = match call {
@@ -487,6 +514,7 @@ pub(crate) fn not_provided(kernel: &str, call: FusedCall) -> PluginError {
         FusedCall::ResidualNorm => "residual_norm",
         FusedCall::Select => "select",
         FusedCall::Rotate => "rotate",
+        FusedCall::CrossEntropy => "cross_entropy",
         FusedCall::Unknown => "unknown",
     };
     PluginError::new(format!("kernel `{kernel}` has no fused call `{call}`"))

@@ -4,14 +4,14 @@
 
 use super::{
     ChoiceDatasetObject, HostObject, KernelObject, ModelObject, PluginModuleRef, RawChart,
-    RawForwardInput, RawGroupedMatmul, RawHost, RawHost_TO, RawMoeMlp, RawMoeProject, RawNamed,
-    RawReport, RawResidualNorm, RawResult, RawRotate, RawRoute, RawRouted, RawSelect, TaskObject,
-    TokenDatasetObject, older_dataset,
+    RawCrossEntropy, RawForwardInput, RawGroupedMatmul, RawHost, RawHost_TO, RawMoeMlp,
+    RawMoeProject, RawNamed, RawReport, RawResidualNorm, RawResult, RawRotate, RawRoute, RawRouted,
+    RawSelect, TaskObject, TokenDatasetObject, older_dataset,
 };
 use crate::host::{HostInfo, LogLevel, Reduction};
 use crate::kernel::{
-    Activation, Capabilities, FusedCall, GroupedMatmul, MoeMlp, MoeProject, Projected,
-    ResidualNorm, ResidualNormed, Rotate, Route, Routed, Select, Selected, Selection,
+    Activation, Capabilities, CrossEntropy, FusedCall, GroupedMatmul, MoeMlp, MoeProject,
+    Projected, ResidualNorm, ResidualNormed, Rotate, Route, Routed, Select, Selected, Selection,
 };
 use crate::model::{
     ForwardInput, ForwardOutput, ModelAbilities, ModelSetup, ModelSummary, NamedTensor, Parameter,
@@ -682,6 +682,17 @@ impl KernelClient {
             x: call.x,
             cos: call.cos,
             sin: call.sin,
+        }))
+    }
+
+    /// See [`crate::Kernel::cross_entropy`].
+    ///
+    /// # Errors
+    /// Whatever the kernel says.
+    pub fn cross_entropy(&self, call: CrossEntropy) -> Result<TensorHandle, PluginError> {
+        result(self.object.cross_entropy(RawCrossEntropy {
+            logits: call.logits,
+            targets: call.targets,
         }))
     }
 }

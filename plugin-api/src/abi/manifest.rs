@@ -116,7 +116,7 @@ macro_rules! export_plugin {
         $crate::__manifest_record!(
             MOEUT_PLUGIN_RECORD,
             &[
-                "{\"record\":\"plugin\",\"abi\":\"1.3\",\"name\":\"",
+                "{\"record\":\"plugin\",\"abi\":\"1.4\",\"name\":\"",
                 env!("CARGO_PKG_NAME"),
                 "\",\"version\":\"",
                 env!("CARGO_PKG_VERSION"),

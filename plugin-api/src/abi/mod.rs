@@ -37,7 +37,7 @@ use std::ffi::c_void;
 /// Major version of the ABI: another one is refused.
 pub const ABI_MAJOR: u32 = 1;
 /// Minor version of the ABI: raised when something is appended.
-pub const ABI_MINOR: u32 = 3;
+pub const ABI_MINOR: u32 = 4;
 
 /// One `at::Tensor` of the process's libtorch, owned; opaque outside `moeut-torch`.
 #[repr(C)]
@@ -273,6 +273,14 @@ pub struct RawRotate {
     sin: TensorHandle,
 }
 
+/// [`crate::kernel::CrossEntropy`] on its way across.
+#[repr(C)]
+#[derive(Debug, StableAbi)]
+pub struct RawCrossEntropy {
+    logits: TensorHandle,
+    targets: TensorHandle,
+}
+
 /// What the host offers to plugins. What follows `kernel` came with ABI 1.3; the body is what older hosts do.
 #[sabi_trait]
 pub trait RawHost: Send + Sync {
@@ -389,8 +397,8 @@ fn older_than_1_1(what: &str) -> RawError {
         .into()
 }
 
-/// A kernel inside a plugin. What follows `grouped_matmul` came with ABI 1.1, what follows `moe_project` with 1.3; older
-/// kernels do not list such calls in their capabilities.
+/// A kernel inside a plugin. What follows `grouped_matmul` came with ABI 1.1, what follows `moe_project` with 1.3, what
+/// follows `rotate` with 1.4; older kernels do not list such calls in their capabilities.
 #[sabi_trait]
 pub trait RawKernel {
     fn capabilities(&self) -> RawResult<RString>;
@@ -413,6 +421,9 @@ pub trait RawKernel {
     }
     fn rotate(&self, _call: RawRotate) -> RawResult<TensorHandle> {
         RResult::RErr(not_provided(OLDER_KERNEL, FusedCall::Rotate).into())
+    }
+    fn cross_entropy(&self, _call: RawCrossEntropy) -> RawResult<TensorHandle> {
+        RResult::RErr(not_provided(OLDER_KERNEL, FusedCall::CrossEntropy).into())
     }
 }
 
@@ -576,6 +587,8 @@ mod tests {
                 "residual_norm",
                 "select",
                 "rotate",
+                // ABI 1.4.
+                "cross_entropy",
             ]
         );
     }
@@ -780,6 +793,10 @@ mod tests {
             ["x", "cos", "sin"]
         );
         assert_eq!(
+            fields(<RawCrossEntropy as StableAbi>::LAYOUT),
+            ["logits", "targets"]
+        );
+        assert_eq!(
             fields(<RawForwardInput as StableAbi>::LAYOUT),
             ["tokens_tb", "is_training", "wants_stats"]
         );
@@ -815,6 +832,7 @@ mod tests {
             (<RawSelect as StableAbi>::LAYOUT, 64),
             (<RawSelected as StableAbi>::LAYOUT, 96),
             (<RawRotate as StableAbi>::LAYOUT, 48),
+            (<RawCrossEntropy as StableAbi>::LAYOUT, 32),
             (<RawForwardInput as StableAbi>::LAYOUT, 24),
             (<RawForwardOutput as StableAbi>::LAYOUT, 80),
             (<RawNamed as StableAbi>::LAYOUT, 56),

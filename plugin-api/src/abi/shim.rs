@@ -2,16 +2,16 @@
 
 use super::{
     ChoiceDatasetObject, HostObject, KernelObject, ModelObject, RawChart, RawChoiceDataset,
-    RawChoiceDataset_TO, RawError, RawForwardInput, RawForwardOutput, RawGroupedMatmul, RawKernel,
-    RawKernel_TO, RawModel, RawModel_TO, RawMoeMlp, RawMoeProject, RawNamed, RawProjected,
-    RawReport, RawResidualNorm, RawResidualNormed, RawResult, RawRotate, RawRoute, RawRouted,
-    RawSelect, RawSelected, RawTask, RawTask_TO, RawTokenDataset, RawTokenDataset_TO, TaskObject,
-    TensorHandle, TokenDatasetObject,
+    RawChoiceDataset_TO, RawCrossEntropy, RawError, RawForwardInput, RawForwardOutput,
+    RawGroupedMatmul, RawKernel, RawKernel_TO, RawModel, RawModel_TO, RawMoeMlp, RawMoeProject,
+    RawNamed, RawProjected, RawReport, RawResidualNorm, RawResidualNormed, RawResult, RawRotate,
+    RawRoute, RawRouted, RawSelect, RawSelected, RawTask, RawTask_TO, RawTokenDataset,
+    RawTokenDataset_TO, TaskObject, TensorHandle, TokenDatasetObject,
 };
 use crate::args::read_configuration;
 use crate::kernel::{
-    GroupedMatmul, Kernel, MoeMlp, MoeProject, ResidualNorm, Rotate, Route, Routed, Select,
-    Selection,
+    CrossEntropy, GroupedMatmul, Kernel, MoeMlp, MoeProject, ResidualNorm, Rotate, Route, Routed,
+    Select, Selection,
 };
 use crate::model::{ForwardInput, ForwardOutput, Model, NamedTensor, Past, Wishes};
 use crate::{
@@ -695,6 +695,15 @@ impl<K: Kernel> RawKernel for Shim<K> {
                 x: call.x,
                 cos: call.cos,
                 sin: call.sin,
+            })
+        })
+    }
+
+    fn cross_entropy(&self, call: RawCrossEntropy) -> RawResult<TensorHandle> {
+        guard(self.origin, "cross_entropy", || {
+            self.inner.cross_entropy(CrossEntropy {
+                logits: call.logits,
+                targets: call.targets,
             })
         })
     }

@@ -3,6 +3,7 @@
 //! The oracles are independent of every kernel: dense products with one-hot experts in fp64, differentiated by
 //! libtorch. Shape letters are those of [`moeut_plugin_api::Kernel`].
 
+mod loss;
 mod mlp;
 mod product;
 mod select;
@@ -48,7 +49,11 @@ pub fn check_kernel(kernel: &KernelClient) {
         assert!(
             matches!(
                 fused.call,
-                FusedCall::MoeMlp | FusedCall::ResidualNorm | FusedCall::Select | FusedCall::Rotate
+                FusedCall::MoeMlp
+                    | FusedCall::ResidualNorm
+                    | FusedCall::Select
+                    | FusedCall::Rotate
+                    | FusedCall::CrossEntropy
             ),
             "this suite has no oracle for {:?}, which the kernel provides",
             fused.call
@@ -62,6 +67,7 @@ pub fn check_kernel(kernel: &KernelClient) {
             mlp::check(kernel, &capabilities, device, dtype);
             stream::check(kernel, &capabilities, device, dtype);
             select::check(kernel, &capabilities, device, dtype);
+            loss::check(kernel, &capabilities, device, dtype);
         }
     }
 }

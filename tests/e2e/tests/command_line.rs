@@ -13,11 +13,11 @@ fn plugins_list_follows_the_folder() {
     exit: 0
     --- stdout
     KIND     NAME                       VERSION  ABI  LIBTORCH  FILE
-    dataset  c4                         0.1.0    1.3  -         [sandbox]/bin/plugins/libmoeut_dataset_c4.so
-    kernel   grouped                    0.1.0    1.3  2.11.0    [sandbox]/bin/plugins/libmoeut_kernel_grouped.so
-    kernel   reference                  0.1.0    1.3  2.11.0    [sandbox]/bin/plugins/libmoeut_kernel_reference.so
-    model    moeut                      0.1.0    1.3  2.11.0    [sandbox]/bin/plugins/libmoeut_model_moeut.so
-    task     moeut_c4 (c4_transformer)  0.1.0    1.3  -         [sandbox]/bin/plugins/libmoeut_task_moeut_c4.so
+    dataset  c4                         0.1.0    1.4  -         [sandbox]/bin/plugins/libmoeut_dataset_c4.so
+    kernel   grouped                    0.1.0    1.4  2.11.0    [sandbox]/bin/plugins/libmoeut_kernel_grouped.so
+    kernel   reference                  0.1.0    1.4  2.11.0    [sandbox]/bin/plugins/libmoeut_kernel_reference.so
+    model    moeut                      0.1.0    1.4  2.11.0    [sandbox]/bin/plugins/libmoeut_model_moeut.so
+    task     moeut_c4 (c4_transformer)  0.1.0    1.4  -         [sandbox]/bin/plugins/libmoeut_task_moeut_c4.so
     --- stderr
     ");
     let file = sandbox.installed().join(TASK);
@@ -27,10 +27,10 @@ fn plugins_list_follows_the_folder() {
     exit: 0
     --- stdout
     KIND     NAME       VERSION  ABI  LIBTORCH  FILE
-    dataset  c4         0.1.0    1.3  -         [sandbox]/bin/plugins/libmoeut_dataset_c4.so
-    kernel   grouped    0.1.0    1.3  2.11.0    [sandbox]/bin/plugins/libmoeut_kernel_grouped.so
-    kernel   reference  0.1.0    1.3  2.11.0    [sandbox]/bin/plugins/libmoeut_kernel_reference.so
-    model    moeut      0.1.0    1.3  2.11.0    [sandbox]/bin/plugins/libmoeut_model_moeut.so
+    dataset  c4         0.1.0    1.4  -         [sandbox]/bin/plugins/libmoeut_dataset_c4.so
+    kernel   grouped    0.1.0    1.4  2.11.0    [sandbox]/bin/plugins/libmoeut_kernel_grouped.so
+    kernel   reference  0.1.0    1.4  2.11.0    [sandbox]/bin/plugins/libmoeut_kernel_reference.so
+    model    moeut      0.1.0    1.4  2.11.0    [sandbox]/bin/plugins/libmoeut_model_moeut.so
     --- stderr
     ");
     fs::write(&file, bytes).unwrap();

@@ -82,15 +82,15 @@ fn an_empty_file() {
 
 #[test]
 fn another_abi_major() {
-    assert_snapshot!(refusal(&patch(&staged(TASK), r#""abi":"1.3""#, r#""abi":"2.0""#)), @r"
+    assert_snapshot!(refusal(&patch(&staged(TASK), r#""abi":"1.4""#, r#""abi":"2.0""#)), @r"
     exit: 2
     --- stdout
     --- stderr
-    warning: plugin file `plugins/x.so` is refused: it was built for plugin ABI 2.0, and this host speaks 1.3
+    warning: plugin file `plugins/x.so` is refused: it was built for plugin ABI 2.0, and this host speaks 1.4
     Error:   × unknown task `moeut_c4`
       ╰─▶ plugin file `plugins/x.so` is refused: it was built for plugin ABI 2.0, and this host speaks
-          1.3
-      help: rebuild it against moeut-plugin-api 1.3
+          1.4
+      help: rebuild it against moeut-plugin-api 1.4
     ");
 }
 
@@ -250,8 +250,8 @@ fn bad_files_never_hide_good_ones() {
         .collect();
     assert_snapshot!(good.join("\n"), @r"
     KIND     NAME                       VERSION  ABI  LIBTORCH  FILE
-    dataset  c4                         0.1.0    1.3  -         plugins/d.so
-    task     moeut_c4 (c4_transformer)  0.1.0    1.3  -         plugins/e.so
+    dataset  c4                         0.1.0    1.4  -         plugins/d.so
+    task     moeut_c4 (c4_transformer)  0.1.0    1.4  -         plugins/e.so
     ");
     assert_eq!(table.matches("problem: ").count(), 3, "{table}");
 }
@@ -300,8 +300,8 @@ fn an_earlier_folder_shadows_a_later_one() {
     exit: 0
     --- stdout
     KIND  NAME                       VERSION  ABI  LIBTORCH  FILE
-    task  moeut_c4 (c4_transformer)  0.1.0    1.3  -         mine/a.so
-    task  moeut_c4 (c4_transformer)  0.1.0    1.3  -         plugins/a.so (shadowed)
+    task  moeut_c4 (c4_transformer)  0.1.0    1.4  -         mine/a.so
+    task  moeut_c4 (c4_transformer)  0.1.0    1.4  -         plugins/a.so (shadowed)
     --- stderr
     ");
 }
@@ -316,7 +316,7 @@ fn an_identical_file_counts_once() {
     exit: 0
     --- stdout
     KIND  NAME                       VERSION  ABI  LIBTORCH  FILE
-    task  moeut_c4 (c4_transformer)  0.1.0    1.3  -         plugins/a.so
+    task  moeut_c4 (c4_transformer)  0.1.0    1.4  -         plugins/a.so
     note: `plugins/b.so` is identical to `plugins/a.so` and counts once
     --- stderr
     ");

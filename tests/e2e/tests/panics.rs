@@ -63,8 +63,8 @@ fn a_debug_build_is_listed_beside_the_release_builds() {
     exit: 0
     --- stdout
     KIND  NAME            VERSION  ABI  LIBTORCH  FILE
-    task  panics_in_new   0.1.0    1.3  -         plugins/panicky.so
-    task  panics_in_plan  0.1.0    1.3  -         plugins/panicky.so
+    task  panics_in_new   0.1.0    1.4  -         plugins/panicky.so
+    task  panics_in_plan  0.1.0    1.4  -         plugins/panicky.so
     --- stderr
     ");
 }

@@ -54,7 +54,7 @@ fn show_says_what_a_task_is_and_needs() {
       file         plugins/x.so
       licence      MIT OR Apache-2.0
       authors      the moeut-host authors
-      abi          1.3 (of this host: 1.3)
+      abi          1.4 (of this host: 1.4)
       libtorch     not used
       target       x86_64-unknown-linux-gnu
       profile      release
@@ -142,7 +142,7 @@ fn verify_says_why_a_file_is_refused_and_exits_with_1() {
         ("cut off", task()[..100_000].to_vec()),
         (
             "a newer ABI",
-            patch(&staged(TASK), r#""abi":"1.3""#, r#""abi":"1.9""#),
+            patch(&staged(TASK), r#""abi":"1.4""#, r#""abi":"1.9""#),
         ),
         (
             "another libtorch",
@@ -190,8 +190,8 @@ fn verify_says_why_a_file_is_refused_and_exits_with_1() {
     fix: copy or build `plugins/x.so` anew
     # a newer ABI
     exit: Some(1)
-    REFUSED  abi       it was built for plugin ABI 1.9, and this host speaks 1.3
-    fix: rebuild it against moeut-plugin-api 1.3
+    REFUSED  abi       it was built for plugin ABI 1.9, and this host speaks 1.4
+    fix: rebuild it against moeut-plugin-api 1.4
     # another libtorch
     exit: Some(1)
     REFUSED  libtorch  it was built against libtorch 2.10.0, and this host has 2.11.0
@@ -290,7 +290,7 @@ fn strict_opens_only_what_is_locked() {
     exit: 0
     --- stdout
     KIND  NAME                       VERSION  ABI  LIBTORCH  FILE
-    task  moeut_c4 (c4_transformer)  0.1.0    1.3  -         plugins/x.so
+    task  moeut_c4 (c4_transformer)  0.1.0    1.4  -         plugins/x.so
     problem: plugin file `plugins/y.so` is refused
         why: `plugins.lock` does not name it, and `-plugin_verify strict` loads only what it names
         fix: if you trust the file, type `moeut-host plugins lock --update`

@@ -269,7 +269,7 @@ impl Subject<'_> {
     }
 }
 
-fn tolerance(dtype: DType) -> f64 {
+pub(super) fn tolerance(dtype: DType) -> f64 {
     match dtype {
         DType::F64 => TOLERANCE_F64,
         DType::F32 => TOLERANCE_F32,
@@ -321,7 +321,7 @@ fn waves(shape: &[i64], phase: f64, device: Device) -> Tensor {
 }
 
 /// Compares relative to the largest wanted element, as sums cancel in single ones.
-fn assert_close(what: &str, got: &Tensor, want: &Tensor, tolerance: f64) {
+pub(super) fn assert_close(what: &str, got: &Tensor, want: &Tensor, tolerance: f64) {
     assert_eq!(got.size(), want.size(), "{what}: shape");
     if got.numel() == 0 {
         return;

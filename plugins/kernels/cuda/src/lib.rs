@@ -1,5 +1,5 @@
-//! `cuda`: the σ-MoE layer, the grouped matrix product, routing and what happens to the residual stream between products
-//! by kernels of our own, for NVIDIA GPUs of compute capability 8.0 and later, in bf16 and f16.
+//! `cuda`: the σ-MoE layer, the grouped matrix product, routing, what happens to the residual stream between products, and
+//! the loss, by kernels of our own, for NVIDIA GPUs of compute capability 8.0 and later, in bf16 and f16.
 //!
 //! The kernels read rows where they are, so no gathered copy of a tensor exists. On Hopper GPUs products of experts add
 //! to the rows of tokens in whatever order they come; all other sums have one fixed order, and so have these where
@@ -8,6 +8,7 @@
 //! Other element types and the CPU are left to `grouped`.
 
 mod driver;
+mod loss;
 mod mlp;
 mod module;
 mod nvrtc;
@@ -19,7 +20,8 @@ mod stream;
 use std::path::Path;
 
 use moeut_plugin_api::kernel::{
-    Activation, Fused, FusedCall, MoeMlp, ResidualNorm, ResidualNormed, Rotate, Select, Selected,
+    Activation, CrossEntropy, Fused, FusedCall, MoeMlp, ResidualNorm, ResidualNormed, Rotate,
+    Select, Selected,
 };
 use moeut_plugin_api::{
     Capabilities, DType, GroupedMatmul, Host, Kernel, PluginError, TensorHandle,
@@ -106,6 +108,7 @@ impl Kernel for Cuda {
                     &[],
                     &[DType::Bf16, DType::F16, DType::F32],
                 ),
+                fused(FusedCall::CrossEntropy, &[], &DTYPES),
             ],
         }
     }
@@ -152,6 +155,11 @@ impl Kernel for Cuda {
             Kind::Float => self.ops_in(x, Kind::BFloat16),
             kind => self.ops_in(x, kind),
         })
+    }
+
+    /// Sums in one order. A target that is no id has a loss that is not a number.
+    fn cross_entropy(&self, call: CrossEntropy) -> Result<TensorHandle, PluginError> {
+        loss::cross_entropy(call, |logits| self.ops_for(logits))
     }
 }
 

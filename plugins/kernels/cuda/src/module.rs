@@ -19,6 +19,7 @@ const SOURCE: &str = concat!(
     include_str!("kernels.cu"),
     include_str!("stream.cu"),
     include_str!("select.cu"),
+    include_str!("loss.cu"),
     include_str!("hopper.cu")
 );
 
@@ -29,7 +30,7 @@ const MIN_CAPABILITY_MAJOR: i32 = 8;
 pub(crate) const TILE_SHARED_BYTES: c_uint = 6 * 128 * 64 * 2;
 
 /// Names in [`SOURCE`], in the order of [`Entry`].
-const NAMES: [&CStr; 27] = [
+const NAMES: [&CStr; 29] = [
     c"list_tiles",
     c"product",
     c"product_transposed",
@@ -57,6 +58,8 @@ const NAMES: [&CStr; 27] = [
     c"scan_chunks",
     c"place_selections",
     c"select_backward",
+    c"cross_entropy",
+    c"cross_entropy_backward",
 ];
 
 /// Shared memory of a block of the kernels for warpgroups: four stages of three times 128 × 64 elements.
@@ -107,6 +110,8 @@ pub(crate) enum Entry {
     ScanChunks,
     PlaceSelections,
     SelectBackward,
+    CrossEntropy,
+    CrossEntropyBackward,
     ProductInGroups,
     ProductTransposedInGroups,
     UpInGroups,
