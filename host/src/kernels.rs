@@ -1,10 +1,10 @@
 //! What the host itself asks of kernels: a σ-MoE layer after its routing, to test ([`self_test`]) and to time
-//! ([`crate::bench`]).
+//! ([`crate::bench`]), and the loss.
 
 pub mod self_test;
 
 use moeut_plugin_api::abi::client::KernelClient;
-use moeut_plugin_api::kernel::{Activation, MoeMlp, MoeMlpOptions};
+use moeut_plugin_api::kernel::{Activation, CrossEntropy, MoeMlp, MoeMlpOptions};
 use moeut_plugin_api::{GroupedMatmul, PluginError, Selection};
 use moeut_torch::testing::selection;
 use moeut_torch::{IntoHandle, IntoTensor};
@@ -81,4 +81,20 @@ pub fn sigma_moe(
         },
     })?;
     Ok(y.into_tensor())
+}
+
+/// The loss of each token, `[N]`, of logits `[N, V]`; see [`CrossEntropy`].
+///
+/// # Errors
+/// Whatever the kernel says.
+pub fn cross_entropy(
+    kernel: &KernelClient,
+    logits_nv: &Tensor,
+    targets_n: &Tensor,
+) -> Result<Tensor, PluginError> {
+    let losses = kernel.cross_entropy(CrossEntropy {
+        logits: logits_nv.share(),
+        targets: targets_n.share(),
+    })?;
+    Ok(losses.into_tensor())
 }

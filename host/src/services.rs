@@ -6,10 +6,14 @@ use crate::kernels::self_test;
 use crate::log::{Level, Terminal};
 use crate::plugins::{Component, Registry};
 use crate::signals::Signals;
-use moeut_plugin_api::abi::client::{HostServices, KernelClient};
-use moeut_plugin_api::{DType, Device, HostInfo, LogLevel, PluginError, Reduction, TensorHandle};
+use moeut_plugin_api::abi::client::{HostServices, KernelClient, PluginClient};
+use moeut_plugin_api::kernel::FusedCall;
+use moeut_plugin_api::{
+    Capabilities, DType, Device, HostInfo, LogLevel, PluginError, Reduction, TensorHandle,
+};
 use moeut_torch::IntoTensor;
-use std::sync::{Arc, Weak};
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 /// The host's services for one run.
 pub struct Services {
@@ -18,7 +22,17 @@ pub struct Services {
     info: HostInfo,
     signals: Arc<Signals>,
     group: Group,
+    /// The kernels of models, by what they compute with; the last one for each.
+    given: Mutex<HashMap<(Device, DType), Given>>,
     this: Weak<Self>,
+}
+
+/// A kernel that a model got.
+#[derive(Clone)]
+struct Given {
+    plugin: PluginClient,
+    name: String,
+    capabilities: Capabilities,
 }
 
 impl Services {
@@ -55,9 +69,61 @@ impl Services {
             },
             signals: Arc::clone(signals),
             group: group.clone(),
+            given: Mutex::default(),
             this: Weak::clone(this),
         })
     }
+
+    /// The kernel that the model got for this device and element type, once more, if it provides `call`: what a user
+    /// chose for the model serves the host, too. A model without a kernel leaves the host without one.
+    ///
+    /// # Errors
+    /// If it cannot be made again.
+    pub fn kernel_of_model(
+        &self,
+        call: FusedCall,
+        device: Device,
+        dtype: DType,
+    ) -> Result<Option<KernelClient>, PluginError> {
+        let given = {
+            let all = self.given.lock().unwrap_or_else(PoisonError::into_inner);
+            all.get(&(device, dtype)).cloned()
+        };
+        let provides = |given: &Given| given.capabilities.provides(call, None, device, dtype);
+        given
+            .filter(provides)
+            .map(|given| given.plugin.new_kernel(&given.name, &self.shared()?))
+            .transpose()
+    }
+
+    fn shared(&self) -> Result<Arc<dyn HostServices>, PluginError> {
+        self.this
+            .upgrade()
+            .map_or_else(|| Err(gone()), |this| Ok(this as _))
+    }
+
+    /// Makes a kernel that passes `test`, and remembers it.
+    fn give(
+        &self,
+        component: &Component<'_>,
+        (device, dtype): (Device, DType),
+        test: impl FnOnce(&KernelClient) -> Result<(), PluginError>,
+    ) -> Result<KernelClient, PluginError> {
+        let given = Given {
+            plugin: component.client(),
+            name: component.info.name.clone(),
+            capabilities: component.info.capabilities.clone().unwrap_or_default(),
+        };
+        let kernel = given.plugin.new_kernel(&given.name, &self.shared()?)?;
+        test(&kernel)?;
+        let mut all = self.given.lock().unwrap_or_else(PoisonError::into_inner);
+        all.insert((device, dtype), given);
+        Ok(kernel)
+    }
+}
+
+fn gone() -> PluginError {
+    PluginError::new("the host is shutting down")
 }
 
 impl HostServices for Services {
@@ -88,23 +154,16 @@ impl HostServices for Services {
         device: Device,
         dtype: DType,
     ) -> Result<KernelClient, PluginError> {
-        let gone = || PluginError::new("the host is shutting down");
         let registry = self.registry.upgrade().ok_or_else(gone)?;
-        let services: Arc<dyn HostServices> = self.this.upgrade().ok_or_else(gone)?;
-        let open = |component: &Component<'_>| {
-            let name = &component.info.name;
-            component.client().new_kernel(name, &services)
-        };
+        let place = (device, dtype);
         if name != "auto" {
-            return open(&registry.find_kernel(name, device, dtype)?);
+            let component = registry.find_kernel(name, device, dtype)?;
+            return self.give(&component, place, |_| Ok(()));
         }
+        let test = |kernel: &KernelClient| self_test::check(kernel, device, dtype);
         let mut refusals = Vec::new();
         for component in registry.kernels(device, dtype)? {
-            let tested = open(&component).and_then(|kernel| {
-                self_test::check(&kernel, device, dtype)?;
-                Ok(kernel)
-            });
-            match tested {
+            match self.give(&component, place, test) {
                 Ok(kernel) => return Ok(kernel),
                 Err(PluginError { what, why, .. }) => {
                     let refusal = format!(

@@ -1,12 +1,12 @@
-//! Whether a kernel computes what it should: a small σ-MoE layer, forward and backward, beside plain tensor operations
-//! in double precision.
+//! Whether a kernel computes what it should: a small σ-MoE layer, and the loss of some tokens, forward and backward, beside
+//! plain tensor operations in double precision.
 //!
 //! `-moe.kernel auto` takes the fastest kernel that passes. That a kernel can be made and returns without an error is not
 //! enough: drivers and compilers accept kernels for devices on which they compute nothing (the reference's Triton kernels
 //! give zeros in float16 on Volta), and a run would train on that for days. This finds such gross mistakes in
 //! milliseconds; whether a kernel is right in every case is what [`moeut_torch::testing`] checks.
 
-use super::{Sorted, sigma_moe};
+use super::{Sorted, cross_entropy, sigma_moe};
 use moeut_plugin_api::abi::client::KernelClient;
 use moeut_plugin_api::kernel::{Activation, FusedCall};
 use moeut_plugin_api::{DType, Device, PluginError};
@@ -18,13 +18,15 @@ const TOP_K: i64 = 2;
 const D_MODEL: i64 = 64;
 const D_EXPERT: i64 = 32;
 const N_EXPERTS: i64 = 5;
+/// Odd, so that rows of logits begin anywhere.
+const N_IDS: i64 = 101;
 /// The result, and the gradients of the inputs in their order.
 const NAMES: [&str; 5] = ["y", "dx", "dw1", "dw2", "dgate"];
 const FAILED: &str = "it fails its self-test";
 
 type Outcome = Result<Tensor, PluginError>;
 
-/// Tests the grouped product, and the fused layer if the kernel provides it.
+/// Tests the grouped product, and the fused layer and the loss if the kernel provides them.
 ///
 /// # Errors
 /// Whatever the kernel says, or with what is off.
@@ -37,6 +39,51 @@ pub fn check(kernel: &KernelClient, device: Device, dtype: DType) -> Result<(), 
         test.check("moe_mlp", |inputs| {
             sigma_moe(kernel, true, &test.sorted, inputs)
         })?;
+    }
+    if kernel.provides(FusedCall::CrossEntropy, None, device, dtype) {
+        check_loss(device, dtype, |logits, targets| {
+            cross_entropy(kernel, logits, targets)
+        })?;
+    }
+    Ok(())
+}
+
+/// Compares losses, and the gradient of logits, with the formula. Some tokens have no target.
+fn check_loss(
+    device: Device,
+    dtype: DType,
+    losses: impl Fn(&Tensor, &Tensor) -> Outcome,
+) -> Result<(), PluginError> {
+    let there = moeut_torch::device(device);
+    let logits = (waves(0.6, &[N_TOKENS, N_IDS]) * 8.0).to_kind(moeut_torch::kind(dtype));
+    let token = Tensor::arange(N_TOKENS, (Kind::Int64, tch::Device::Cpu));
+    let targets = (&token * &token).remainder(N_IDS + 7) - 7;
+    let expected = differentiate([&logits.to_kind(Kind::Double)], |[logits]| {
+        let ids = targets.clamp_min(0).unsqueeze(-1);
+        let of_targets = logits.gather(-1, &ids, false).squeeze_dim(-1);
+        Ok((logits.logsumexp(-1i64, false) - of_targets) * targets.ge(0))
+    })?;
+    let (logits, targets) = (logits.to_device(there), targets.to_device(there));
+    let found = differentiate([&logits], |[logits]| losses(logits, &targets))?;
+    let (names, whose) = (["the loss", "its gradient"], "by `cross_entropy`");
+    compare(&names, whose, (device, dtype), &found, &expected)
+}
+
+/// Compares results with what they should be.
+fn compare(
+    names: &[&str],
+    whose: &str,
+    (device, dtype): (Device, DType),
+    found: &[Tensor],
+    expected: &[Tensor],
+) -> Result<(), PluginError> {
+    for (name, (found, expected)) in names.iter().zip(found.iter().zip(expected)) {
+        let verdict = judge(found, expected, tolerance(dtype)).or_plugin_error(FAILED)?;
+        if let Err(wrong) = verdict {
+            return Err(PluginError::new(FAILED)
+                .why(format!("{name} {whose} {wrong}, in {dtype} on {device}"))
+                .fix("set `-moe.kernel` to another one; `moeut-host plugins list` shows them"));
+        }
     }
     Ok(())
 }
@@ -117,20 +164,9 @@ impl Test {
         layer: impl Fn([&Tensor; 4]) -> Outcome,
     ) -> Result<(), PluginError> {
         let found = differentiate(self.inputs.each_ref(), layer)?;
-        for (of, (found, expected)) in NAMES.iter().zip(found.iter().zip(&self.expected)) {
-            let verdict = judge(found, expected, tolerance(self.dtype)).or_plugin_error(FAILED)?;
-            if let Err(wrong) = verdict {
-                let Self { device, dtype, .. } = self;
-                return Err(PluginError::new(FAILED)
-                    .why(format!(
-                        "{of} of a small σ-MoE layer by `{name}` {wrong}, in {dtype} on {device}"
-                    ))
-                    .fix(
-                        "set `-moe.kernel` to another one; `moeut-host plugins list` shows them",
-                    ));
-            }
-        }
-        Ok(())
+        let whose = format!("of a small σ-MoE layer by `{name}`");
+        let place = (self.device, self.dtype);
+        compare(&NAMES, &whose, place, &found, &self.expected)
     }
 }
 
@@ -153,9 +189,9 @@ fn formula([x, w1, w2, gate]: [&Tensor; 4]) -> Tensor {
 }
 
 /// The result of a layer, and the gradients of its inputs.
-fn differentiate(
-    inputs: [&Tensor; 4],
-    layer: impl Fn([&Tensor; 4]) -> Outcome,
+fn differentiate<const N: usize>(
+    inputs: [&Tensor; N],
+    layer: impl Fn([&Tensor; N]) -> Outcome,
 ) -> Result<Vec<Tensor>, PluginError> {
     tch::with_grad(|| {
         let inputs = inputs.map(|input| input.detach().set_requires_grad(true));
@@ -197,6 +233,31 @@ mod tests {
         for dtype in [DType::F64, DType::F32, DType::Bf16, DType::F16] {
             assert_eq!(verdict(dtype, |y| y), Ok(()), "{dtype}");
         }
+    }
+
+    #[test]
+    fn losses_are_those_of_libtorch() {
+        let check = |dtype, change: fn(&Tensor) -> Tensor| {
+            let losses = |logits: &Tensor, targets: &Tensor| {
+                let log_p = change(logits).log_softmax(-1, Kind::Float);
+                let targets = targets.where_self(&targets.ge(0), &targets.full_like(-100));
+                log_p
+                    .f_nll_loss(&targets, None::<&Tensor>, tch::Reduction::None, -100)
+                    .or_plugin_error(FAILED)
+            };
+            check_loss(Device::Cpu, dtype, losses).map_err(|error| error.why)
+        };
+        for dtype in [DType::F32, DType::Bf16, DType::F16] {
+            assert_eq!(check(dtype, Tensor::shallow_clone), Ok(()), "{dtype}");
+        }
+        let said = [
+            check(DType::Bf16, |logits| logits * 0.5 + logits.detach() * 0.5),
+            check(DType::F32, |logits| logits.clamp_max(6.0)),
+        ];
+        insta::assert_snapshot!(said.map(Result::unwrap_err).join("\n"), @r"
+        its gradient by `cross_entropy` is off by 50 %, in bf16 on cpu
+        the loss by `cross_entropy` is off by 10 %, in f32 on cpu
+        ");
     }
 
     #[test]

@@ -12,6 +12,7 @@ use super::generate::Sampling;
 use super::graphs::Graphs;
 use super::labels::Follower;
 use super::logs::sinks;
+use super::loss::Loss;
 use super::monitor::{Monitor, Watch};
 use super::non_finite::{Guard, Inspector};
 use super::optimizer::Optimizer;
@@ -104,12 +105,12 @@ pub fn build(
     let Blueprint {
         config, signals, ..
     } = &blueprint;
-    let services: Arc<dyn HostServices> =
-        Services::in_group(registry, terminal, config, signals, &group);
+    let services = Services::in_group(registry, terminal, config, signals, &group);
+    let for_plugins: Arc<dyn HostServices> = services.clone();
     let site = Site {
         blueprint: &blueprint,
         registry,
-        services: &services,
+        services: &for_plugins,
     };
     let plan = site.plan()?;
     let data = site.data(&plan)?;
@@ -166,6 +167,7 @@ pub fn build(
         group,
         model: subject.model,
         model_name: subject.name,
+        loss: Loss::of_model(&services, placement)?,
         segments: subject.segments,
         device,
         autocast: (placement.compute_dtype != placement.dtype)

@@ -4,16 +4,24 @@
 //! loss_n = log Σ_v exp(logit_nv) − logit_n,target       nats; 0 where the target is behind a document's end
 //! mean   = Σ_n loss_n / n_targets
 //! ```
-//! Logits are the largest tensor of a step. The loss takes them in parts of [`CHUNK_ROWS`], and computes their gradient
-//! `softmax − one-hot` in the same pass: nothing of their size exists in float32 when they are of 16 bits, and nothing
-//! else of their size but the gradient that the model needs anyway.
+//! Logits are the largest tensor of a step, and nothing else of their size exists but the gradient that the model needs
+//! anyway. A training asks the kernel that its model computes with for the loss, if that kernel has a call for it:
+//! [`moeut_plugin_api::Kernel::cross_entropy`]. Everything else takes logits in parts of [`CHUNK_ROWS`], so that nothing
+//! of their size is in float32 when they are of 16 bits, and computes their gradient `softmax − one-hot` in the same
+//! pass.
 
+use super::device::Placement;
 use super::stream::BEHIND_END;
+use crate::kernels::cross_entropy;
+use crate::services::Services;
 use moeut_plugin_api::PluginError;
+use moeut_plugin_api::abi::client::KernelClient;
+use moeut_plugin_api::kernel::FusedCall;
 use moeut_torch::OrPluginError;
 use moeut_torch::autocast::Autocast;
 use moeut_torch::function::{Context, Function, FunctionError, apply};
-use tch::{Kind, Reduction, TchError, Tensor};
+use moeut_torch::optim::unscale_;
+use tch::{Device, Kind, Reduction, TchError, Tensor};
 
 /// Rows of logits in one part: 131 MB of float32 with a vocabulary of 8000.
 const CHUNK_ROWS: i64 = 4096;
@@ -44,22 +52,65 @@ pub(crate) fn token_losses(
     losses().or_plugin_error("the loss cannot be computed")
 }
 
-/// The mean cross-entropy of the `n_targets` that are not behind the end of a document; a scalar.
-///
-/// # Errors
-/// If memory does not suffice.
-pub(super) fn mean_loss(
-    logits_tbv: &Tensor,
-    targets_tb: &Tensor,
-    n_targets: usize,
-) -> Result<Tensor, PluginError> {
-    let mean = || -> Result<Tensor, TchError> {
-        let (logits_nv, targets_n) = rows(logits_tbv, targets_tb)?;
-        let is_padded = targets_n.numel() > n_targets;
-        let sum = apply(CrossEntropy { is_padded }, &[&logits_nv, &targets_n])?;
-        sum[0].f_div_scalar(n_targets as f64)
-    };
-    mean().or_plugin_error("the loss cannot be computed")
+/// The loss of a training.
+pub struct Loss {
+    fused: Option<Fused>,
+}
+
+/// A kernel that computes the loss of some logits.
+struct Fused {
+    kernel: KernelClient,
+    device: Device,
+    kind: Kind,
+}
+
+impl Loss {
+    /// By the kernel that the model got from these services, if it has the call.
+    ///
+    /// # Errors
+    /// If the kernel cannot be made again.
+    pub(super) fn of_model(
+        services: &Services,
+        Placement {
+            device,
+            compute_dtype,
+            ..
+        }: Placement,
+    ) -> Result<Self, PluginError> {
+        let kernel = services.kernel_of_model(FusedCall::CrossEntropy, device, compute_dtype)?;
+        let fused = kernel.map(|kernel| Fused {
+            kernel,
+            device: moeut_torch::device(device),
+            kind: moeut_torch::kind(compute_dtype),
+        });
+        Ok(Self { fused })
+    }
+
+    /// The mean cross-entropy of the `n_targets` that are not behind the end of a document; a scalar.
+    ///
+    /// # Errors
+    /// If memory does not suffice, and whatever the kernel says.
+    pub(super) fn mean(
+        &self,
+        logits_tbv: &Tensor,
+        targets_tb: &Tensor,
+        n_targets: usize,
+    ) -> Result<Tensor, PluginError> {
+        const WHAT: &str = "the loss cannot be computed";
+        let (logits_nv, targets_n) = rows(logits_tbv, targets_tb).or_plugin_error(WHAT)?;
+        let fits =
+            |fused: &&Fused| (fused.device, fused.kind) == (logits_nv.device(), logits_nv.kind());
+        let sum = if let Some(Fused { kernel, .. }) = self.fused.as_ref().filter(fits) {
+            let losses_n = cross_entropy(kernel, &logits_nv, &targets_n)?;
+            losses_n.f_sum(losses_n.kind())
+        } else {
+            let is_padded = targets_n.numel() > n_targets;
+            apply(CrossEntropy { is_padded }, &[&logits_nv, &targets_n])
+                .map(|mut outputs| outputs.swap_remove(0))
+        };
+        sum.and_then(|sum| sum.f_div_scalar(n_targets as f64))
+            .or_plugin_error(WHAT)
+    }
 }
 
 /// Cuts `[seq_len + 1, batch]` into what the model sees, with token 0 behind the end of a document, and what it must say.
@@ -121,9 +172,20 @@ impl Function for CrossEntropy {
         let Some(Some(of_sum)) = grads.first() else {
             return Ok(vec![None, None]);
         };
-        let saved = ctx.saved()?;
-        // A factor without dimensions leaves the type of the logits as it is.
-        Ok(vec![Some(saved[0].f_mul(of_sum)?), None])
+        // In place, so that there are no two of them: a second backward pass finds that it was changed, and ends.
+        let mut grad_nv = ctx.saved()?.swap_remove(0);
+        scale_(&mut grad_nv, of_sum)?;
+        Ok(vec![Some(grad_nv), None])
+    }
+}
+
+/// Multiplies by a number that the device knows, in the type of that number. A plain product with a tensor without axes
+/// rounds it to 16 bits first where `grad_nv` has no more, and takes a GPU twice as long.
+fn scale_(grad_nv: &mut Tensor, factor: &Tensor) -> Result<(), TchError> {
+    if factor.kind() == Kind::Double {
+        grad_nv.f_mul_(factor).map(drop)
+    } else {
+        unscale_(&[grad_nv], factor, &factor.f_zeros_like()?)
     }
 }
 
@@ -170,7 +232,11 @@ fn wide(kind: Kind) -> Kind {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use tch::Device;
+    use moeut_plugin_api::kernel::{self, Fused as Listed};
+    use moeut_plugin_api::{Capabilities, DType, GroupedMatmul, Host, Kernel, TensorHandle};
+    use moeut_torch::{IntoHandle, IntoTensor};
+
+    const PLAIN: Loss = Loss { fused: None };
 
     /// libtorch's own loss, over the whole of the logits.
     fn plain(logits_tbv: &Tensor, targets_tb: &Tensor, n_targets: usize) -> Tensor {
@@ -228,14 +294,14 @@ mod tests {
             let (mut logits, targets, n_targets) = example(kind);
             // The first rows have no end of a document among them.
             let whole = (logits.narrow(0, 0, 600), targets.narrow(0, 0, 600));
-            let ours = mean_loss(&whole.0, &whole.1, 4200).unwrap();
+            let ours = PLAIN.mean(&whole.0, &whole.1, 4200).unwrap();
             let theirs = plain(&whole.0, &whole.1, 4200);
             assert!(distance(&ours, &theirs) <= loss_error, "{kind:?}");
             let (our_grad, their_grad) =
                 (gradient(&ours, &mut logits), gradient(&theirs, &mut logits));
             assert!(distance(&our_grad, &their_grad) <= grad_error, "{kind:?}");
 
-            let ours = mean_loss(&logits, &targets, n_targets).unwrap();
+            let ours = PLAIN.mean(&logits, &targets, n_targets).unwrap();
             let theirs = plain(&logits, &targets, n_targets);
             assert!(distance(&ours, &theirs) <= loss_error, "{kind:?}");
             let our_grad = gradient(&ours, &mut logits);
@@ -258,10 +324,86 @@ mod tests {
     #[test]
     fn nothing_is_learned_behind_the_end() {
         let (mut logits, targets, n_targets) = example(Kind::Float);
-        let loss = mean_loss(&logits, &targets, n_targets).unwrap();
+        let loss = PLAIN.mean(&logits, &targets, n_targets).unwrap();
         let grad = gradient(&loss, &mut logits);
         let behind = grad.narrow(0, 600, 100).narrow(1, 2, 3);
         assert!(!behind.any().int64_value(&[]).is_positive());
+    }
+
+    #[test]
+    fn a_gradient_is_handed_out_once() {
+        for kind in [Kind::Double, Kind::Float, Kind::BFloat16] {
+            let (logits, targets, n_targets) = example(kind);
+            let loss = PLAIN.mean(&logits, &targets, n_targets).unwrap();
+            let gradient = || Tensor::f_run_backward(&[&loss], &[&logits], true, false);
+            assert!(gradient().is_ok());
+            let error = gradient().unwrap_err().to_string();
+            assert!(
+                error.contains("modified by an inplace operation"),
+                "{error}"
+            );
+        }
+    }
+
+    /// Twice the loss, in float32 only, so that one sees who has computed it.
+    struct Doubled;
+
+    impl Kernel for Doubled {
+        const NAME: &'static str = "doubled";
+        const SUMMARY: &'static str = "twice the loss";
+
+        fn new(_: &Host) -> Result<Self, PluginError> {
+            Ok(Self)
+        }
+
+        fn capabilities() -> Capabilities {
+            Capabilities {
+                fused: vec![Listed {
+                    call: FusedCall::CrossEntropy,
+                    activations: Vec::new(),
+                    cpu: vec![DType::F32],
+                    cuda: Vec::new(),
+                }],
+                ..Capabilities::default()
+            }
+        }
+
+        fn grouped_matmul(&self, _: GroupedMatmul) -> Result<TensorHandle, PluginError> {
+            unreachable!("nobody asks for it")
+        }
+
+        fn cross_entropy(&self, call: kernel::CrossEntropy) -> Result<TensorHandle, PluginError> {
+            let (logits, targets) = (call.logits.into_tensor(), call.targets.into_tensor());
+            let log_p = logits.log_softmax(-1, Kind::Float) * 2.0;
+            log_p
+                .f_nll_loss(&targets, None::<&Tensor>, Reduction::None, BEHIND_END)
+                .map(IntoHandle::into_handle)
+                .or_plugin_error("no loss")
+        }
+    }
+
+    #[test]
+    fn a_kernel_computes_the_loss_of_what_it_takes() {
+        let loss = Loss {
+            fused: Some(Fused {
+                kernel: KernelClient::in_process(Doubled).unwrap(),
+                device: Device::Cpu,
+                kind: Kind::Float,
+            }),
+        };
+        for (kind, factor) in [
+            (Kind::Float, 2.0),
+            (Kind::Double, 1.0),
+            (Kind::BFloat16, 1.0),
+        ] {
+            let (mut logits, targets, n_targets) = example(kind);
+            let ours = loss.mean(&logits, &targets, n_targets).unwrap();
+            let theirs = plain(&logits, &targets, n_targets) * factor;
+            assert!(distance(&ours, &theirs) <= 4e-6, "{kind:?}");
+            let ours = gradient(&ours, &mut logits);
+            let theirs = gradient(&theirs, &mut logits);
+            assert!(distance(&ours, &theirs) <= 4e-7, "{kind:?}");
+        }
     }
 
     #[test]

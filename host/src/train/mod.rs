@@ -41,7 +41,6 @@ use crate::checkpoint::CheckpointError;
 use crate::watchdog::watch;
 use batches::Microbatch;
 use charts::Sketch;
-use loss::mean_loss;
 use moeut_plugin_api::abi::client::ModelClient;
 use moeut_plugin_api::{Chart, ForwardInput, NamedTensor, Past, PluginError, Wishes};
 use moeut_torch::autocast::Autocast;
@@ -55,6 +54,7 @@ use tch::Tensor;
 use timing::Phase;
 use validation::validate;
 
+pub use loss::Loss;
 pub(crate) use loss::{inputs_and_targets, token_losses};
 pub use post_mortem::explain;
 pub use stats::StepStats;
@@ -172,7 +172,9 @@ fn pass(
         };
         forward(&mut run.model, &inputs, input)?
     };
-    let loss = mean_loss(&output.logits, &targets, microbatch.n_targets)?;
+    let loss = run
+        .loss
+        .mean(&output.logits, &targets, microbatch.n_targets)?;
     run.inspector.output(index, &output, &loss);
     let regularizers = run
         .regularizers

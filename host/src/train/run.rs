@@ -5,6 +5,7 @@ use super::batches::Batches;
 use super::evaluate::EvalStream;
 use super::generate::{Sampling, Uniform, generate};
 use super::graphs::Graphs;
+use super::loss::Loss;
 use super::monitor::Monitor;
 use super::non_finite::{Guard, Inspector};
 use super::optimizer::Optimizer;
@@ -55,6 +56,8 @@ pub struct Run {
     pub device: Device,
     /// Element type of mixed precision, if it is on.
     pub autocast: Option<Kind>,
+    /// The loss of its predictions.
+    pub loss: Loss,
     /// Which of the model's memories a batch goes on from.
     pub segments: Segments,
     /// Training data.

@@ -219,6 +219,8 @@ char* moeut_unscale(const List* tensors, const at::Tensor* inverse_scale, const 
                   " and `inverse_scale` on ", inverse_scale->device(), ", a gradient on ", device);
       at::Tensor flag = *found;
       at::_amp_foreach_non_finite_check_and_unscale_(members, flag, *inverse_scale);
+      // libtorch does not count this change, and a backward pass that saved one of them would not notice it.
+      for (const auto& member : members) member.unsafeGetTensorImpl()->bump_version();
     }
   });
 }
