@@ -106,7 +106,7 @@ pub trait Kernel: Sized + 'static {
         Err(not_provided(Self::NAME, FusedCall::Rotate))
     }
 
-    /// The loss of each token; see [`CrossEntropy`]. The host makes this call, of the kernel that the model computes with.
+    /// The loss of each token; see [`CrossEntropy`]. The host asks the kernel that the model computes with for it.
     ///
     /// # Errors
     /// As [`Kernel::route`].

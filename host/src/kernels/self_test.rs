@@ -1,5 +1,5 @@
-//! Whether a kernel computes what it should: a small σ-MoE layer, and the loss of some tokens, forward and backward, beside
-//! plain tensor operations in double precision.
+//! Whether a kernel computes what it should: a small σ-MoE layer and the loss of some tokens, forward and backward,
+//! beside plain tensor operations in double precision.
 //!
 //! `-moe.kernel auto` takes the fastest kernel that passes. That a kernel can be made and returns without an error is not
 //! enough: drivers and compilers accept kernels for devices on which they compute nothing (the reference's Triton kernels

@@ -128,7 +128,6 @@ pub fn build(
     state.position = batches.position();
 
     let n_steps = n_steps.unwrap_or(u64::MAX);
-    let n_skipped = state.n_skipped;
     let watch = watch(
         &blueprint.config,
         &subject,
@@ -162,6 +161,7 @@ pub fn build(
     let checkpoints = (is_training && group.is_first())
         .then(|| Checkpoints::new(&checkpoint_dir, config.n_kept).keep_every(KEEP_EVERY));
     Ok(Run {
+        guard: Guard::new(config.non_finite.budget(), state.n_skipped, device),
         n_steps,
         state,
         group,
@@ -178,7 +178,6 @@ pub fn build(
         eval_batch_size,
         optimizer: subject.optimizer,
         scaler: subject.scaler,
-        guard: Guard::new(config.non_finite.budget(), n_skipped, device),
         inspector: Inspector::new(config.non_finite.is_traced),
         schedule,
         regularizers,

@@ -6,9 +6,9 @@
 //! ```
 //! Logits are the largest tensor of a step, and nothing else of their size exists but the gradient that the model needs
 //! anyway. A training asks the kernel that its model computes with for the loss, if that kernel has a call for it:
-//! [`moeut_plugin_api::Kernel::cross_entropy`]. Everything else takes logits in parts of [`CHUNK_ROWS`], so that nothing
-//! of their size is in float32 when they are of 16 bits, and computes their gradient `softmax − one-hot` in the same
-//! pass.
+//! [`moeut_plugin_api::Kernel::cross_entropy`]. Where it has none, and in a validation, logits are taken in parts of
+//! [`CHUNK_ROWS`], so that nothing of their size is in float32 when they are of 16 bits, and their gradient
+//! `softmax − one-hot` is computed in the same pass.
 
 use super::device::Placement;
 use super::stream::BEHIND_END;

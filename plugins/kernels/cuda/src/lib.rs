@@ -1,5 +1,5 @@
-//! `cuda`: the σ-MoE layer, the grouped matrix product, routing, what happens to the residual stream between products, and
-//! the loss, by kernels of our own, for NVIDIA GPUs of compute capability 8.0 and later, in bf16 and f16.
+//! `cuda`: the σ-MoE layer, the grouped matrix product, routing, what happens to the residual stream between products,
+//! and the loss, by kernels of our own, for NVIDIA GPUs of compute capability 8.0 and later, in bf16 and f16.
 //!
 //! The kernels read rows where they are, so no gathered copy of a tensor exists. On Hopper GPUs products of experts add
 //! to the rows of tokens in whatever order they come; all other sums have one fixed order, and so have these where
