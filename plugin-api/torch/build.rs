@@ -3,7 +3,7 @@
 use std::env;
 use std::path::PathBuf;
 
-const SOURCES: [&str; 11] = [
+const SOURCES: [&str; 13] = [
     "cpp/list.cpp",
     "cpp/function.cpp",
     "cpp/optim.cpp",
@@ -11,9 +11,11 @@ const SOURCES: [&str; 11] = [
     "cpp/determinism.cpp",
     "cpp/readback.cpp",
     "cpp/profiler.cpp",
+    "cpp/saving.cpp",
     "cpp/recompute.cpp",
     "cpp/graph.cpp",
     "cpp/epilogue.cpp",
+    "cpp/frugal.cpp",
     "cpp/terminate.cpp",
 ];
 

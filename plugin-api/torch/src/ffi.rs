@@ -40,9 +40,15 @@ pub(crate) struct RawSpan {
     _private: [u8; 0],
 }
 
-/// A part of a forward pass whose activations are not kept.
+/// A part of a forward pass that decides what is kept for the backward pass.
 #[repr(C)]
-pub(crate) struct RawScope {
+pub(crate) struct RawSaving {
+    _private: [u8; 0],
+}
+
+/// What was saved in such a part, by memory.
+#[repr(C)]
+pub(crate) struct RawLedger {
     _private: [u8; 0],
 }
 
@@ -71,7 +77,12 @@ pub(crate) struct Callbacks {
 /// The Rust side of recomputed activations.
 #[repr(C)]
 pub(crate) struct AgainCallbacks {
-    pub(crate) call: unsafe extern "C" fn(user: *mut c_void, error: *mut RawString) -> bool,
+    pub(crate) call: unsafe extern "C" fn(
+        user: *mut c_void,
+        given: *const RawList,
+        made: *mut RawList,
+        error: *mut RawString,
+    ) -> bool,
     pub(crate) drop: unsafe extern "C" fn(user: *mut c_void),
 }
 
@@ -118,9 +129,22 @@ unsafe extern "C" {
     pub(crate) fn moeut_recompute_begin(
         again: AgainCallbacks,
         user: *mut c_void,
-        scope: *mut *mut RawScope,
+        saving: *mut *mut RawSaving,
     ) -> *mut c_char;
-    pub(crate) fn moeut_recompute_end(scope: *mut RawScope);
+    pub(crate) fn moeut_saving_end(saving: *mut RawSaving);
+    pub(crate) fn moeut_frugal_begin(is_frugal: bool, saving: *mut *mut RawSaving) -> *mut c_char;
+    pub(crate) fn moeut_count_begin(
+        ledger: *mut *mut RawLedger,
+        saving: *mut *mut RawSaving,
+    ) -> *mut c_char;
+    pub(crate) fn moeut_count_bytes(ledger: *const RawLedger) -> usize;
+    pub(crate) fn moeut_count_free(ledger: *mut RawLedger);
+    pub(crate) fn moeut_frugal_give_away(
+        tensor: *const C_tensor,
+        from: *const RawList,
+        again: AgainCallbacks,
+        user: *mut c_void,
+    ) -> *mut c_char;
 
     pub(crate) fn moeut_fused_adam(
         params: *const RawList,

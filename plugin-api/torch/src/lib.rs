@@ -12,12 +12,14 @@
 mod convert;
 mod ffi;
 mod list;
+mod saving;
 
 pub mod anomaly;
 pub mod autocast;
 pub mod cuda;
 pub mod determinism;
 pub mod error;
+pub mod frugal;
 pub mod function;
 pub mod graph;
 pub mod grouped;

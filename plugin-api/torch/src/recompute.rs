@@ -4,20 +4,15 @@
 //! the tensors that its nodes save are missing until one of them is asked for; then the stretch runs once more, with all
 //! of them kept until each is used. `torch.utils.checkpoint` without `use_reentrant` works the same way.
 
-#![expect(
-    unsafe_code,
-    reason = "callbacks from C++ into Rust and a scope behind a pointer"
-)]
+#![expect(unsafe_code, reason = "calls into the C++ shim")]
 
-use std::ffi::c_void;
-use std::marker::PhantomData;
 use std::ptr;
 
 use tch::TchError;
 
 use crate::FunctionError;
-use crate::ffi::{self, AgainCallbacks, RawScope, RawString, check};
-use crate::function::{catch, report};
+use crate::ffi::{self, check};
+use crate::saving::{Saving, boxed};
 
 /// Runs `first`, of which libtorch keeps nothing for the backward pass, and whose operations `again` must repeat: the
 /// same, on the same tensors, in the same order, with the same random numbers and the same autocast.
@@ -32,51 +27,12 @@ pub fn recomputed<T, F>(again: F, first: impl FnOnce() -> T) -> Result<T, TchErr
 where
     F: Fn() -> Result<(), FunctionError> + 'static,
 {
-    let callbacks = AgainCallbacks {
-        call: call_again::<F>,
-        drop: drop_again::<F>,
-    };
-    let user = Box::into_raw(Box::new(again)).cast();
-    let mut scope = ptr::null_mut();
+    let (callbacks, user) = boxed(move |_| again().map(|()| Vec::new()));
+    let mut saving = ptr::null_mut();
     // SAFETY: the shim owns `user` from here on and drops it once; it writes a scope, or returns an error.
-    unsafe { check(ffi::moeut_recompute_begin(callbacks, user, &raw mut scope)) }?;
-    let _scope = Scope {
-        scope,
-        _of_this_thread: PhantomData,
-    };
+    unsafe { check(ffi::moeut_recompute_begin(callbacks, user, &raw mut saving)) }?;
+    let _saving = Saving::of(saving);
     Ok(first())
-}
-
-/// Ends the stretch of this thread.
-struct Scope {
-    scope: *mut RawScope,
-    _of_this_thread: PhantomData<*const ()>,
-}
-
-impl Drop for Scope {
-    fn drop(&mut self) {
-        // SAFETY: made by `moeut_recompute_begin` on this thread, ended once; scopes of Rust end in reverse order.
-        unsafe { ffi::moeut_recompute_end(self.scope) };
-    }
-}
-
-unsafe extern "C" fn call_again<F: Fn() -> Result<(), FunctionError>>(
-    user: *mut c_void,
-    error: *mut RawString,
-) -> bool {
-    // SAFETY: `user` is the `F` that `recomputed` boxed, alive until it is dropped; the shim calls on the thread that
-    // made it, and only there.
-    let again = unsafe { &*user.cast::<F>() };
-    report(catch(again), error)
-}
-
-unsafe extern "C" fn drop_again<F>(user: *mut c_void) {
-    // A panic in a destructor has nobody to be told to, and must not unwind into C++.
-    let _outcome = catch(|| {
-        // SAFETY: the shim calls this once, with the pointer that `recomputed` made, on the thread that made it.
-        drop(unsafe { Box::from_raw(user.cast::<F>()) });
-        Ok(())
-    });
 }
 
 #[cfg(test)]
