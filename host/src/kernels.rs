@@ -78,6 +78,7 @@ pub fn sigma_moe(
         selection: selection.share(),
         options: MoeMlpOptions {
             activation: Activation::Relu,
+            keeps_less: false,
         },
     })?;
     Ok(y.into_tensor())

@@ -344,6 +344,10 @@ pub struct MoeMlp {
 pub struct MoeMlpOptions {
     /// Between the two products.
     pub activation: Activation,
+    /// Whether the backward pass should compute the hidden units again instead of finding them kept, with the same
+    /// result. A wish: a kernel that does not know it keeps them.
+    #[serde(default)]
+    pub keeps_less: bool,
 }
 
 /// One call of [`Kernel::moe_project`]; shape letters as in [`Route`], `N` the width of a head.
@@ -381,10 +385,11 @@ pub struct Projected {
 /// Rows may have more channels than are normalized, `P > D`, so that they begin at aligned addresses; `normed` is 0
 /// in those. The call has the type of its products, which the options say. Statistics are never in a half type. A
 /// kernel may compute the gradient of the layernorm from `plain`, so that nothing in the type of the stream need be
-/// kept.
+/// kept. Nor need `normed`: a call whose `x` is the `plain` of an earlier one, in a half type, makes it again but for that
+/// rounding, and has `x` itself as `sum` and `plain`. Such a call has neither an update nor gradients.
 #[derive(Debug)]
 pub struct ResidualNorm {
-    /// The stream, `[.., P]`; fp32 where the call has a half type, else in its type.
+    /// The stream, `[.., P]`; fp32, or rounded already, where the call has a half type, else in its type.
     pub x: TensorHandle,
     /// What a layer adds to it, as `x`, in the type of the call.
     pub update: Option<TensorHandle>,
@@ -459,6 +464,10 @@ pub struct SelectOptions {
     pub n_sequences: i64,
     /// Whether operands in fp32 may be rounded to TF32.
     pub allows_tf32: bool,
+    /// Whether the backward pass should compute the logits again instead of finding them kept, with the same result. A
+    /// wish, as [`MoeMlpOptions::keeps_less`].
+    #[serde(default)]
+    pub keeps_less: bool,
 }
 
 /// What [`Kernel::select`] finds.

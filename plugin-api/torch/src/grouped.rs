@@ -2,7 +2,7 @@
 //! shapes of a grouped matrix product and of a σ-MoE layer, and the order of a node's inputs. See
 //! [`moeut_plugin_api::Kernel`] for what the letters mean. Computes nothing.
 
-use moeut_plugin_api::kernel::{Activation, MoeMlp};
+use moeut_plugin_api::kernel::{Activation, MoeMlp, MoeMlpOptions};
 use moeut_plugin_api::{GroupedMatmul, PluginError, TensorHandle};
 use tch::Tensor;
 
@@ -64,7 +64,7 @@ pub fn product<O, F: Function>(
 }
 
 /// Applies the node that kernel `name` has for a σ-MoE layer with one of `activations`: `node` gets what `open` made,
-/// the selections per token, and the activation.
+/// the selections per token, and the options.
 ///
 /// # Errors
 /// As [`product`], and for another activation.
@@ -73,7 +73,7 @@ pub fn mlp<O, F: Function>(
     activations: &[Activation],
     call: MoeMlp,
     open: impl FnOnce(&Tensor) -> Result<O, PluginError>,
-    node: impl FnOnce(O, i64, Activation) -> F,
+    node: impl FnOnce(O, i64, MoeMlpOptions) -> F,
 ) -> Result<TensorHandle, PluginError> {
     let tensor = IntoTensor::into_tensor;
     let (x, w1, w2) = (tensor(call.x), tensor(call.w1), tensor(call.w2));
@@ -95,7 +95,7 @@ pub fn mlp<O, F: Function>(
     let top_k = mlp_top_k(&x, &w1, b1.as_ref(), &w2, &gate, &order)?;
     let mut inputs = vec![&x, &w1, &w2, &gate, &order, &inverse, &ends];
     inputs.extend(&b1);
-    apply(node(opened, top_k, activation), &inputs)
+    apply(node(opened, top_k, call.options), &inputs)
         .map(|mut outputs| outputs.swap_remove(0).into_handle())
         .or_plugin_error(&format!("kernel `{name}` cannot compute the σ-MoE layer"))
 }

@@ -43,6 +43,7 @@ struct Case {
     d_expert: i64,
     n_experts: i64,
     has_bias: bool,
+    keeps_less: bool,
     routing: Routing,
 }
 
@@ -61,6 +62,7 @@ impl Case {
             d_expert,
             n_experts,
             has_bias: false,
+            keeps_less: false,
             routing,
         }
     }
@@ -68,6 +70,13 @@ impl Case {
     const fn with_bias(self) -> Self {
         Self {
             has_bias: true,
+            ..self
+        }
+    }
+
+    const fn keeping_less(self) -> Self {
+        Self {
+            keeps_less: true,
             ..self
         }
     }
@@ -104,11 +113,15 @@ impl Case {
             leaves.push(Leaf::master("b1", &[n_experts, d_expert]));
         }
         let same_ids = ids.shallow_clone();
+        let options = MoeMlpOptions {
+            activation,
+            keeps_less: self.keeps_less,
+        };
         Subject {
             name: format!("fused σ-MoE, {activation:?}, {}", self.name),
             device,
             leaves,
-            call: Box::new(move |inputs| call(kernel, inputs, &ids, n_experts, activation)),
+            call: Box::new(move |inputs| call(kernel, inputs, &ids, n_experts, options)),
             oracle: Box::new(move |inputs| self.oracle(inputs, &same_ids, activation)),
         }
     }
@@ -142,7 +155,7 @@ impl Case {
 }
 
 /// Tokens and selections of each; `d_model`, `d_expert` and experts.
-const CASES: [Case; 11] = [
+const CASES: [Case; 13] = [
     Case::new("plain", [24, 4], [16, 8, 6], Routing::Mixed),
     Case::new("with a bias", [24, 4], [16, 8, 6], Routing::Mixed).with_bias(),
     Case::new("k = 1", [24, 1], [16, 8, 6], Routing::Mixed),
@@ -164,6 +177,15 @@ const CASES: [Case; 11] = [
         Routing::Mixed,
     ),
     Case::new("zero tokens", [0, 4], [16, 8, 6], Routing::Mixed).with_bias(),
+    Case::new("computed again", [24, 4], [16, 8, 6], Routing::Mixed).keeping_less(),
+    Case::new(
+        "computed again, 82 and 41",
+        [15, 3],
+        [82, 41, 5],
+        Routing::Mixed,
+    )
+    .with_bias()
+    .keeping_less(),
 ];
 
 /// Breaks one input.
@@ -188,7 +210,7 @@ fn call(
     inputs: &Inputs,
     ids: &Tensor,
     n_experts: i64,
-    activation: Activation,
+    options: MoeMlpOptions,
 ) -> Result<Tensor, PluginError> {
     let y = kernel.moe_mlp(MoeMlp {
         x: inputs.get("x").share(),
@@ -197,7 +219,7 @@ fn call(
         w2: inputs.get("w2").share(),
         gate: inputs.get("gate").share(),
         selection: selection(ids, n_experts),
-        options: MoeMlpOptions { activation },
+        options,
     })?;
     Ok(y.into_tensor())
 }

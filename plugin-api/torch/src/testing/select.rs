@@ -48,6 +48,7 @@ struct Case {
     n_groups: i64,
     n_experts: i64,
     top_k: i64,
+    keeps_less: bool,
 }
 
 impl Case {
@@ -64,6 +65,14 @@ impl Case {
             n_groups,
             n_experts,
             top_k,
+            keeps_less: false,
+        }
+    }
+
+    const fn keeping_less(self) -> Self {
+        Self {
+            keeps_less: true,
+            ..self
         }
     }
 
@@ -105,6 +114,7 @@ impl Case {
                 top_k: self.top_k,
                 n_sequences: self.n_sequences,
                 allows_tf32: false,
+                keeps_less: self.keeps_less,
             },
         }
     }
@@ -149,7 +159,7 @@ impl Case {
 }
 
 /// Sequences, tokens of each and `d_model`; groups, experts of each and selections of each.
-const CASES: [Case; 8] = [
+const CASES: [Case; 9] = [
     Case::new("plain", [2, 12, 16], [1, 6, 3]),
     Case::new("heads", [2, 12, 16], [4, 5, 2]),
     Case::new("several chunks", [3, 150, 24], [1, 40, 4]),
@@ -158,4 +168,5 @@ const CASES: [Case; 8] = [
     Case::new("a thousand experts", [1, 20, 64], [1, 1001, 32]),
     Case::new("all experts", [2, 5, 16], [2, 4, 4]),
     Case::new("one expert", [2, 5, 16], [1, 1, 1]),
+    Case::new("computed again", [2, 30, 64], [1, 387, 16]).keeping_less(),
 ];

@@ -5,7 +5,7 @@ use moeut_plugin_api::kernel::{FusedCall, ResidualNorm, ResidualNormOptions, Rot
 use moeut_plugin_api::{Capabilities, DType, Device as AbiDevice, PluginError};
 use tch::{Device, Kind, Tensor};
 
-use super::subject::{Inputs, Leaf, Subject, assert_explained};
+use super::subject::{Inputs, Leaf, Subject, assert_close, assert_explained, tolerance, unwrap};
 use super::tch_device;
 use crate::{IntoHandle, IntoTensor, convert};
 
@@ -23,6 +23,9 @@ pub(super) fn check(
         for case in &NORMS {
             case.subject(kernel, device, dtype)
                 .check(dtype, is_deterministic);
+            if matches!(dtype, DType::Bf16 | DType::F16) {
+                case.check_rounded(kernel, device, dtype);
+            }
         }
         check_norm_shapes(&NORMS[0].subject(kernel, device, dtype), dtype);
     } else {
@@ -89,18 +92,49 @@ impl NormCase {
             leaves,
             call: Box::new(move |inputs| self.call(kernel, inputs, dtype)),
             oracle: Box::new(|inputs| {
-                let (x, weight) = (inputs.get("x"), inputs.get("weight"));
+                let x = inputs.get("x");
                 let sum = match inputs.find("update") {
                     Some(update) => x + update,
                     None => x.shallow_clone(),
                 };
-                let bias = Some(inputs.get("bias"));
-                let read = sum.narrow(-1, 0, weight.size()[0]);
-                let normed = read.layer_norm(weight.size(), Some(weight), bias, EPS, false);
-                let n_more = sum.size()[2] - weight.size()[0];
-                let normed = normed.constant_pad_nd([0, n_more]);
+                let normed = normed(&sum, inputs);
                 joined([&sum, &sum, &normed], Kind::Double)
             }),
+        }
+    }
+
+    /// A stream that is rounded already stays as it is, and is normalized without a graph.
+    fn check_rounded(&self, kernel: &KernelClient, device: Device, dtype: DType) {
+        let inputs = self.subject(kernel, device, dtype).inputs(dtype);
+        let x = inputs.get("x");
+        let parameter = |name| inputs.get(name).to_kind(Kind::Float).into_handle();
+        let found = unwrap(kernel.residual_norm(ResidualNorm {
+            x: x.share(),
+            update: None,
+            weight: parameter("weight"),
+            bias: parameter("bias"),
+            options: self.options(dtype),
+        }));
+        let of_oracle = inputs.in_f64();
+        let wanted = normed(of_oracle.get("x"), &of_oracle);
+        let what = format!("layernorm of what is rounded, {}", self.name);
+        for same in [found.sum, found.plain] {
+            assert_eq!(&same.into_tensor(), x, "{what}");
+        }
+        let found = found.normed.into_tensor();
+        let is_recorded = found.requires_grad();
+        assert!(
+            !is_recorded && (found.kind() == Kind::Float) == self.is_wide,
+            "{what}"
+        );
+        assert_close(&what, &found, &wanted, tolerance(dtype));
+    }
+
+    fn options(&self, dtype: DType) -> ResidualNormOptions {
+        ResidualNormOptions {
+            eps: EPS,
+            dtype,
+            is_wide: self.is_wide,
         }
     }
 
@@ -122,11 +156,7 @@ impl NormCase {
             update: inputs.find("update").map(IntoHandle::share),
             weight: stream("weight"),
             bias: stream("bias"),
-            options: ResidualNormOptions {
-                eps: EPS,
-                dtype,
-                is_wide: self.is_wide,
-            },
+            options: self.options(dtype),
         })?;
         let [sum, plain, normed] =
             [found.sum, found.plain, found.normed].map(IntoTensor::into_tensor);
@@ -137,6 +167,14 @@ impl NormCase {
         );
         Ok(joined([&sum, &plain, &normed], kind))
     }
+}
+
+/// The first channels of `sum` normalized, the others 0.
+fn normed(sum: &Tensor, inputs: &Inputs) -> Tensor {
+    let (weight, bias) = (inputs.get("weight"), Some(inputs.get("bias")));
+    let read = sum.narrow(-1, 0, weight.size()[0]);
+    let normed = read.layer_norm(weight.size(), Some(weight), bias, EPS, false);
+    normed.constant_pad_nd([0, sum.size()[2] - weight.size()[0]])
 }
 
 const EPS: f64 = 1e-5;

@@ -130,10 +130,10 @@ impl Kernel for Cuda {
             &mlp::ACTIVATIONS,
             call,
             |x| self.ops_for(x),
-            |ops, top_k, activation| Mlp {
+            |ops, top_k, options| Mlp {
                 ops,
                 top_k,
-                activation,
+                options,
             },
         )
     }

@@ -1,9 +1,9 @@
 //! A whole σ-MoE layer as one node of the graph. The kernel's checks are in the crate's root, shapes in `moeut-torch`.
 //!
-//! Between forward and backward it keeps its inputs and one tensor `[T·K, S]` in the experts' order. No gathered copy
-//! of the tokens is ever made.
+//! Between forward and backward it keeps its inputs and, unless the call wants less, one tensor `[T·K, S]` in the
+//! experts' order. No gathered copy of the tokens is ever made.
 
-use moeut_plugin_api::kernel::Activation;
+use moeut_plugin_api::kernel::{Activation, MoeMlpOptions};
 use moeut_torch::grouped::mlp_inputs::{B1, GATE, N_INPUTS, W1, W2, X};
 use moeut_torch::padding::{like, padded_weight};
 use moeut_torch::{Autocast, Context, Function, FunctionError};
@@ -19,8 +19,26 @@ pub(crate) struct Mlp {
     pub(crate) ops: Ops,
     /// Selections of a token.
     pub(crate) top_k: i64,
-    /// One of [`ACTIVATIONS`].
-    pub(crate) activation: Activation,
+    /// With one of [`ACTIVATIONS`].
+    pub(crate) options: MoeMlpOptions,
+}
+
+impl Mlp {
+    /// `act(x[t] · w1[expert] (+ b1[expert]))` and what the backward pass needs of it; `x` as the kernels read it.
+    fn up(
+        &self,
+        x: &Tensor,
+        w1: &Tensor,
+        b1: Option<&Tensor>,
+        (tokens, ends): (&Tensor, &Tensor),
+    ) -> Result<(Tensor, Tensor), FunctionError> {
+        let ops = &self.ops;
+        let rows = Rows::of(x, tokens);
+        let b1 = b1.map(|b1| ops.operand(b1)).transpose()?;
+        let tiles = ops.tiles(ends, tokens.size1()?, x.size()[1], Order::reading(rows))?;
+        let w1 = padded_weight(w1, ops.kind)?;
+        ops.up(rows, &w1, b1.as_ref(), self.options.activation, &tiles)
+    }
 }
 
 impl Function for Mlp {
@@ -37,25 +55,13 @@ impl Function for Mlp {
             return Err("too few inputs".into());
         };
         let _full_precision = Autocast::new(x.device(), None)?;
-        let Self {
-            ops,
-            top_k,
-            activation,
-        } = self;
+        let Self { ops, top_k, .. } = self;
         let kind = x.kind();
         let tokens = sources(order, *top_k)?;
         let n_rows = order.size1()?;
-        let b1_padded = b1.first().map(|b1| ops.operand(b1)).transpose()?;
 
         let x_padded = ops.operand(x)?;
-        let rows = Rows::of(&x_padded, &tokens);
-        let (a, kept) = ops.up(
-            rows,
-            &padded_weight(w1, kind)?,
-            b1_padded.as_ref(),
-            *activation,
-            &ops.tiles(ends, n_rows, x_padded.size()[1], Order::reading(rows))?,
-        )?;
+        let (a, kept) = self.up(&x_padded, w1, b1.first(), (&tokens, ends))?;
         let (w2, gates) = (padded_weight(w2, kind)?, wide(gate)?);
         let [n_tokens, d_hidden] = [x_padded.size()[0], a.size()[1]];
         let y = if ops.can_add(d_hidden, w2.size()[2], *top_k) {
@@ -78,7 +84,8 @@ impl Function for Mlp {
         };
 
         // An absent bias leaves its place empty, at the end.
-        let mut saved = vec![&kept];
+        let mut saved = Vec::new();
+        saved.extend((!self.options.keeps_less).then_some(&kept));
         saved.extend(inputs);
         ctx.save(&saved)?;
         Ok(vec![like(&y, x)?])
@@ -100,7 +107,8 @@ impl Function for Mlp {
         grads: &[Option<Tensor>],
     ) -> Result<Vec<Option<Tensor>>, FunctionError> {
         let saved = ctx.saved()?;
-        let [kept, x, w1, w2, gate, order, inverse, ends, b1 @ ..] = &saved[..] else {
+        let (kept, inputs) = saved.split_at(usize::from(!self.options.keeps_less).min(saved.len()));
+        let [x, w1, w2, gate, order, inverse, ends, b1 @ ..] = inputs else {
             return Err("too few saved tensors".into());
         };
         let n_inputs = N_INPUTS - 1 + b1.len();
@@ -110,27 +118,31 @@ impl Function for Mlp {
         };
         let _full_precision = Autocast::new(x.device(), None)?;
         let needs = |index: usize| index < n_inputs && ctx.needs_input_grad(index);
-        let Self {
-            ops,
-            top_k,
-            activation,
-        } = self;
+        let Self { ops, top_k, .. } = self;
         let tokens = sources(order, *top_k)?;
         let n_rows = order.size1()?;
+        let kept = match kept.first() {
+            Some(kept) => kept.shallow_clone(),
+            None => {
+                self.up(&ops.operand(x)?, w1, b1.first(), (&tokens, ends))?
+                    .1
+            }
+        };
         let dy = ops.operand(dy)?;
         let dys = Rows::of(&dy, &tokens);
 
         let found = ops.down_backward(
             dys,
             &padded_weight(w2, x.kind())?,
-            kept,
+            &kept,
             Selections {
                 order,
                 gates: &wide(gate)?,
             },
-            *activation,
+            self.options.activation,
             &ops.tiles(ends, n_rows, dy.size()[1], Order::reading(dys))?,
         )?;
+        drop(kept);
         if needs(GATE) {
             let dgate = found.gate_grads.f_view(&gate.size()[..])?;
             input_grads[GATE] = Some(dgate.f_to_kind(gate.kind())?);

@@ -1,7 +1,8 @@
 //! Routing as one node of the graph: router logits, gates, the selections in the order of the experts, and the mean
 //! probability of each expert.
 //!
-//! Logits are a product of cuBLAS. Of a step it keeps them, the router's input, and some numbers for each selection.
+//! Logits are a product of cuBLAS. Of a step it keeps them, unless the call wants less, the router's input, and some
+//! numbers for each selection.
 
 use std::ffi::c_void;
 use std::ptr;
@@ -193,6 +194,11 @@ impl Choice {
             .f_constant_pad_nd([0, 0, 0, n_missing])?)
     }
 
+    /// In fp32, `[T, G·E]`, with columns of zeros.
+    fn logits(&self, x: &Tensor, weight: &Tensor) -> ops::Result<Tensor> {
+        self.product(x, &Self::operand(weight, x.kind())?.f_tr()?)
+    }
+
     /// `a · b`, summed and left in fp32.
     fn product(&self, a: &Tensor, b: &Tensor) -> ops::Result<Tensor> {
         if a.kind() != Kind::Float {
@@ -217,7 +223,7 @@ impl Function for Choice {
         );
         let n_rows = shape.n_tokens * shape.n_groups;
         let n_selections = n_rows * shape.top_k;
-        let logits = self.product(x, &Self::operand(weight, x.kind())?.f_tr()?)?;
+        let logits = self.logits(x, weight)?;
 
         let ids = ops.empty(&[n_rows, shape.top_k], Kind::Int)?;
         let gates = ops.empty(&[n_rows, shape.top_k], Kind::Float)?;
@@ -264,7 +270,9 @@ impl Function for Choice {
             .f_sum_dim_intlist(1_i64, false, Kind::Float)?
             .f_div_scalar(shape.seq_len() as f64)?
             .f_clamp_min(f64::from(f32::MIN_POSITIVE))?;
-        ctx.save(&[x, weight, &logits, &ids, &gates, &log_sums, &means])?;
+        let mut saved = vec![x, weight, &ids, &gates, &log_sums, &means];
+        saved.extend((!self.options.keeps_less).then_some(&logits));
+        ctx.save(&saved)?;
         Ok(vec![gates, means.f_log()?, ids, order, inverse, ends])
     }
 
@@ -282,13 +290,17 @@ impl Function for Choice {
         grads: &[Option<Tensor>],
     ) -> ops::Result<Vec<Option<Tensor>>> {
         let saved = ctx.saved()?;
-        let ([x, weight, logits, ids, gates, log_sums, means], [dgate, dmeans, ..]) =
+        let ([x, weight, ids, gates, log_sums, means, logits @ ..], [dgate, dmeans, ..]) =
             (&saved[..], grads)
         else {
             return Err("saved tensors or gradients are missing".into());
         };
         let _full_precision = Autocast::new(x.device(), None)?;
         let (ops, shape) = (&self.ops, self.shape);
+        let logits = match logits.first() {
+            Some(logits) => logits.shallow_clone(),
+            None => self.logits(x, weight)?,
+        };
         let dgate = dgate.as_ref().map(aligned).transpose()?;
         let of_probabilities = match dmeans {
             Some(dmeans) => {
@@ -303,7 +315,7 @@ impl Function for Choice {
             probability_grads: optional(of_probabilities.as_ref()),
             logit_grads: dlogits.data_ptr(),
             is_wide: i32::from(x.kind() == Kind::Float),
-            ..self.raw(logits, [ids, gates, log_sums])?
+            ..self.raw(&logits, [ids, gates, log_sums])?
         };
         let n_blocks = (shape.n_tokens * shape.n_groups + WARPS - 1) / WARPS;
         let shared_bytes = narrow(shape.n_experts * WARPS * 4)?.cast_unsigned();
@@ -341,6 +353,7 @@ mod tests {
             top_k,
             n_sequences,
             allows_tf32: false,
+            keeps_less: false,
         };
         let of = |x: [i64; 2], weight: [i64; 2], options| Shape::of(&x, &weight, options);
         let shape = of([300, 8], [40, 8], options(4, 2, 2)).unwrap();

@@ -77,7 +77,7 @@ __device__ __forceinline__ float warp_sum(float value) {
 
 struct Norm {
   // [n_rows, pitch], of which a row's first `width` channels are normalized, and `normed` is 0 in the others; `update` and
-  // with it `sum` may be null.
+  // with it `sum` may be null. Without `x`, a stream that is rounded already is in `plain`, where it stays.
   const float* x;
   const u16* update;
   float* sum;
@@ -115,15 +115,19 @@ __device__ __forceinline__ void norm_rows(const Norm& p) {
 #pragma unroll 4
   for (int at = lane * W; at < p.pitch; at += 32 * W) {
     float values[W];
-    load_piece(values, p.x + first + at);
-    if (p.update != nullptr) {
-      float update[W];
-      load_piece(update, p.update + first + at);
+    if (p.x == nullptr) {
+      load_piece(values, p.plain + first + at);
+    } else {
+      load_piece(values, p.x + first + at);
+      if (p.update != nullptr) {
+        float update[W];
+        load_piece(update, p.update + first + at);
 #pragma unroll
-      for (int i = 0; i < W; i++) values[i] += update[i];
-      store_piece(p.sum + first + at, values);
+        for (int i = 0; i < W; i++) values[i] += update[i];
+        store_piece(p.sum + first + at, values);
+      }
+      store_piece(p.plain + first + at, values);
     }
-    store_piece(p.plain + first + at, values);
     store_piece(kept + at, values);
 #pragma unroll
     for (int i = 0; i < W; i++) total += at + i < p.width ? values[i] : 0.f;

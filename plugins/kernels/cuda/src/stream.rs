@@ -28,7 +28,9 @@ pub(crate) fn residual_norm(
     let update = call.update.map(IntoTensor::into_tensor);
     let (weight, bias) = (call.weight.into_tensor(), call.bias.into_tensor());
     let pitch = x.size().last().copied().unwrap_or(0);
-    let fits = [&x, &weight, &bias].map(Tensor::kind) == [Kind::Float; 3]
+    let is_rounded = x.kind() == ops.kind && update.is_none();
+    let fits = (is_rounded || x.kind() == Kind::Float)
+        && [&weight, &bias].map(Tensor::kind) == [Kind::Float; 2]
         && weight.size() == bias.size()
         && matches!(weight.size()[..], [width] if 0 < width && width <= pitch)
         && update
@@ -45,7 +47,7 @@ pub(crate) fn residual_norm(
                 weight.size(),
                 bias.size()
             ))
-            .fix("pass x [.., P] in fp32, update as x, weight [D], bias [D], D up to P, P up to 12288"));
+            .fix("pass x [.., P] in fp32, update as x, or x in the type of the call alone; weight [D], bias [D] in fp32, D up to P, P up to 12288"));
     }
     let node = Norm {
         ops,
@@ -53,11 +55,16 @@ pub(crate) fn residual_norm(
         width: weight.size().first().copied().unwrap_or(0),
         is_wide: call.options.is_wide,
         has_update: update.is_some(),
+        is_rounded,
     };
     let mut inputs = vec![&x, &weight, &bias];
     inputs.extend(&update);
-    let outputs =
-        apply(node, &inputs).or_plugin_error("kernel `cuda` cannot compute the layernorm")?;
+    let outputs = if is_rounded {
+        tch::no_grad(|| apply(node, &inputs))
+    } else {
+        apply(node, &inputs)
+    };
+    let outputs = outputs.or_plugin_error("kernel `cuda` cannot compute the layernorm")?;
     let [sum, plain, normed] = [0, 1, 2].map(|index| outputs[index].share());
     Ok(ResidualNormed { sum, plain, normed })
 }
@@ -105,6 +112,8 @@ struct Norm {
     width: i64,
     is_wide: bool,
     has_update: bool,
+    /// Whether `x` is in the type of the call, and there is nothing to be added.
+    is_rounded: bool,
 }
 
 /// As `Norm` in the source of the kernels.
@@ -219,7 +228,11 @@ impl Function for Norm {
             None => None,
         };
         let n_rows = i64::try_from(x.numel()).map_err(|error| error.to_string())? / pitch;
-        let plain = ops.empty(&shape, ops.kind)?;
+        let plain = if self.is_rounded {
+            x_read.shallow_clone()
+        } else {
+            ops.empty(&shape, ops.kind)?
+        };
         let normed = ops.empty(&shape, if self.is_wide { Kind::Float } else { ops.kind })?;
         let sum = match update {
             Some(_) => ops.empty(&shape, Kind::Float)?,
@@ -230,7 +243,11 @@ impl Function for Norm {
             ops.empty(&[n_rows], Kind::Float)?,
         );
         let raw = RawNorm {
-            x: pointer(&x_read),
+            x: if self.is_rounded {
+                ptr::null()
+            } else {
+                pointer(&x_read)
+            },
             update: optional(update.as_ref()),
             sum: sum.data_ptr(),
             normed: normed.data_ptr(),

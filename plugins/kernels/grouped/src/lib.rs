@@ -1,5 +1,5 @@
 //! `grouped`: the grouped matrix product and the σ-MoE layer by libtorch's own grouped kernel, each with a backward of
-//! its own. The product keeps only its inputs, the layer also its pre-activations.
+//! its own. The product keeps only its inputs, the layer also its pre-activations, if the call does not want less.
 //!
 //! Rows reach their expert and come back by permutations, so nothing is added atomically and two runs give the same
 //! bits. What libtorch's kernel does not take (fp64) is refused; what it takes only in other shapes (rows that are no
@@ -68,7 +68,7 @@ impl Kernel for Grouped {
             &mlp::ACTIVATIONS,
             call,
             check_dtype,
-            |(), top_k, activation| Mlp { top_k, activation },
+            |(), top_k, options| Mlp { top_k, options },
         )
     }
 }

@@ -1,9 +1,9 @@
 //! A whole σ-MoE layer as one node of the graph. The kernel's checks are in the crate's root, shapes in `moeut-torch`.
 //!
-//! Between forward and backward it keeps its inputs and the pre-activations, in the experts' order. Everything else of
-//! size `[T·K, ..]` is made when it is needed: gathered tokens, activations, weighted copies.
+//! Between forward and backward it keeps its inputs and, unless the call wants less, the pre-activations, in the
+//! experts' order. Everything else of size `[T·K, ..]` is made when it is needed: gathered tokens, activations, weighted copies.
 
-use moeut_plugin_api::kernel::Activation;
+use moeut_plugin_api::kernel::{Activation, MoeMlpOptions};
 use moeut_torch::grouped::mlp_inputs::{B1, GATE, N_INPUTS, W1, W2, X};
 use moeut_torch::padding::{like, padded_rows, padded_weight};
 use moeut_torch::{Autocast, Context, Function, FunctionError};
@@ -18,8 +18,8 @@ pub(crate) const ACTIVATIONS: [Activation; 2] = [Activation::Relu, Activation::G
 pub(crate) struct Mlp {
     /// Selections of a token.
     pub(crate) top_k: i64,
-    /// One of [`ACTIVATIONS`].
-    pub(crate) activation: Activation,
+    /// With one of [`ACTIVATIONS`].
+    pub(crate) options: MoeMlpOptions,
 }
 
 impl Function for Mlp {
@@ -39,13 +39,7 @@ impl Function for Mlp {
         let kind = x.kind();
         let tokens = divided(order, self.top_k)?;
 
-        let xs = padded_rows(x)?.f_index_select(0, &tokens)?;
-        let mut h = grouped_mm(&xs, &padded_weight(w1, kind)?, ends)?;
-        drop(xs);
-        if let Some(b1) = b1.first() {
-            let b1 = padded_rows(&b1.f_to_kind(kind)?)?;
-            let _ = h.f_add_(&b1.f_index_select(0, &experts(ends, order)?)?)?;
-        }
+        let h = hidden((x, &tokens), w1, b1.first(), (order, ends))?;
         let mut a = self.act(&h)?;
         let _ = a.f_mul_(&row_gates(gate, order, kind)?)?;
         let ys = grouped_mm(&a, &padded_weight(w2, kind)?, ends)?;
@@ -53,7 +47,8 @@ impl Function for Mlp {
         let y = like(&sum_rows(&ys, inverse, self.top_k, None)?, x)?;
 
         // An absent bias leaves its place empty, at the end.
-        let mut saved = vec![&h];
+        let mut saved = Vec::new();
+        saved.extend((!self.options.keeps_less).then_some(&h));
         saved.extend(inputs);
         ctx.save(&saved)?;
         Ok(vec![y])
@@ -76,7 +71,8 @@ impl Function for Mlp {
         grads: &[Option<Tensor>],
     ) -> Result<Vec<Option<Tensor>>, FunctionError> {
         let saved = ctx.saved()?;
-        let [h, x, w1, w2, gate, order, inverse, ends, b1 @ ..] = &saved[..] else {
+        let (h, inputs) = saved.split_at(usize::from(!self.options.keeps_less).min(saved.len()));
+        let [x, w1, w2, gate, order, inverse, ends, b1 @ ..] = inputs else {
             return Err("too few saved tensors".into());
         };
         let n_inputs = N_INPUTS - 1 + b1.len();
@@ -88,6 +84,10 @@ impl Function for Mlp {
         let needs = |index: usize| index < n_inputs && ctx.needs_input_grad(index);
         let needs_dh = needs(X) || needs(W1) || needs(B1);
         let tokens = divided(order, self.top_k)?;
+        let h = &match h.first() {
+            Some(h) => h.shallow_clone(),
+            None => hidden((x, &tokens), w1, b1.first(), (order, ends))?,
+        };
 
         let dys = padded_rows(dy)?.f_index_select(0, &tokens)?;
         let mut u = if needs_dh || needs(GATE) {
@@ -134,7 +134,7 @@ impl Function for Mlp {
 
 impl Mlp {
     fn act(&self, h: &Tensor) -> Result<Tensor, FunctionError> {
-        match self.activation {
+        match self.options.activation {
             Activation::Relu => Ok(h.f_relu()?),
             Activation::Gelu => Ok(h.f_gelu("none")?),
             Activation::Unknown => Err("an activation of a newer interface".into()),
@@ -143,12 +143,29 @@ impl Mlp {
 
     /// `da · act'(h)`.
     fn act_backward(&self, da: &Tensor, h: &Tensor) -> Result<Tensor, FunctionError> {
-        match self.activation {
+        match self.options.activation {
             Activation::Relu => Ok(h.f_threshold_backward(da, 0.0)?),
             Activation::Gelu => Ok(h.f_gelu_backward(da, "none")?),
             Activation::Unknown => Err("an activation of a newer interface".into()),
         }
     }
+}
+
+/// `x[t] · w1[expert] (+ b1[expert])`.
+fn hidden(
+    (x, tokens): (&Tensor, &Tensor),
+    w1: &Tensor,
+    b1: Option<&Tensor>,
+    (order, ends): (&Tensor, &Tensor),
+) -> Result<Tensor, TchError> {
+    let kind = x.kind();
+    let xs = padded_rows(x)?.f_index_select(0, tokens)?;
+    let mut h = grouped_mm(&xs, &padded_weight(w1, kind)?, ends)?;
+    if let Some(b1) = b1 {
+        let b1 = padded_rows(&b1.f_to_kind(kind)?)?;
+        let _ = h.f_add_(&b1.f_index_select(0, &experts(ends, order)?)?)?;
+    }
+    Ok(h)
 }
 
 /// The gate of each row, `[T·K, 1]`.
