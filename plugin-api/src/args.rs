@@ -186,7 +186,15 @@ impl ArgDef {
         if is_none && (self.optional || self.kind.is_list()) {
             return Ok(Value::Null);
         }
-        if !self.choices.is_empty() && !self.choices.iter().any(|choice| choice == raw) {
+        let is_choice = |text: &str| self.choices.iter().any(|choice| choice == text);
+        // A question that also has other answers than yes and no takes all words for those, as one that has not.
+        let raw = match parse_bool(raw) {
+            Some(is_yes) if !is_choice(raw) && is_choice("0") && is_choice("1") => {
+                ["0", "1"][usize::from(is_yes)]
+            }
+            _ => raw,
+        };
+        if !self.choices.is_empty() && !is_choice(raw) {
             return Err(self.mismatch(raw));
         }
         self.kind.parse(raw).ok_or_else(|| self.mismatch(raw))
@@ -433,6 +441,16 @@ mod tests {
             (ArgSpec::flag("a", "0"), "1", json!(true)),
             (ArgSpec::flag("a", "0"), "yes", json!(true)),
             (ArgSpec::flag("a", "0"), "False", json!(false)),
+            (
+                ArgSpec::text("a", "0").choices("0|some|1"),
+                "yes",
+                json!("1"),
+            ),
+            (
+                ArgSpec::text("a", "0").choices("0|some|1"),
+                "some",
+                json!("some"),
+            ),
             (ArgSpec::int("a", "0").optional(), "NONE", json!(null)),
             (
                 ArgSpec::new(ArgKind::IntList, "a", ""),
@@ -522,6 +540,11 @@ mod tests {
                 ArgSpec::text("a", "b").choices("b|c"),
                 "d",
                 "`d` is not one of b, c",
+            ),
+            (
+                ArgSpec::text("a", "b").choices("1|c"),
+                "yes",
+                "`yes` is not one of 1, c",
             ),
             (
                 ArgSpec::new(ArgKind::FloatMap, "a", ""),

@@ -159,9 +159,14 @@ impl DenseAttention {
         let width = n_heads * d_head;
         let d_inside = ctx.aligned(d_head);
         let split = |x: &Tensor, weight: &Tensor| {
-            let y = linear(x, &into_heads(weight, n_heads, x, ctx));
+            // As autocast would, so that what is kept of `x` is what the product keeps.
+            let x = x.to_kind(ctx.compute);
+            let product = move |[x, weight]: [&Tensor; 2], ctx: &Context| {
+                Ok(linear(x, &into_heads(weight, n_heads, x, ctx)))
+            };
+            let y = ctx.cheap([&x, weight], product)?;
             let size = y.size();
-            y.view([size[0], size[1], n_heads, d_inside])
+            Ok::<_, PluginError>(y.view([size[0], size[1], n_heads, d_inside]))
         };
         let q_in = &reading.normed;
         let k_in = match attended_bsd {
@@ -170,9 +175,9 @@ impl DenseAttention {
         };
         let v_in = attended_bsd.unwrap_or(&reading.plain);
 
-        let q = ctx.dropout(split(q_in, &self.q), self.dropout);
-        let k = split(&k_in, &self.kv.narrow(0, 0, width));
-        let v = split(v_in, &self.kv.narrow(0, width, width));
+        let q = ctx.dropout(split(q_in, &self.q)?, self.dropout);
+        let k = split(&k_in, &self.kv.narrow(0, 0, width))?;
+        let v = split(v_in, &self.kv.narrow(0, width, width))?;
         let q = self.rope.forward(&q, past.query_offset(), ctx)?;
         let k = self.rope.forward(&k, past.key_offset(), ctx)?;
         let (k, v) = past.joined(k, v);
@@ -190,10 +195,12 @@ impl DenseAttention {
     pub fn cost(&self, of: Sequence) -> Cost {
         let width = count(self.heads.n_heads * self.heads.d_head);
         let (d_model, n) = (count(self.out.size()[0]), of.n_tokens);
+        // Values are products of the input and need not be kept, queries and keys are turned behind theirs.
+        let n_kept = if of.is_frugal { 3 } else { 4 };
         Cost::default()
             .macs(SCORES, 2 * width * n * of.n_attended())
             .macs(PROJECTIONS, 4 * d_model * width * n)
-            .kept(KEPT, kept_bytes(of, d_model, 4 * width))
+            .kept(KEPT, kept_bytes(of, d_model, n_kept * width))
     }
 }
 
@@ -204,7 +211,7 @@ pub(crate) const KEPT: &str = "attention";
 
 /// The layer's input, and `width` channels of queries, keys, values and their mixture.
 pub(crate) fn kept_bytes(of: Sequence, d_model: u64, width: u64) -> u64 {
-    of.n_tokens * (d_model * of.stream_bytes + width * of.product_bytes)
+    of.n_tokens * (d_model * of.input_bytes() + width * of.product_bytes)
 }
 
 /// A weight `[H·d, D]` for products with `x`, which give heads as wide as [`Context::aligned`] makes them.

@@ -1,6 +1,5 @@
 //! What all layers of one forward pass share: the kernel, precision, and whether the pass trains or reports.
 
-use crate::norm::normed;
 use crate::padding::{self, padded};
 use crate::router::{self, RouterDtype};
 use crate::{LayerNorm, Linear, Routing, Stream};
@@ -10,12 +9,16 @@ use moeut_plugin_api::kernel::{
     Select, SelectOptions,
 };
 use moeut_plugin_api::{DType, Device, GroupedMatmul, Host, PluginError, TensorHandle, Wishes};
-use moeut_torch::{Autocast, IntoHandle, IntoTensor, OrPluginError, dtype, relu_linear};
+use moeut_torch::frugal::give_away;
+use moeut_torch::{
+    Autocast, FunctionError, IntoHandle, IntoTensor, OrPluginError, dtype, relu_linear,
+};
 use std::rc::Rc;
 use tch::{Kind, Tensor};
 
 /// Facts about one forward pass.
 #[derive(Clone)]
+#[expect(clippy::struct_excessive_bools, reason = "each is a fact of its own")]
 pub struct Context {
     /// The grouped matrix product, if the model has experts, and calls that fuse what is around products.
     pub kernel: Option<Rc<KernelClient>>,
@@ -33,6 +36,8 @@ pub struct Context {
     pub everyone: Option<Host>,
     /// Statistics have the reference's definitions where those are wrong.
     pub is_compat: bool,
+    /// What costs little to make is made again in the backward pass instead of being kept for it.
+    pub is_frugal: bool,
 }
 
 /// The residual stream where a layer reads it; all three are `[B, T, D]`, or as wide as [`Context::aligned`] makes it.
@@ -125,29 +130,84 @@ impl Context {
             && let Some(kernel) = self.fused(FusedCall::ResidualNorm, None, x, dtype)
             && x.kind() == at_least_f32(self.compute)
         {
-            let normed = kernel.residual_norm(ResidualNorm {
+            let options = ResidualNormOptions {
+                eps: LayerNorm::EPS,
+                dtype,
+                is_wide,
+            };
+            let found = kernel.residual_norm(ResidualNorm {
                 x: x.share(),
                 update: update.map(|update| self.operand(update)),
                 weight: weight.share(),
                 bias: bias.share(),
-                options: ResidualNormOptions {
-                    eps: LayerNorm::EPS,
-                    dtype,
-                    is_wide,
-                },
+                options,
+            })?;
+            let [stream, plain, normed] =
+                [found.sum, found.plain, found.normed].map(IntoTensor::into_tensor);
+            let kernel = Rc::clone(kernel);
+            // But for the rounding of `plain`, from which the kernel takes the layernorm's own gradient, too.
+            self.give_away(&normed, [&plain, weight, bias], move |from, _| {
+                let [x, weight, bias] = from.map(IntoHandle::into_handle);
+                let again = kernel.residual_norm(ResidualNorm {
+                    x,
+                    update: None,
+                    weight,
+                    bias,
+                    options,
+                })?;
+                Ok(again.normed.into_tensor())
             })?;
             return Ok(Reading {
-                stream: normed.sum.into_tensor(),
-                plain: normed.plain.into_tensor(),
-                normed: normed.normed.into_tensor(),
+                stream,
+                plain,
+                normed,
             });
         }
         let x = stream.whole();
+        let normed = match norm.map(LayerNorm::share) {
+            Some(norm) => self.cheap([x], move |[x], _| Ok(norm.forward(x)))?,
+            None => x.shallow_clone(),
+        };
         Ok(Reading {
             stream: x.shallow_clone(),
             plain: x.shallow_clone(),
-            normed: normed(norm, x),
+            normed,
         })
+    }
+
+    /// Makes a tensor from others, with an operation that is cheap enough to be repeated: in a frugal pass the backward
+    /// pass does, with the same result, instead of finding the tensor kept. `make` must hold nothing with a history in the
+    /// graph, and draw no random numbers.
+    ///
+    /// # Errors
+    /// What `make` says, or if libtorch has no memory.
+    pub fn cheap<const N: usize>(
+        &self,
+        from: [&Tensor; N],
+        make: impl Fn([&Tensor; N], &Self) -> Result<Tensor, PluginError> + 'static,
+    ) -> Result<Tensor, PluginError> {
+        let tensor = make(from, self)?;
+        self.give_away(&tensor, from, move |from, ctx| make(from.each_ref(), ctx))?;
+        Ok(tensor)
+    }
+
+    /// In a frugal pass, lets the backward pass make `tensor` from others.
+    fn give_away<const N: usize>(
+        &self,
+        tensor: &Tensor,
+        from: [&Tensor; N],
+        again: impl Fn([Tensor; N], &Self) -> Result<Tensor, PluginError> + 'static,
+    ) -> Result<(), PluginError> {
+        if !self.is_frugal {
+            return Ok(());
+        }
+        let (ctx, device) = (self.clone(), tensor.device());
+        let again = move |from| {
+            let _mixed = Autocast::new(device, ctx.is_mixed.then_some(ctx.compute))?;
+            again(from, &ctx).map_err(|error| FunctionError::from(error.to_string()))
+        };
+        give_away(tensor, from, again)
+            .or_plugin_error("a tensor cannot be prepared to be made again")
     }
 
     /// Selects experts by sigmoid gates from `x [B, T, D]` with `weight [G·E, D]`, in one call of the kernel,
@@ -186,6 +246,7 @@ impl Context {
                 top_k,
                 n_sequences: size[0],
                 allows_tf32: self.router_dtype == RouterDtype::Tf32,
+                keeps_less: self.is_frugal,
             },
         })?;
         Ok(Some(Choice {
@@ -241,12 +302,12 @@ impl Context {
         activation: Option<Activation>,
         x: &Tensor,
         dtype: DType,
-    ) -> Option<&KernelClient> {
+    ) -> Option<&Rc<KernelClient>> {
         let device = match x.device() {
             tch::Device::Cuda(index) => Device::Cuda(u32::try_from(index).unwrap_or(u32::MAX)),
             _ => Device::Cpu,
         };
-        let kernel = self.kernel.as_deref()?;
+        let kernel = self.kernel.as_ref()?;
         kernel
             .provides(call, activation, device, dtype)
             .then_some(kernel)
@@ -316,7 +377,10 @@ impl Context {
             w2: self.operand(w2),
             gate: self.gate(gate, routing),
             selection: routing.selection(),
-            options: MoeMlpOptions { activation },
+            options: MoeMlpOptions {
+                activation,
+                keeps_less: self.is_frugal,
+            },
         })?;
         Ok(Some(y.into_tensor()))
     }

@@ -16,12 +16,37 @@ pub struct Sequence {
     pub stream_bytes: u64,
     /// Bytes of an element of a matrix product.
     pub product_bytes: u64,
+    /// Whether what costs little to make is made again instead of being kept.
+    pub is_frugal: bool,
 }
 
 impl Sequence {
     /// Tokens that are attended to.
     pub fn n_attended(&self) -> u64 {
         self.n_tokens * (1 + self.n_segments)
+    }
+
+    /// Bytes that are kept of an element of a layer's input: of the stream, or of a rounded copy alone.
+    pub fn input_bytes(&self) -> u64 {
+        if self.is_frugal {
+            self.product_bytes
+        } else {
+            self.stream_bytes
+        }
+    }
+
+    /// The same of a hidden unit.
+    pub fn hidden_bytes(&self) -> u64 {
+        if self.is_frugal {
+            0
+        } else {
+            self.product_bytes
+        }
+    }
+
+    /// The same of a router's logit and its logarithmic softmax for the regularizer, each at least in single precision.
+    pub(crate) fn router_bytes(&self) -> u64 {
+        if self.is_frugal { 0 } else { 2 * 4 }
     }
 }
 
@@ -42,10 +67,12 @@ impl Cost {
         self
     }
 
-    /// Adds bytes.
+    /// Adds bytes, if there are any.
     #[must_use]
     pub fn kept(mut self, part: &'static str, n: u64) -> Self {
-        add(&mut self.kept_bytes, part, n);
+        if n > 0 {
+            add(&mut self.kept_bytes, part, n);
+        }
         self
     }
 
@@ -68,9 +95,6 @@ fn add(parts: &mut Vec<(&'static str, u64)>, part: &'static str, n: u64) {
         None => parts.push((part, n)),
     }
 }
-
-/// A router's logits and their logarithmic softmax for the regularizer, each at least in single precision.
-pub(crate) const ROUTER_BYTES: u64 = 2 * 4;
 
 /// Bytes of an element.
 pub fn element_bytes(kind: Kind) -> u64 {

@@ -26,6 +26,15 @@ impl Linear {
         }
     }
 
+    /// The same once more, sharing its parameters.
+    #[must_use]
+    pub fn share(&self) -> Self {
+        Self {
+            weight: self.weight.shallow_clone(),
+            bias: self.bias.shallow_clone(),
+        }
+    }
+
     /// Applies it.
     pub fn forward(&self, x: &Tensor) -> Tensor {
         x.linear(&self.weight, Some(&self.bias))

@@ -2,7 +2,7 @@
 
 use crate::balance::Applications;
 use crate::context::Choice;
-use crate::cost::{Cost, ROUTER_BYTES, Sequence, count};
+use crate::cost::{Cost, Sequence, count};
 use crate::moe_stats::{MoeStats, MoeWatch};
 use crate::padding::padded;
 use crate::routing::top_k;
@@ -221,10 +221,10 @@ impl SigmaMoe {
             .macs("feed-forward: router", n * d_model * n_experts)
             .kept(
                 "feed-forward: experts",
-                n * (d_model * of.stream_bytes
-                    + self.activation.n_kept() * d_hidden * of.product_bytes),
+                n * (d_model * of.input_bytes()
+                    + self.activation.n_kept() * d_hidden * of.hidden_bytes()),
             )
-            .kept("feed-forward: router", n * n_experts * ROUTER_BYTES)
+            .kept("feed-forward: router", n * n_experts * of.router_bytes())
     }
 
     /// `σ-MoE (8 of 128, width 128)`.
@@ -331,14 +331,11 @@ impl SigmaMoe {
         pass: &MoePass,
         ctx: &Context,
     ) -> Result<Tensor, PluginError> {
-        let product_ms = ctx.grouped_matmul(x_nd, &pass.keys_eds, routing, None)?;
-        Ok(self.activation.forward(match &self.hidden_bias_es {
-            Some(bias_es) => {
-                let of_selection = bias_es.index_select(0, &ids_nk.reshape([-1]));
-                product_ms + of_selection.to_kind(ctx.compute)
-            }
-            None => product_ms,
-        }))
+        let bias = self
+            .hidden_bias_es
+            .as_ref()
+            .map(|bias_es| (bias_es, ids_nk));
+        hidden(x_nd, &pass.keys_eds, bias, self.activation, (routing, ctx))
     }
 
     /// The route in one call, if the kernel has it and the call covers the layer's arguments.
@@ -417,4 +414,35 @@ impl SigmaMoe {
         };
         Ok((ids_btk.reshape([-1, k]), gate_btk.reshape([-1, k])))
     }
+}
+
+/// `act(x · W₁[e] (+ b₁[e]))` of all selections, `[M, S]`, by steps that a frugal pass repeats; with a bias `[E, S]` the
+/// ids `[N, K]`.
+///
+/// # Errors
+/// Whatever the kernel says.
+pub fn hidden(
+    x_nd: &Tensor,
+    keys_eds: &Tensor,
+    bias: Option<(&Tensor, &Tensor)>,
+    activation: Activation,
+    (routing, ctx): (&Routing, &Context),
+) -> Result<Tensor, PluginError> {
+    // What is kept of `x` is what the product keeps.
+    let x_nd = &x_nd.to_kind(ctx.compute);
+    let routing = routing.share();
+    let product = move |[x_nd, keys_eds]: [&Tensor; 2], ctx: &Context| {
+        ctx.grouped_matmul(x_nd, keys_eds, &routing, None)
+    };
+    let mut hidden_ms = ctx.cheap([x_nd, keys_eds], product)?;
+    if let Some((bias_es, ids_nk)) = bias {
+        let ids_m = ids_nk.reshape([-1]);
+        let sum = move |[product_ms, bias_es]: [&Tensor; 2], ctx: &Context| {
+            let of_selection = bias_es.index_select(0, &ids_m);
+            Ok(product_ms + of_selection.to_kind(ctx.compute))
+        };
+        hidden_ms = ctx.cheap([&hidden_ms, bias_es], sum)?;
+    }
+    let act = move |[x]: [&Tensor; 1], _: &Context| Ok(activation.forward(x.shallow_clone()));
+    ctx.cheap([&hidden_ms], act)
 }

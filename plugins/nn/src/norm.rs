@@ -55,6 +55,17 @@ impl LayerNorm {
         Self { affine: None, d }
     }
 
+    /// The same once more, sharing its parameters.
+    #[must_use]
+    pub fn share(&self) -> Self {
+        let share =
+            |(weight, bias): (&Tensor, &Tensor)| (weight.shallow_clone(), bias.shallow_clone());
+        Self {
+            affine: self.affine().map(share),
+            d: self.d,
+        }
+    }
+
     /// Weight and bias, if it has them.
     pub fn affine(&self) -> Option<(&Tensor, &Tensor)> {
         self.affine.as_ref().map(|(weight, bias)| (weight, bias))

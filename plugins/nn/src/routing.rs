@@ -61,6 +61,17 @@ impl Routing {
         }
     }
 
+    /// The same once more, sharing its tensors.
+    #[must_use]
+    pub fn share(&self) -> Self {
+        Self {
+            order_m: self.order_m.shallow_clone(),
+            inverse_m: self.inverse_m.shallow_clone(),
+            ends_e: self.ends_e.shallow_clone(),
+            is_of_kernel: self.is_of_kernel,
+        }
+    }
+
     /// Whether a kernel made it.
     pub fn is_of_kernel(&self) -> bool {
         self.is_of_kernel

@@ -6,7 +6,7 @@ use crate::attention::{
 use crate::attention_maps::Gates;
 use crate::balance::Applications;
 use crate::context::at_least_f32;
-use crate::cost::{Cost, ROUTER_BYTES, Sequence, count};
+use crate::cost::{Cost, Sequence, count};
 use crate::norm::normed;
 use crate::routing::top_k;
 use crate::switchhead_stats::{SwitchHeadStats, SwitchHeadWatch};
@@ -321,7 +321,7 @@ impl SwitchHead {
         }
 
         // Both cast alike, so that libtorch neither casts twice nor adds their gradients in single precision.
-        let q_in_btd = scored_btd.to_kind(ctx.compute);
+        let q_in_btd = ctx.cheap([scored_btd], |[x], ctx| Ok(x.to_kind(ctx.compute)))?;
         let k_in_bsd = if is_apart {
             key_in_bsd.to_kind(ctx.compute)
         } else {
@@ -432,7 +432,7 @@ impl SwitchHead {
                 n_routers * n_experts * d_model * of.n_attended(),
             )
             .kept(KEPT, kept_bytes(of, d_model, width))
-            .kept("attention: routers", logits * ROUTER_BYTES)
+            .kept("attention: routers", logits * of.router_bytes())
     }
 
     /// `SwitchHead (4 heads of 128; v, o: 2 of 10)`.

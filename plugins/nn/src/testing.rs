@@ -8,6 +8,7 @@ use moeut_plugin_api::{
     Capabilities, DType, Device, ForwardInput, GroupedMatmul, Host, HostInfo, Kernel, LogLevel,
     MapWish, Model, ModelSetup, Past, PluginError, TensorHandle, Wishes,
 };
+use moeut_torch::frugal::counted;
 use moeut_torch::{Autocast, IntoHandle, IntoTensor};
 use std::rc::Rc;
 use std::sync::Arc;
@@ -132,6 +133,7 @@ pub fn context(is_training: bool) -> Context {
         wishes: Wishes::default(),
         everyone: None,
         is_compat: false,
+        is_frugal: false,
     }
 }
 
@@ -324,40 +326,58 @@ pub fn check_wishes(model: &mut impl Model) -> [Vec<String>; 2] {
     told
 }
 
-/// Checks that running layers again changes neither results nor gradients of training, to the bit, nor evaluation, and
-/// that it does run them again. The flags must leave no chance to the model: tests of a process share the random
-/// generator.
+/// Checks that neither what is made again nor layers that run again change results or gradients of training, to the bit,
+/// nor evaluation; that the first keeps less than a pass without, and the second less than the first. The flags must
+/// leave no chance to the model: tests of a process share the random generator.
 ///
 /// # Panics
 /// With what is off.
 pub fn check_recomputation<M: Model>(flags: &[(&str, &str)], precision: TestPrecision) {
     // Products this small take longer on several threads.
     tch::set_num_threads(1);
-    let what = format!("{flags:?} {precision:?}");
-    let build = |recomputes| {
-        let flags = [flags, &[("transformer.recompute", recomputes)]].concat();
-        build_in::<M>(&flags, precision)
-    };
-    let (mut plain, mut again) = (build("0"), build("1"));
-    copy_parameters(&plain, &again);
     let segments = [tokens(9, 2), tokens(9, 2)];
-    let [results, of_again] =
-        [&mut plain, &mut again].map(|model| trained(model, &segments, precision));
-    assert_eq!(results.len(), of_again.len());
-    assert!(results.iter().filter(|result| result.defined()).count() > 10);
-    for (index, (result, again)) in results.iter().zip(&of_again).enumerate() {
-        let is_same = match (result.defined(), again.defined()) {
-            (true, true) => result.equal(again),
-            (is, is_again) => is == is_again,
-        };
-        assert!(is_same, "{what}: result or gradient {index}");
+    let mut models = ["0", "cheap", "1"].map(|recompute| {
+        let flags = [flags, &[("transformer.recompute", recompute)]].concat();
+        build_in::<M>(&flags, precision)
+    });
+    let [plain, others @ ..] = &models;
+    for other in others {
+        copy_parameters(plain, other);
     }
-    let evaluated =
-        [&mut plain, &mut again].map(|model| expect(logits(model, &segments[0], Past::None)));
-    assert!(evaluated[0].equal(&evaluated[1]), "{what}");
+    let what = format!("{flags:?} {precision:?}");
+    let outcomes = models.each_mut().map(|model| {
+        let results = trained(model, &segments, precision);
+        (results, expect(logits(model, &segments[0], Past::None)))
+    });
+    let [(results, evaluated), others @ ..] = &outcomes;
+    assert!(results.iter().filter(|result| result.defined()).count() > 10);
+    for (of_other, evaluated_by_other) in others {
+        assert_eq!(results.len(), of_other.len());
+        for (index, (result, other)) in results.iter().zip(of_other).enumerate() {
+            let is_same = match (result.defined(), other.defined()) {
+                (true, true) => result.equal(other),
+                (is, is_other) => is == is_other,
+            };
+            assert!(is_same, "{what}: result or gradient {index}");
+        }
+        assert!(evaluated.equal(evaluated_by_other), "{what}");
+    }
+
+    let n_bytes = models.each_mut().map(|model| {
+        let pass = || training_pass(model, &segments[0], true, precision);
+        let (results, count) = counted(pass).unwrap_or_else(|error| panic!("{error}"));
+        let n_alive = count.n_bytes();
+        drop(results);
+        // The rest are parameters, which not every graph refers to.
+        n_alive - count.n_bytes()
+    });
+    let [all, cheap, layers] = n_bytes;
+    // The kernel here keeps neither its operands nor, in mixed precision, the casts that they are.
+    let is_less = precision.is_mixed() || all > cheap;
+    assert!(is_less && cheap > layers, "{what}: {n_bytes:?} are kept");
 
     // What is kept must not change before the backward pass; what is computed anew may.
-    let change_between = |model: &mut M| {
+    let survive_change = models.each_mut().map(|model| {
         let results = training_pass(model, &segments[0], true, precision);
         let of_layers = model.parameters().into_iter();
         let of_layers = of_layers.filter(|parameter| parameter.name.starts_with("unique_layers."));
@@ -365,12 +385,8 @@ pub fn check_recomputation<M: Model>(flags: &[(&str, &str)], precision: TestPrec
             let _ = parameter.tensor.into_tensor().detach().g_add_scalar_(0);
         }
         loss(&results).f_backward().is_ok()
-    };
-    assert_eq!(
-        (change_between(&mut plain), change_between(&mut again)),
-        (false, true),
-        "{what}"
-    );
+    });
+    assert_eq!(survive_change, [false, false, true], "{what}");
 }
 
 /// What rounding to fp16 may change of logits and regularizers, as a share of their length: ten times its unit
@@ -463,6 +479,10 @@ impl TestPrecision {
             compute_dtype,
         }
     }
+
+    fn is_mixed(self) -> bool {
+        self.dtype != self.compute_dtype
+    }
 }
 
 /// Logits and regularizers of a segment of training.
@@ -472,11 +492,9 @@ fn training_pass(
     is_reset: bool,
     precision: TestPrecision,
 ) -> Vec<Tensor> {
-    let TestPrecision {
-        dtype,
-        compute_dtype,
-    } = precision;
-    let mixed = (dtype != compute_dtype).then(|| moeut_torch::kind(compute_dtype));
+    let mixed = precision
+        .is_mixed()
+        .then(|| moeut_torch::kind(precision.compute_dtype));
     let _mixed = Autocast::new(tch::Device::Cpu, mixed).unwrap_or_else(|error| panic!("{error}"));
     let output = expect(model.forward(ForwardInput {
         tokens_tb: tokens_tb.share(),

@@ -1,4 +1,4 @@
-//! `-transformer.recompute`: layers that run again in the backward pass change no bit of a run.
+//! `-transformer.recompute`: what the backward pass computes again changes no bit of a run.
 
 use moeut_e2e::{Sandbox, checkpoint_files, losses, staged_plugins, tiny};
 use std::fs;
@@ -86,7 +86,7 @@ fn every_loss_and_the_final_parameters_are_the_same() {
         ("sut", SUT, 1),
         ("moeut_of_two", MOEUT, 2),
     ] {
-        let [kept, again] = ["0", "1"].map(|recompute| {
+        let [kept, others @ ..] = ["0", "cheap", "1"].map(|recompute| {
             let name = format!("{model}_{recompute}");
             let flag = ["-transformer.recompute", recompute];
             let args = tiny(&name, &[CHANCE, own, &flag].concat());
@@ -101,10 +101,12 @@ fn every_loss_and_the_final_parameters_are_the_same() {
             (losses(&folder), checkpoint_files(&folder, 20))
         });
         assert_eq!(kept.0.len(), 20, "{model}");
-        assert_eq!(kept.0, again.0, "{model}");
-        assert!(
-            kept.1 == again.1,
-            "{model}: other parameters or optimizer states"
-        );
+        for again in others {
+            assert_eq!(kept.0, again.0, "{model}");
+            assert!(
+                kept.1 == again.1,
+                "{model}: other parameters or optimizer states"
+            );
+        }
     }
 }

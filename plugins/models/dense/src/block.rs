@@ -118,11 +118,22 @@ impl Block {
     }
 
     fn feed(&self, x: &Tensor, ctx: &Context) -> Result<Tensor, PluginError> {
-        let width = ctx.aligned(self.d_ff);
-        let hidden = if self.activation == Activation::Relu {
-            ctx.relu_linear(x, &self.linear1, width)?
+        let (linear1, d_ff, activation) = (self.linear1.share(), self.d_ff, self.activation);
+        // As autocast would, so that what is kept of `x` is what the product keeps.
+        let x = &x.to_kind(ctx.compute);
+        let hidden = if activation == Activation::Relu {
+            let relu = move |[x]: [&Tensor; 1], ctx: &Context| {
+                ctx.relu_linear(x, &linear1, ctx.aligned(d_ff))
+            };
+            ctx.cheap([x], relu)?
         } else {
-            self.activation.forward(self.linear1.forward_to(x, width))
+            let product = move |[x]: [&Tensor; 1], ctx: &Context| {
+                Ok(linear1.forward_to(x, ctx.aligned(d_ff)))
+            };
+            let product = ctx.cheap([x], product)?;
+            let act =
+                move |[x]: [&Tensor; 1], _: &Context| Ok(activation.forward(x.shallow_clone()));
+            ctx.cheap([&product], act)?
         };
         let hidden = ctx.dropout(hidden, self.dropout);
         let y = self.linear2.forward_to(&hidden, x.size()[2]);
@@ -208,10 +219,10 @@ impl lm::Block for Block {
     fn cost(&self, of: Sequence) -> Cost {
         let [d_model, d_ff] = [self.d_model, self.d_ff].map(i64::unsigned_abs);
         let n = of.n_tokens;
-        let hidden = self.activation.n_kept() * d_ff * of.product_bytes;
+        let hidden = self.activation.n_kept() * d_ff * of.hidden_bytes();
         let own = Cost::default()
             .macs("feed-forward", 2 * d_model * d_ff * n)
-            .kept("feed-forward", n * (d_model * of.stream_bytes + hidden));
+            .kept("feed-forward", n * (d_model * of.input_bytes() + hidden));
         self.attention.cost(of).plus(&own)
     }
 }

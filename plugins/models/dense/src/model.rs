@@ -52,7 +52,8 @@ mod tests {
         TestPrecision, VOCAB, build, check_cache, check_padding, check_recomputation,
         check_segments, check_wishes, logits, size, tokens,
     };
-    use moeut_plugin_api::{NamedTensor, Past};
+    use moeut_plugin_api::{ForwardInput, NamedTensor, Past, Wishes};
+    use moeut_torch::frugal::counted;
     use moeut_torch::{IntoHandle, IntoTensor};
     use std::collections::BTreeMap;
     use tch::{Device, Kind, Tensor};
@@ -120,6 +121,30 @@ mod tests {
         }
     }
 
+    /// Of four layers two norms and values of 18·16·8 bytes, and hidden units of 18·32·8, are gone, and nothing else.
+    #[test]
+    fn cheap_recomputation_keeps_neither_norms_nor_values_nor_hidden_units() {
+        let n_bytes = ["0", "cheap"].map(|recompute| {
+            let flags = [
+                ("transformer.recompute", recompute),
+                ("transformer.activation", "relu"),
+                ("lm.trafo.context_blocks", "0"),
+            ];
+            let mut model = dense("preln_rope_universal", &flags);
+            let input = ForwardInput {
+                tokens_tb: tokens(9, 2).into_handle(),
+                is_training: true,
+                wishes: Wishes::default(),
+                past: Past::None,
+            };
+            let (output, count) = counted(|| model.forward(input)).unwrap();
+            let logits = output.unwrap().logits_tbv.into_tensor();
+            assert!(logits.requires_grad());
+            count.n_bytes()
+        });
+        assert_eq!(n_bytes[0] - n_bytes[1], 4 * 18 * (3 * 16 + 32) * 8);
+    }
+
     /// Double precision: four inputs of 10·16·8, and one layer.
     #[test]
     fn layers_that_run_again_keep_their_inputs() {
@@ -133,6 +158,21 @@ mod tests {
             ("attention", 6_400),
             ("feed-forward", 6_400),
         ];
+        assert_eq!(
+            summary.activation_bytes,
+            kept.map(|(part, n)| (part.to_owned(), n))
+        );
+    }
+
+    /// Double precision: four times 10·(16 + 3·16)·8, of queries, keys and their mixture, and 10·16·8.
+    #[test]
+    fn cheap_recomputation_is_part_of_the_estimate() {
+        let flags = [
+            ("transformer.recompute", "cheap"),
+            ("lm.trafo.context_blocks", "0"),
+        ];
+        let summary = dense("preln_rope_universal", &flags).summary(10);
+        let kept = [("attention", 4 * 5_120), ("feed-forward", 4 * 1_280)];
         assert_eq!(
             summary.activation_bytes,
             kept.map(|(part, n)| (part.to_owned(), n))

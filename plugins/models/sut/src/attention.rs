@@ -230,7 +230,7 @@ impl Attention {
             )
             .kept(
                 "attention",
-                n * d_model * of.stream_bytes + products * of.product_bytes,
+                n * d_model * of.input_bytes() + products * of.product_bytes,
             )
     }
 

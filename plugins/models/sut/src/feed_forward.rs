@@ -6,6 +6,7 @@
 use crate::experts::Experts;
 use crate::gate::{Gate, GateConfig, GatePass, Route};
 use crate::losses::Tally;
+use moeut_nn::moe::hidden;
 use moeut_nn::{Activation, Context, Cost, Params, Sequence};
 use moeut_plugin_api::PluginError;
 use tch::Tensor;
@@ -124,15 +125,10 @@ impl FeedForward {
         pass: &FeedForwardPass,
         ctx: &Context,
     ) -> Result<Tensor, PluginError> {
-        let product_ms = ctx.grouped_matmul(x_nd, &pass.hidden_eds, &route.routing, None)?;
-        let hidden_ms = match &self.hidden.bias {
-            Some(bias_es) => {
-                let of_selection = bias_es.index_select(0, &route.ids_nk.reshape([-1]));
-                product_ms + of_selection.to_kind(ctx.compute)
-            }
-            None => product_ms,
-        };
-        let hidden_ms = self.config.activation.forward(hidden_ms);
+        let bias = self.hidden.bias.as_ref();
+        let bias = bias.map(|bias_es| (bias_es, &route.ids_nk));
+        let seen = (&route.routing, ctx);
+        let hidden_ms = hidden(x_nd, &pass.hidden_eds, bias, self.config.activation, seen)?;
         let hidden_ms = ctx.dropout(hidden_ms, self.config.dropout);
         let gate = Some(&route.gate_nk);
         ctx.grouped_matmul(&hidden_ms, &pass.out_esd, &route.routing, gate)
@@ -149,12 +145,13 @@ impl FeedForward {
         let [d_hidden, top_k] = [d_expert * gate.top_k, gate.top_k].map(i64::unsigned_abs);
         let n = of.n_tokens;
         // Input, hidden units, and the experts' outputs before they are weighted.
-        let products = activation.n_kept() * d_hidden + top_k * d_model;
+        let hidden = activation.n_kept() * d_hidden * of.hidden_bytes();
+        let outputs = top_k * d_model * of.product_bytes;
         gate.cost("feed-forward: router", d_model, of)
             .macs("feed-forward: experts", 2 * n * d_model * d_hidden)
             .kept(
                 "feed-forward: experts",
-                n * (d_model * of.stream_bytes + products * of.product_bytes),
+                n * (d_model * of.input_bytes() + hidden + outputs),
             )
     }
 

@@ -15,7 +15,10 @@ pub const SHELL_ARGS: &[ArgSpec] = &[
     ArgSpec::text("transformer.universal.group_type", "abab").field("shell.group_type").choices("abab|aabb").help("how distinct layers make the stack"),
     ArgSpec::float("dropout", "0.0").field("shell.dropout").unit("probability").help("of embedding, block outputs and last state"),
     ArgSpec::float("transformer.p_drop_layer", "0.0").field("shell.layer_drop").unit("probability").help("that a token skips a layer, while training"),
-    ArgSpec::flag("transformer.recompute", "0").field("shell.recomputes").help("layers keep only their inputs and run again in the backward pass: less memory, up to a third more time, the same results"),
+    ArgSpec::text("transformer.recompute", "0")
+        .field("shell.recompute")
+        .choices("0|cheap|1")
+        .help("what the backward pass computes again instead of finding it kept: 0, nothing; `cheap`, layernorms, hidden units and the like, for some percent more time; 1, whole layers but for their inputs, for up to a third"),
     ArgSpec::float("transformer.embedding_scale", "none").field("shell.embedding_scale").optional().help("none: 1 for `preln` variants, else √state_size"),
     ArgSpec::flag("lm.trafo.norm_input", "0").field("shell.norms_input").help("normalize the embedding, without parameters"),
     ArgSpec::flag("lm.trafo.force_out_norm", "0").field("shell.forces_out_norm").help("final layernorm also without `preln`"),
@@ -43,10 +46,6 @@ pub const SHELL_ARGS: &[ArgSpec] = &[
 /// What [`SHELL_ARGS`] fill.
 #[derive(Debug, Clone, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields)]
-#[expect(
-    clippy::struct_excessive_bools,
-    reason = "each is an argument of its own"
-)]
 pub struct ShellConfig {
     /// Width of the residual stream, `D`.
     pub d_model: i64,
@@ -64,8 +63,8 @@ pub struct ShellConfig {
     pub dropout: f64,
     /// Probability that a token skips a layer, while training.
     pub layer_drop: f64,
-    /// Layers run again in the backward pass; their activations are not kept.
-    pub recomputes: bool,
+    /// What the backward pass computes again.
+    pub recompute: Recompute,
     /// What the embedding is multiplied by, if not the variant's own number.
     pub embedding_scale: Option<f64>,
     /// A norm without parameters behind the embedding.
@@ -86,6 +85,20 @@ pub struct ShellConfig {
     pub ff_multiplier: f64,
     /// Of the hidden units.
     pub activation: ActivationConfig,
+}
+
+/// What the backward pass computes again instead of finding it kept.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+pub enum Recompute {
+    /// Nothing.
+    #[serde(rename = "0")]
+    Nothing,
+    /// What costs little beside what it takes to keep: [`crate::Context::is_frugal`].
+    #[serde(rename = "cheap")]
+    Cheap,
+    /// Layers, of which only inputs are kept.
+    #[serde(rename = "1")]
+    Layers,
 }
 
 /// Which earlier states a layer attends to.
@@ -364,6 +377,27 @@ mod tests {
             shell.activation(32, true).unwrap(),
             Activation::AllButTopK(32)
         );
+    }
+
+    /// Checkpoints hold what was typed, and other flags take these words.
+    #[test]
+    fn recomputation_takes_words_for_yes_and_no() {
+        let defs: Vec<moeut_plugin_api::ArgDef> = SHELL_ARGS.iter().map(Into::into).collect();
+        let def = defs
+            .iter()
+            .find(|def| def.name == "transformer.recompute")
+            .unwrap();
+        let read = |raw: &str| serde_json::from_value::<Recompute>(def.parse(raw).unwrap());
+        for (raw, recompute) in [
+            ("0", Recompute::Nothing),
+            ("false", Recompute::Nothing),
+            ("cheap", Recompute::Cheap),
+            ("1", Recompute::Layers),
+            ("True", Recompute::Layers),
+        ] {
+            assert_eq!(read(raw).unwrap(), recompute, "{raw}");
+        }
+        insta::assert_snapshot!(def.parse("2").unwrap_err(), @"`2` is not one of 0, cheap, 1");
     }
 
     #[test]

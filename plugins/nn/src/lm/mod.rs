@@ -9,10 +9,12 @@ mod recompute;
 mod report;
 mod stack_stats;
 
-pub use args::{SHELL_ARGS, Shell, ShellConfig, Variant, check_positive, check_probabilities};
+pub use args::{
+    Recompute, SHELL_ARGS, Shell, ShellConfig, Variant, check_positive, check_probabilities,
+};
 
 use crate::cost::{Cost, Sequence, element_bytes};
-use crate::padding::padded;
+use crate::padding::{self, padded};
 use crate::params::InitStyle;
 use crate::usage::Optimist;
 use crate::{Context, Embedding, LayerNorm, LayerPast, LmHead, Params, RouterDtype, Stream, Tally};
@@ -22,7 +24,8 @@ use moeut_plugin_api::{
     Chart, DType, Device, ForwardInput, ForwardOutput, Host, LayerSummary, ModelAbilities,
     ModelSetup, ModelSummary, NamedTensor, Parameter, PluginError,
 };
-use moeut_torch::{IntoHandle, IntoTensor};
+use moeut_torch::frugal::frugally;
+use moeut_torch::{IntoHandle, IntoTensor, OrPluginError};
 use report::{Report, Tallies};
 use stack_stats::{Features, update_stats};
 use std::rc::Rc;
@@ -354,10 +357,15 @@ impl<B: Block> LanguageModel<B> {
                 carry: &mut carry,
                 past: &mut layer_past,
             };
-            let y = if ctx.is_training && self.shell.config.recomputes {
-                recompute::application(&self.blocks, index, &x, at, &ctx)?
-            } else {
-                self.blocks[index].forward(&x, at, &ctx)?
+            let y = match self.shell.config.recompute {
+                Recompute::Layers if ctx.is_training => {
+                    recompute::application(&self.blocks, index, &x, at, &ctx)?
+                }
+                Recompute::Cheap if ctx.is_training => {
+                    frugally(|| self.blocks[index].forward(&x, at, &ctx))
+                        .or_plugin_error("a layer cannot keep less")??
+                }
+                _ => self.blocks[index].forward(&x, at, &ctx)?,
             };
             past.leave(place, layer_past);
             features.add(&y);
@@ -419,14 +427,17 @@ impl<B: Block> LanguageModel<B> {
     }
 
     /// See [`moeut_plugin_api::Model::graph_safe`]. Routing has fixed shapes and waits for nothing, so only the kernel
-    /// decides; a memory that fills up changes shapes, and layers that run again read the random generator's state.
+    /// decides; a memory that fills up changes shapes, and whole layers that run again read the random generator's state.
     pub fn graph_safe(&self) -> bool {
         let kernel = self.training.kernel.as_ref();
         let is_kernel_safe = kernel.is_none_or(|kernel| {
             let capabilities = kernel.capabilities();
             capabilities.is_ok_and(|capabilities| capabilities.is_graph_safe)
         });
-        is_kernel_safe && !self.shell.config.memory.is_on() && !self.shell.config.recomputes
+        let ShellConfig {
+            memory, recompute, ..
+        } = &self.shell.config;
+        is_kernel_safe && !memory.is_on() && *recompute != Recompute::Layers
     }
 
     /// See [`moeut_plugin_api::Model::summary`]. Bytes are those of training.
@@ -437,6 +448,7 @@ impl<B: Block> LanguageModel<B> {
             n_segments: self.shell.config.memory.n_kept(true) as u64,
             stream_bytes: element_bytes(kind),
             product_bytes: element_bytes(self.training.compute),
+            is_frugal: self.shell.config.recompute == Recompute::Cheap,
         };
         let per_block: Vec<Cost> = self.blocks.iter().map(|block| block.cost(of)).collect();
         let what: Vec<String> = self.blocks.iter().map(Block::describe).collect();
@@ -444,10 +456,9 @@ impl<B: Block> LanguageModel<B> {
             .order
             .iter()
             .fold(Cost::default(), |sum, &index| sum.plus(&per_block[index]));
-        let kept_bytes = if self.shell.config.recomputes {
-            self.kept_when_recomputing(&per_block, of)
-        } else {
-            cost.kept_bytes
+        let kept_bytes = match self.shell.config.recompute {
+            Recompute::Layers => self.kept_when_recomputing(&per_block, of),
+            Recompute::Nothing | Recompute::Cheap => cost.kept_bytes,
         };
         let layer = |&index: &usize| LayerSummary {
             unique_index: index as u64,
@@ -468,7 +479,13 @@ impl<B: Block> LanguageModel<B> {
     fn kept_when_recomputing(&self, per_block: &[Cost], of: Sequence) -> Vec<(&'static str, u64)> {
         let sum = |cost: &&Cost| cost.kept_bytes.iter().map(|(_, n)| n).sum::<u64>();
         let costliest = per_block.iter().max_by_key(sum).cloned();
-        let stream = of.n_tokens * self.shell.config.d_model.unsigned_abs() * of.stream_bytes;
+        let d_model = self.shell.config.d_model;
+        let width = if self.training.is_mixed && B::TAKES_WIDE_STREAM {
+            padding::aligned(d_model)
+        } else {
+            d_model
+        };
+        let stream = of.n_tokens * width.unsigned_abs() * of.stream_bytes;
         let n_inputs = |&index: &usize| 1 + self.blocks[index].n_carried();
         let n_inputs: u64 = self.order.iter().map(n_inputs).sum();
         let inputs = Cost::default().kept("inputs of layers", n_inputs * stream);
@@ -495,6 +512,7 @@ impl<B: Block> LanguageModel<B> {
             wishes: input.wishes,
             everyone: self.everyone.clone(),
             is_compat: self.is_compat,
+            is_frugal: input.is_training && self.shell.config.recompute == Recompute::Cheap,
         }
     }
 

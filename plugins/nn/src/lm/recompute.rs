@@ -1,4 +1,4 @@
-//! Layers of which only the inputs are kept for the backward pass, which runs them again: `transformer.recompute`.
+//! Layers of which only the inputs are kept for the backward pass, which runs them again: `-transformer.recompute 1`.
 //!
 //! ```text
 //! kept      L inputs [B, T, D], and the activations of one layer     instead of the activations of L layers
