@@ -135,7 +135,8 @@ mod tests {
         let (second, other_loss) = Graph::capture(Device::Cuda(0), Some(&first), pass).unwrap();
         for seed in 0..3 {
             tch::manual_seed(seed);
-            let batches = [(); 2].map(|()| Tensor::randn([4, 3], options));
+            let batch = || Tensor::randn([4, 3], (Kind::Float, Device::Cpu)).to_device(x.device());
+            let batches = [batch(), batch()];
             for (graph, batch, loss) in [
                 (&first, &batches[0], &loss),
                 (&second, &batches[1], &other_loss),

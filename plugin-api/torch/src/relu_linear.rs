@@ -113,7 +113,10 @@ mod tests {
     fn inputs(kind: Kind, device: Device, (n, d, s): (i64, i64, i64)) -> Vec<Tensor> {
         tch::manual_seed(7);
         let shapes: [&[i64]; 3] = [&[2, n, d], &[s, d], &[s]];
-        let randn = |shape: &[i64]| Tensor::randn(shape, (Kind::Float, device)).to_kind(kind);
+        let randn = |shape: &[i64]| {
+            let values = Tensor::randn(shape, (Kind::Float, Device::Cpu));
+            values.to_kind(kind).to_device(device)
+        };
         shapes.into_iter().map(randn).collect()
     }
 
