@@ -9,6 +9,7 @@ use std::sync::OnceLock;
 
 use libloading::os::unix::Library;
 
+const N_MULTIPROCESSORS: c_int = 16;
 const CAPABILITY_MAJOR: c_int = 75;
 const CAPABILITY_MINOR: c_int = 76;
 /// Attributes of a function: bytes of shared memory that a launch may ask for, and the percentage of the L1 cache that
@@ -121,13 +122,18 @@ impl Driver {
     /// The driver's name of what is wrong.
     pub(crate) fn capability(&self, index: usize) -> Result<(c_int, c_int), String> {
         let device = self.device(index)?;
-        let read = |attribute| {
-            let mut value = 0;
-            // SAFETY: `value` lives through the call, `device` is the driver's.
-            self.check(unsafe { (self.attribute)(&raw mut value, attribute, device) })?;
-            Ok::<_, String>(value)
-        };
-        Ok((read(CAPABILITY_MAJOR)?, read(CAPABILITY_MINOR)?))
+        Ok((
+            self.attribute(device, CAPABILITY_MAJOR)?,
+            self.attribute(device, CAPABILITY_MINOR)?,
+        ))
+    }
+
+    /// Multiprocessors of the `index`-th device.
+    ///
+    /// # Errors
+    /// As [`Self::capability`].
+    pub(crate) fn n_multiprocessors(&self, index: usize) -> Result<c_int, String> {
+        self.attribute(self.device(index)?, N_MULTIPROCESSORS)
     }
 
     /// The context that libtorch uses on the `index`-th device. It is kept until the process ends.
@@ -230,6 +236,13 @@ impl Driver {
         // SAFETY: takes away what was pushed above.
         self.check(unsafe { (self.pop_context)(&raw mut popped) })?;
         outcome
+    }
+
+    fn attribute(&self, device: c_int, attribute: c_int) -> Result<c_int, String> {
+        let mut value = 0;
+        // SAFETY: `value` lives through the call, `device` is the driver's.
+        self.check(unsafe { (self.attribute)(&raw mut value, attribute, device) })?;
+        Ok(value)
     }
 
     fn device(&self, index: usize) -> Result<c_int, String> {

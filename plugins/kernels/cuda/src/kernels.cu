@@ -220,6 +220,26 @@ __device__ __forceinline__ void store_tile(const u16* staged, u16* to, i64 width
   }
 }
 
+// The four lanes of a row exchange pairs: lane l gives its j-th to lane j, and gets that one's l-th. What were pairs of
+// four neighboring times eight columns become eight neighboring columns in each lane, and the other way round.
+__device__ __forceinline__ void exchange(u32 (&pairs)[4]) {
+  const int lane = threadIdx.x & 31;
+#pragma unroll
+  for (int distance = 1; distance < 4; distance *= 2) {
+    const bool is_upper = lane & distance;
+#pragma unroll
+    for (int j = 0; j < 4; j++) {
+      if (j & distance) continue;
+      const u32 other = __shfl_xor_sync(0xffffffffu, is_upper ? pairs[j] : pairs[j + distance], distance);
+      if (is_upper) {
+        pairs[j] = other;
+      } else {
+        pairs[j + distance] = other;
+      }
+    }
+  }
+}
+
 // Calls `visit(row, column, piece)` for each eight neighboring sums of a row, times `factor_of(row)`. The four lanes
 // of a row exchange pairs until each has eight neighboring columns: four pieces of a row lie side by side.
 template <typename Factor, typename Visit>
@@ -237,20 +257,7 @@ __device__ __forceinline__ void each_piece(const Sums& sums, const Factor& facto
 #pragma unroll
         for (int j = 0; j < 4; j++)
           pairs[j] = pack(factor * sums[i][j0 + j][half * 2], factor * sums[i][j0 + j][half * 2 + 1]);
-#pragma unroll
-        for (int distance = 1; distance < 4; distance *= 2) {
-          const bool is_upper = lane & distance;
-#pragma unroll
-          for (int j = 0; j < 4; j++) {
-            if (j & distance) continue;
-            const u32 other = __shfl_xor_sync(0xffffffffu, is_upper ? pairs[j] : pairs[j + distance], distance);
-            if (is_upper) {
-              pairs[j] = other;
-            } else {
-              pairs[j + distance] = other;
-            }
-          }
-        }
+        exchange(pairs);
         visit(row, (warp >> 1) * 64 + (j0 + (lane & 3)) * 8, make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]));
       }
     }
@@ -266,27 +273,25 @@ struct TileList {
   // Of the rows, ascending within an expert; or null.
   const int* sources;
   int4* tiles;
+  // Two zeros: the number of tiles is added to the first, the second is left to blocks that take tiles one by one.
   int* n_tiles;
   // Sources of a window.
   int n_experts, window;
   // Rows of a tile.
   int n_rows;
+  // Whether tiles end with their window, too.
+  int is_cut;
 };
 
-// Lists the row tiles of all experts as (expert, first row, end of rows): those that begin in the first window of
-// sources, expert by expert, then those of the next. Tiles that run at the same time so read or add to one window,
-// which then stays in the L2 cache, however uneven experts are. Without sources there is one window. Block g makes
-// window g.
-extern "C" __global__ void __launch_bounds__(256) list_tiles(const __grid_constant__ TileList p) {
-  const int n_experts = p.n_experts;
-  __shared__ int warp_sums[3][8];
-  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+// Lists the row tiles of all experts as (expert, first row, end of rows): those that begin in one window of sources,
+// expert by expert, then those of another, in whatever order windows come. Tiles that run at the same time so read or
+// add to one window, which then stays in the L2 cache, however uneven experts are. Without sources there is one window.
+// Block g makes window g.
+extern "C" __global__ void __launch_bounds__(1024) list_tiles(const __grid_constant__ TileList p) {
+  __shared__ int warp_sums[32], first_of_block;
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, n_warps = blockDim.x >> 5;
   const bool is_last = blockIdx.x + 1 == gridDim.x;
-  const auto tiles_of = [&](int n_rows) { return (n_rows + p.n_rows - 1) / p.n_rows; };
-  // Of an expert: its first tile in this window, and how many there are in it. Both ends are searched for at once,
-  // since a search is a chain of loads.
-  constexpr int N_KEPT = 1024;
-  __shared__ int2 kept[N_KEPT];
+  // Rows of an expert's tiles in this window. Both ends are searched for at once, since a search is a chain of loads.
   const auto find = [&](int start, int end) {
     int low[2] = {start, start}, high[2] = {blockIdx.x == 0 ? start : end, end};
     const i64 limits[2] = {i64(blockIdx.x) * p.window, (i64(blockIdx.x) + 1) * p.window};
@@ -303,60 +308,37 @@ extern "C" __global__ void __launch_bounds__(256) list_tiles(const __grid_consta
         }
       }
     }
-    const int first = tiles_of(low[0] - start);
-    return make_int2(first, tiles_of(low[1] - start) - first);
+    const auto whole_tiles = [&](int row) {
+      return p.is_cut ? row : min(start + (row - start + p.n_rows - 1) / p.n_rows * p.n_rows, end);
+    };
+    return make_int2(whole_tiles(low[0]), whole_tiles(low[1]));
   };
 
-  // Tiles of earlier windows, of this one, of all.
-  int counts[3] = {0, 0, 0};
-  for (int expert = threadIdx.x; expert < n_experts; expert += blockDim.x) {
-    const int start = expert == 0 ? 0 : p.ends[expert - 1], end = p.ends[expert];
-    const int2 found = find(start, end);
-    if (expert < N_KEPT) kept[expert] = found;
-    counts[0] += found.x;
-    counts[1] += found.y;
-    counts[2] += tiles_of(end - start);
-  }
-  for (int c = 0; c < 3; c++) {
-    const int sum = __reduce_add_sync(0xffffffffu, counts[c]);
-    if (lane == 0) warp_sums[c][warp] = sum;
-  }
-  __syncthreads();
-  int sums[3] = {0, 0, 0};
-  for (int c = 0; c < 3; c++)
-    for (int w = 0; w < 8; w++) sums[c] += warp_sums[c][w];
-  if (blockIdx.x == 0 && threadIdx.x == 0) *p.n_tiles = sums[2];
-  if (sums[1] == 0) return;
-  __syncthreads();
-
-  int at = sums[0];
-  for (int expert0 = 0; expert0 < n_experts; expert0 += blockDim.x) {
+  for (int expert0 = 0; expert0 < p.n_experts; expert0 += blockDim.x) {
     const int expert = expert0 + threadIdx.x;
-    int start = 0, end = 0;
-    int2 found = make_int2(0, 0);
-    if (expert < n_experts) {
-      start = expert == 0 ? 0 : p.ends[expert - 1], end = p.ends[expert];
-      found = expert < N_KEPT ? kept[expert] : find(start, end);
-    }
-    int before = found.y;
+    int2 rows = make_int2(0, 0);
+    if (expert < p.n_experts) rows = find(expert == 0 ? 0 : p.ends[expert - 1], p.ends[expert]);
+    const int n_own = (rows.y - rows.x + p.n_rows - 1) / p.n_rows;
+    int at = n_own;
     for (int distance = 1; distance < 32; distance *= 2) {
-      const int other = __shfl_up_sync(0xffffffffu, before, distance);
-      if (lane >= distance) before += other;
+      const int other = __shfl_up_sync(0xffffffffu, at, distance);
+      if (lane >= distance) at += other;
     }
-    if (lane == 31) warp_sums[0][warp] = before;
+    if (lane == 31) warp_sums[warp] = at;
     __syncthreads();
-    int of_all = 0;
-    for (int w = 0; w < 8; w++) {
-      if (w < warp) before += warp_sums[0][w];
-      of_all += warp_sums[0][w];
+    if (threadIdx.x == 0) {
+      int sum = 0;
+      for (int w = 0; w < n_warps; w++) sum += warp_sums[w];
+      first_of_block = atomicAdd(p.n_tiles, sum);
     }
     __syncthreads();
-    before -= found.y;
-    for (int i = 0; i < found.y; i++) {
-      const int row = start + (found.x + i) * p.n_rows;
-      p.tiles[at + before + i] = make_int4(expert, row, min(row + p.n_rows, end), 0);
+    at += first_of_block - n_own;
+    for (int w = 0; w < warp; w++) at += warp_sums[w];
+    for (int i = 0; i < n_own; i++) {
+      const int row = rows.x + i * p.n_rows;
+      p.tiles[at + i] = make_int4(expert, row, min(row + p.n_rows, rows.y), 0);
     }
-    at += of_all;
+    __syncthreads();
   }
 }
 
@@ -373,7 +355,7 @@ struct RowsProduct {
   // [n_rows, d_out].
   u16* y;
   const int4* tiles;
-  const int* n_tiles;
+  int* n_tiles;
   int d_in, d_out;
   // 1 for ReLU, 2 for GELU, where the kernel has an activation.
   int activation;
@@ -602,28 +584,33 @@ __device__ __forceinline__ void with_activation(const RowsProduct& p, const Body
   }
 }
 
-// What `up` makes of two neighboring sums; `bias` is that of the tile, or null.
-template <bool IS_RELU>
-__device__ __forceinline__ void activate_pair(const RowsProduct& p, const RowsTile& tile, const u16* bias,
-                                              u16* staged_y, u16* staged_hidden, int row, int column, float first,
-                                              float second) {
+// Two neighboring sums with their bias; `bias` is that of the tile, or null.
+__device__ __forceinline__ float2 add_bias(const RowsTile& tile, const u16* bias, int column, float2 sums) {
   if (bias != nullptr && column < tile.n_columns) {
     const float2 shift = unpack(*reinterpret_cast<const u32*>(bias + column));
-    first += shift.x;
-    second += shift.y;
+    sums.x += shift.x;
+    sums.y += shift.y;
   }
-  if (p.hidden != nullptr) staged_pair(staged_hidden, row, column) = pack(first, second);
-  staged_pair(staged_y, row, column) =
-      IS_RELU ? pack(fmaxf(first, 0.f), fmaxf(second, 0.f)) : pack(gelu(first), gelu(second));
+  return sums;
 }
 
-// What `down_backward` makes of two neighboring sums, where `staged_y` holds what `up` left; returns their part of the
-// gate's gradient.
 template <bool IS_RELU>
-__device__ __forceinline__ float differentiate_pair(const RowsProduct& p, float gate, u16* staged_y,
-                                                    u16* staged_weighted, int row, int column, float first,
-                                                    float second) {
-  const float2 hidden = unpack(staged_pair(staged_y, row, column));
+__device__ __forceinline__ u32 activate_pair(float2 hidden) {
+  return IS_RELU ? pack(fmaxf(hidden.x, 0.f), fmaxf(hidden.y, 0.f)) : pack(gelu(hidden.x), gelu(hidden.y));
+}
+
+// gate · act(hidden) of two neighbors, from what `up` left.
+template <bool IS_RELU>
+__device__ __forceinline__ u32 weighted_pair(float gate, u32 kept) {
+  const float2 hidden = unpack(kept);
+  return IS_RELU ? pack(gate * hidden.x, gate * hidden.y) : pack(gate * gelu(hidden.x), gate * gelu(hidden.y));
+}
+
+// What `down_backward` makes of two neighboring sums and of what `up` left of them: gradients of the arguments of the
+// activation, in `grads`, and their part of the gate's gradient.
+template <bool IS_RELU>
+__device__ __forceinline__ float differentiate_pair(float gate, u32 kept, float2 sums, u32& grads) {
+  const float2 hidden = unpack(kept);
   float2 active, slope;
   if constexpr (IS_RELU) {
     active = hidden;
@@ -632,9 +619,8 @@ __device__ __forceinline__ float differentiate_pair(const RowsProduct& p, float 
     active = make_float2(gelu(hidden.x), gelu(hidden.y));
     slope = make_float2(gelu_slope(hidden.x), gelu_slope(hidden.y));
   }
-  staged_pair(staged_y, row, column) = pack(gate * first * slope.x, gate * second * slope.y);
-  staged_pair(staged_weighted, row, column) = pack(gate * active.x, gate * active.y);
-  return active.x * first + active.y * second;
+  grads = pack(gate * sums.x * slope.x, gate * sums.y * slope.y);
+  return active.x * sums.x + active.y * sums.y;
 }
 
 // hidden = x[source] · weight[expert] (+ bias[expert]),  y = act(hidden)
@@ -651,7 +637,9 @@ extern "C" __global__ void __launch_bounds__(N_THREADS, 2) up(const __grid_const
   with_activation(p, [&](auto is_relu) {
     constexpr bool IS_RELU = decltype(is_relu)::value;
     each_pair(sums, [&](int row, int column, float first, float second) {
-      activate_pair<IS_RELU>(p, tile, bias, staged_y, staged_hidden, row, column, first, second);
+      const float2 shifted = add_bias(tile, bias, column, make_float2(first, second));
+      if (p.hidden != nullptr) staged_pair(staged_hidden, row, column) = pack(shifted.x, shifted.y);
+      staged_pair(staged_y, row, column) = activate_pair<IS_RELU>(shifted);
     });
   });
   __syncthreads();
@@ -691,7 +679,9 @@ extern "C" __global__ void __launch_bounds__(N_THREADS, 2) down_backward(const _
     constexpr bool IS_RELU = decltype(is_relu)::value;
     float dot = 0.f;
     each_pair(sums, [&](int row, int column, float first, float second) {
-      dot += differentiate_pair<IS_RELU>(p, gates[row], staged_y, staged_weighted, row, column, first, second);
+      u32& staged = staged_pair(staged_y, row, column);
+      staged_pair(staged_weighted, row, column) = weighted_pair<IS_RELU>(gates[row], staged);
+      dot += differentiate_pair<IS_RELU>(gates[row], staged, make_float2(first, second), staged);
       // The last pair of a row: `each_pair` goes through a row's columns before the next row.
       if ((column & 63) >= 56) {
         dot += __shfl_xor_sync(0xffffffffu, dot, 1);
@@ -725,6 +715,7 @@ struct OuterProduct {
   int is_wide;
   int n_experts, n_splits;
   // Experts by their numbers of rows, most first: the longest sums start first, so that none is left alone at the end.
+  // Behind them a zero from which blocks count that take tiles one by one.
   int* ranked;
 };
 
@@ -733,6 +724,7 @@ extern "C" __global__ void __launch_bounds__(256) rank_experts(const __grid_cons
   for (int e = threadIdx.x; e < p.n_experts; e += blockDim.x) counts[e] = p.ends[e] - (e == 0 ? 0 : p.ends[e - 1]);
   __syncthreads();
   const int expert = blockIdx.x * blockDim.x + threadIdx.x;
+  if (expert == 0) p.ranked[p.n_experts] = 0;
   if (expert >= p.n_experts) return;
   const int own = counts[expert];
   int rank = 0;

@@ -35,7 +35,7 @@ impl Mlp {
         let ops = &self.ops;
         let rows = Rows::of(x, tokens);
         let b1 = b1.map(|b1| ops.operand(b1)).transpose()?;
-        let tiles = ops.tiles(ends, tokens.size1()?, x.size()[1], Order::reading(rows))?;
+        let tiles = ops.tiles(ends, tokens.size1()?, Order::reading(rows))?;
         let w1 = padded_weight(w1, ops.kind)?;
         ops.up(rows, &w1, b1.as_ref(), self.options.activation, &tiles)
     }
@@ -78,7 +78,7 @@ impl Function for Mlp {
                 Some(selections),
             )?
         } else {
-            let tiles = ops.tiles(ends, n_rows, d_hidden, Order::Experts)?;
+            let tiles = ops.tiles(ends, n_rows, Order::Experts)?;
             let ys = ops.product(Rows::sorted(&a), &w2, &tiles)?;
             ops.sum_rows(&ys, inverse, *top_k, Some(&gates))?
         };
@@ -140,7 +140,7 @@ impl Function for Mlp {
                 gates: &wide(gate)?,
             },
             self.options.activation,
-            &ops.tiles(ends, n_rows, dy.size()[1], Order::reading(dys))?,
+            &ops.tiles(ends, n_rows, Order::reading(dys))?,
         )?;
         drop(kept);
         if needs(GATE) {
@@ -170,7 +170,7 @@ impl Function for Mlp {
             let dx = if ops.can_add(d_hidden, w1.size()[1], *top_k) {
                 ops.added_product(dh, (&w1, true), ends, (&tokens, x.size()[0]), None)?
             } else {
-                let tiles = ops.tiles(ends, n_rows, d_hidden, Order::Experts)?;
+                let tiles = ops.tiles(ends, n_rows, Order::Experts)?;
                 ops.sum_rows(
                     &ops.product_transposed(dh, &w1, &tiles)?,
                     inverse,

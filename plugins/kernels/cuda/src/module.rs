@@ -65,16 +65,23 @@ const NAMES: [&CStr; 29] = [
 /// Shared memory of a block of the kernels for warpgroups: four stages of three times 128 × 64 elements.
 pub(crate) const GROUP_SHARED_BYTES: c_uint = 4 * 3 * 128 * 64 * 2;
 
-/// Names of what else there is for GPUs of [`HOPPER`], in the order of [`Entry`], after those above.
-const GROUP_NAMES: [&CStr; 8] = [
-    c"product_in_groups",
-    c"product_transposed_in_groups",
-    c"up_in_groups",
-    c"down_backward_in_groups",
-    c"outer_product_tall",
-    c"outer_product_broad",
-    c"added_product",
-    c"added_product_transposed",
+/// Shared memory of a block of those among them that keep their rows: 256 rows of 128 elements twice, and five times 64
+/// columns of a matrix.
+pub(crate) const WIDE_SHARED_BYTES: c_uint = (2 * 256 + 5 * 64) * 128 * 2;
+
+/// Names of what else there is for GPUs of [`HOPPER`], in the order of [`Entry`], after those above, each with the
+/// shared memory of a block.
+const GROUP_NAMES: [(&CStr, c_uint); 10] = [
+    (c"product_in_groups", GROUP_SHARED_BYTES),
+    (c"product_transposed_in_groups", GROUP_SHARED_BYTES),
+    (c"up_in_groups", GROUP_SHARED_BYTES),
+    (c"down_backward_in_groups", GROUP_SHARED_BYTES),
+    (c"outer_product_tall", GROUP_SHARED_BYTES),
+    (c"outer_product_broad", GROUP_SHARED_BYTES),
+    (c"product_wide_in_groups", WIDE_SHARED_BYTES),
+    (c"product_wide_transposed_in_groups", WIDE_SHARED_BYTES),
+    (c"added_product", WIDE_SHARED_BYTES),
+    (c"added_product_transposed", WIDE_SHARED_BYTES),
 ];
 
 /// The compute capability whose tensor cores work for warpgroups.
@@ -118,6 +125,8 @@ pub(crate) enum Entry {
     DownBackwardInGroups,
     OuterProductTall,
     OuterProductBroad,
+    ProductWideInGroups,
+    ProductWideTransposedInGroups,
     AddedProduct,
     AddedProductTransposed,
 }
@@ -126,6 +135,8 @@ pub(crate) enum Entry {
 pub(crate) struct Module {
     pub(crate) driver: &'static Driver,
     pub(crate) context: DeviceContext,
+    /// Blocks that run at the same time if each takes a whole multiprocessor.
+    pub(crate) n_multiprocessors: i64,
     functions: Vec<KernelFunction>,
 }
 
@@ -182,6 +193,7 @@ impl Modules {
                 .fix("set `-moe.kernel grouped`")
         };
         let context = driver.context(index).map_err(wrong)?;
+        let n_multiprocessors = driver.n_multiprocessors(index).map_err(wrong)?;
         let build = Build::new(capability, is_f16).map_err(wrong)?;
         let path = self.folder.join(build.file_name());
         let of_hopper = if capability == HOPPER {
@@ -191,8 +203,7 @@ impl Modules {
         };
         let load = |code: &[u8]| {
             let everywhere = NAMES.into_iter().map(|name| (name, TILE_SHARED_BYTES));
-            let in_groups = of_hopper.iter().map(|&name| (name, GROUP_SHARED_BYTES));
-            driver.load(context, code, everywhere.chain(in_groups))
+            driver.load(context, code, everywhere.chain(of_hopper.iter().copied()))
         };
         // What is on disk but does not load is made anew, like what is not there.
         let kept = read_checked(&path).map(|code| load(&code));
@@ -208,6 +219,7 @@ impl Modules {
         Ok(Module {
             driver,
             context,
+            n_multiprocessors: n_multiprocessors.into(),
             functions,
         })
     }
@@ -338,7 +350,7 @@ mod tests {
         assert_eq!(Entry::ProductInGroups as usize, NAMES.len());
         let n_names = NAMES.len() + GROUP_NAMES.len();
         assert_eq!(Entry::AddedProductTransposed as usize + 1, n_names);
-        for name in NAMES.into_iter().chain(GROUP_NAMES) {
+        for name in NAMES.into_iter().chain(GROUP_NAMES.map(|(name, _)| name)) {
             let declared = format!(" {}(const __grid_constant__ ", name.to_string_lossy());
             assert!(SOURCE.contains(&declared), "{declared}");
         }

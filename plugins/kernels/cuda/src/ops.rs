@@ -14,14 +14,16 @@ use moeut_torch::{FunctionError, cuda, determinism};
 use tch::{Device, Kind, Tensor};
 
 use crate::driver::LaunchShape;
-use crate::module::{Entry, GROUP_SHARED_BYTES, Module, TILE_SHARED_BYTES};
+use crate::module::{Entry, GROUP_SHARED_BYTES, Module, TILE_SHARED_BYTES, WIDE_SHARED_BYTES};
 
 /// Rows and columns of a tile of results.
 const TILE: i64 = 128;
 const TILE_THREADS: u32 = 128;
-/// The longer side of a tile, and threads, of the kernels for warpgroups.
+/// The longer side of a tile of the kernels for warpgroups, and threads: two warpgroups multiply, one copies for them.
 const GROUP_TILE: i64 = 256;
-const GROUP_THREADS: u32 = 256;
+const CREW_THREADS: u32 = 384;
+/// Threads of a block of `list_tiles`, which keeps as many experts together.
+const LIST_THREADS: u32 = 1024;
 /// Threads of a block of the kernels without tiles.
 pub(crate) const THREADS: u32 = 256;
 const WARP: i64 = 32;
@@ -47,32 +49,39 @@ pub(crate) enum Order<'a> {
         n_sources: i64,
         /// Sources of a window.
         window: i64,
+        /// Whether no tile reaches into the next window: there are more tiles, and a window is smaller.
+        is_cut: bool,
     },
 }
 
 impl<'a> Order<'a> {
-    /// For rows that are read by their sources. 20 MB was the best of 20 to 100 on an H100, with 65536 tokens of 1024
+    /// For rows that are read by their sources. 26 MB was the best of 8 to 32 on an H100, with 65536 tokens of 1024
     /// channels, 16 of 387 experts.
     pub(crate) fn reading(rows: Rows<'a>) -> Self {
-        const BYTES: i64 = 20 << 20;
+        const BYTES: i64 = 26 << 20;
         match rows.sources {
-            Some(sources) => Self::windows(sources, rows.x.size()[0], rows.x.size()[1], BYTES),
+            Some(sources) => {
+                let [n_sources, width] = [rows.x.size()[0], rows.x.size()[1]];
+                Self::windows(sources, n_sources, width, BYTES, false)
+            }
             None => Self::Experts,
         }
     }
 
-    /// For rows `width` wide that are added to those of `targets`. 16 MB was the best of 8 to 40 likewise.
+    /// For rows `width` wide that are added to those of `targets`. 16 MB was the best of 8 to 26 likewise, and with
+    /// 16384 tokens of 1536 channels, 24 of 565 experts.
     fn adding(targets: &'a Tensor, n_targets: i64, width: i64) -> Self {
         const BYTES: i64 = 16 << 20;
-        Self::windows(targets, n_targets, width, BYTES)
+        Self::windows(targets, n_targets, width, BYTES, true)
     }
 
     /// Elements have 2 bytes.
-    fn windows(sources: &'a Tensor, n_sources: i64, width: i64, bytes: i64) -> Self {
+    fn windows(sources: &'a Tensor, n_sources: i64, width: i64, bytes: i64, is_cut: bool) -> Self {
         Self::Windows {
             sources,
             n_sources,
             window: (bytes / (2 * width).max(1)).clamp(1, i64::from(i32::MAX)),
+            is_cut,
         }
     }
 }
@@ -80,7 +89,7 @@ impl<'a> Order<'a> {
 /// Row tiles of all experts, a list on the device.
 pub(crate) struct Tiles {
     list: Tensor,
-    /// How many there are, int32 `[1]`.
+    /// How many there are, and a counter for the blocks of the one launch that takes them, int32 `[2]`.
     count: Tensor,
     /// At least as many as there are: the number itself is known to the device only.
     bound: i64,
@@ -145,6 +154,7 @@ struct RawTileList {
     n_experts: i32,
     window: i32,
     n_rows: i32,
+    is_cut: i32,
 }
 
 /// As `RowsProduct` in the source of the kernels.
@@ -203,30 +213,29 @@ struct RawPieces {
 }
 
 impl Ops {
-    /// The tiles of the runs that end at `ends`, int32 `[E]`, for a product with `d_in` contracted elements: tall ones
-    /// where there are warpgroups and enough for them to contract.
-    pub(crate) fn tiles(
-        &self,
-        ends: &Tensor,
-        n_rows: i64,
-        d_in: i64,
-        order: Order<'_>,
-    ) -> Result<Tiles> {
-        let is_tall = self.module.has_groups() && d_in > TILE;
+    /// The tiles of the runs that end at `ends`, int32 `[E]`, for one launch: tall ones where there are warpgroups.
+    pub(crate) fn tiles(&self, ends: &Tensor, n_rows: i64, order: Order<'_>) -> Result<Tiles> {
+        let is_tall = self.module.has_groups();
         let height = if is_tall { GROUP_TILE } else { TILE };
         let n_experts = ends.size1()?;
-        let bound = n_rows / height + n_experts.min(n_rows);
-        let (sources, n_windows, window) = match order {
-            Order::Experts => (ptr::null(), 1, i64::from(i32::MAX)),
+        let (sources, n_windows, window, is_cut) = match order {
+            Order::Experts => (ptr::null(), 1, i64::from(i32::MAX), false),
             Order::Windows {
                 sources,
                 n_sources,
                 window,
-            } => (pointer(sources), tiles(n_sources, window).max(1), window),
+                is_cut,
+            } => {
+                let n_windows = tiles(n_sources, window).max(1);
+                (pointer(sources), n_windows, window, is_cut)
+            }
         };
+        // The last tile of an expert, and of a window of one, may not be full.
+        let n_ends = n_experts * if is_cut { n_windows } else { 1 };
+        let bound = n_rows / height + n_ends.min(n_rows);
         let of_all = Tiles {
             list: self.empty(&[bound, 4], Kind::Int)?,
-            count: self.empty(&[1], Kind::Int)?,
+            count: Tensor::f_zeros([2], (Kind::Int, self.device))?,
             bound,
             n_rows,
             is_tall,
@@ -239,8 +248,9 @@ impl Ops {
             n_experts: narrow(n_experts)?,
             window: narrow(window)?,
             n_rows: narrow(height)?,
+            is_cut: is_cut.into(),
         };
-        self.launch(Entry::ListTiles, n_windows, THREADS, 0, &raw)?;
+        self.launch(Entry::ListTiles, n_windows, LIST_THREADS, 0, &raw)?;
         Ok(of_all)
     }
 
@@ -249,7 +259,12 @@ impl Ops {
         let (_, _, d_out) = weight.size3()?;
         let y = self.empty(&[tiles.n_rows, d_out], self.kind)?;
         let raw = raw_product(rows, weight, &y, tiles, d_out)?;
-        let entries = (Entry::Product, Entry::ProductWide, Entry::ProductInGroups);
+        let entries = [
+            Entry::Product,
+            Entry::ProductWide,
+            Entry::ProductInGroups,
+            Entry::ProductWideInGroups,
+        ];
         self.launch_product(entries, tiles, &raw)?;
         Ok(y)
     }
@@ -264,11 +279,12 @@ impl Ops {
         let (_, d_out, _) = weight.size3()?;
         let y = self.empty(&[tiles.n_rows, d_out], self.kind)?;
         let raw = raw_product(rows, weight, &y, tiles, d_out)?;
-        let entries = (
+        let entries = [
             Entry::ProductTransposed,
             Entry::ProductWideTransposed,
             Entry::ProductTransposedInGroups,
-        );
+            Entry::ProductWideTransposedInGroups,
+        ];
         self.launch_product(entries, tiles, &raw)?;
         Ok(y)
     }
@@ -294,7 +310,7 @@ impl Ops {
         let n_rows = targets.size1()?;
         let d_out = weight.size()[if is_transposed { 1 } else { 2 }];
         let order = Order::adding(targets, n_targets, d_out);
-        let tiles = self.tiles(ends, n_rows, rows.x.size()[1], order)?;
+        let tiles = self.tiles(ends, n_rows, order)?;
         let y = Tensor::f_zeros([n_targets, d_out], (self.kind, self.device))?;
         let raw = RawRowsProduct {
             targets: pointer(targets),
@@ -307,7 +323,7 @@ impl Ops {
         } else {
             Entry::AddedProduct
         };
-        self.launch(entry, tiles.bound, TILE_THREADS, TILE_SHARED_BYTES, &raw)?;
+        self.launch_crew(entry, tiles.bound, WIDE_SHARED_BYTES, &raw)?;
         Ok(y)
     }
 
@@ -404,7 +420,8 @@ impl Ops {
         let is_wide = kind == Kind::Float || n_splits > 1;
         let y_kind = if is_wide { Kind::Float } else { self.kind };
         let y = self.empty(&[n_splits, n_experts, d_left, d_right], y_kind)?;
-        let ranked = self.empty(&[n_experts], Kind::Int)?;
+        // And a counter.
+        let ranked = self.empty(&[n_experts + 1], Kind::Int)?;
         let raw = RawOuterProduct {
             left: pointer(left.x),
             left_sources: optional(left.sources),
@@ -428,12 +445,12 @@ impl Ops {
             bytes_of_counts,
             &raw,
         )?;
-        let (n_threads, shared_bytes) = if is_in_groups {
-            (GROUP_THREADS, GROUP_SHARED_BYTES)
+        if is_in_groups {
+            self.launch_crew(entry, n_tiles * n_splits, GROUP_SHARED_BYTES, &raw)?;
         } else {
-            (TILE_THREADS, TILE_SHARED_BYTES)
-        };
-        self.launch(entry, n_tiles * n_splits, n_threads, shared_bytes, &raw)?;
+            let n_blocks = n_tiles * n_splits;
+            self.launch(entry, n_blocks, TILE_THREADS, TILE_SHARED_BYTES, &raw)?;
+        }
         if n_splits == 1 {
             return Ok(y.f_squeeze_dim(0)?);
         }
@@ -543,17 +560,18 @@ impl Ops {
         Ok(Tensor::f_empty(shape, (kind, self.device))?)
     }
 
-    /// One block for each tile, or for all tiles of the same rows where a short contraction lets them share the rows.
+    /// By the tile, or by all tiles of the same rows where a short contraction lets them share the rows.
     fn launch_product(
         &self,
-        (narrow, wide, in_groups): (Entry, Entry, Entry),
+        [narrow, wide, in_groups, wide_in_groups]: [Entry; 4],
         tiles: &Tiles,
         raw: &RawRowsProduct,
     ) -> Result<()> {
-        if i64::from(raw.d_in) <= TILE && i64::from(raw.d_out) > TILE {
-            self.launch(wide, tiles.bound, TILE_THREADS, TILE_SHARED_BYTES, raw)
-        } else {
-            self.launch_tiles((narrow, in_groups), tiles, raw.d_out.into(), raw)
+        let is_wide = i64::from(raw.d_in) <= TILE && i64::from(raw.d_out) > TILE;
+        match (is_wide, tiles.is_tall) {
+            (false, _) => self.launch_tiles((narrow, in_groups), tiles, raw.d_out.into(), raw),
+            (true, false) => self.launch(wide, tiles.bound, TILE_THREADS, TILE_SHARED_BYTES, raw),
+            (true, true) => self.launch_crew(wide_in_groups, tiles.bound, WIDE_SHARED_BYTES, raw),
         }
     }
 
@@ -566,10 +584,16 @@ impl Ops {
     ) -> Result<()> {
         let n_blocks = tiles.bound * tiles_across(d_out);
         if tiles.is_tall {
-            self.launch(in_groups, n_blocks, GROUP_THREADS, GROUP_SHARED_BYTES, raw)
+            self.launch_crew(in_groups, n_blocks, GROUP_SHARED_BYTES, raw)
         } else {
             self.launch(entry, n_blocks, TILE_THREADS, TILE_SHARED_BYTES, raw)
         }
+    }
+
+    /// As many blocks as run at the same time, for at most `n_tiles`, which they take one by one.
+    fn launch_crew<P>(&self, entry: Entry, n_tiles: i64, shared_bytes: u32, raw: &P) -> Result<()> {
+        let n_blocks = n_tiles.min(self.module.n_multiprocessors);
+        self.launch(entry, n_blocks, CREW_THREADS, shared_bytes, raw)
     }
 
     /// Queues `entry` with its parameters, unless it has no blocks.

@@ -43,7 +43,7 @@ impl Function for Product {
             let selections = gates.as_ref().map(|gates| Selections { order, gates });
             ops.added_product(rows, (&weight_padded, false), ends, targets, selections)?
         } else {
-            let tiles = ops.tiles(ends, n_rows, d_in, Order::reading(rows))?;
+            let tiles = ops.tiles(ends, n_rows, Order::reading(rows))?;
             let ys = ops.product(rows, &weight_padded, &tiles)?;
             ops.sum_rows(&ys, inverse, fanout.n_summed, gates.as_ref())?
         };
@@ -85,7 +85,7 @@ impl Function for Product {
         if needs_gate || ctx.needs_input_grad(X) {
             let rows = Rows::of(&g, &g_places);
             let weight = padded_weight(weight, x.kind())?;
-            let tiles = ops.tiles(ends, order.size1()?, g.size()[1], Order::reading(rows))?;
+            let tiles = ops.tiles(ends, order.size1()?, Order::reading(rows))?;
             let u = ops.product_transposed(rows, &weight, &tiles)?;
             let (dx, dgate) = match &gates {
                 // Both read `u`, which is the largest tensor here.
