@@ -51,6 +51,15 @@ STEPS = [
      "more": {**MIXED, "transformer.recompute": 1}, "reference": 49.2, "reference_gb": 47.6, "goal_gb": 20},
     {"name": "dense 244M, recomputed", "sweep": "slimpajama_baseline_big_rope_nodrop", "more": {"transformer.recompute": 1},
      "reference": 108, "reference_gb": 53.2, "goal_gb": 20},
+    {"name": "MoEUT 244M, recomputed where cheap", "sweep": "slimpajama_moeut_big_matched_rope_noln",
+     "more": {**MIXED, "transformer.recompute": "cheap"}, "reference": 49.2, "reference_gb": 47.6, "goal_gb": 20},
+    {"name": "dense 244M, recomputed where cheap", "sweep": "slimpajama_baseline_big_rope_nodrop",
+     "more": {"transformer.recompute": "cheap"}, "reference": 108, "reference_gb": 53.2, "goal_gb": 20},
+    {"name": "MoEUT 1B, CUDA graphs", "sweep": "c4_moeut_1b_switchead",
+     "more": {**MIXED, "n_microbatch": 4, "cuda_graphs": 1}, "reference": 13.4, "reference_gb": 49.1, "goal": 60,
+     "rounds": 3, "calls": 2},
+    {"name": "SUT 44M, CUDA graphs", "sweep": "c4_small_sut_lowreg2_fixed_44m", "more": {"cuda_graphs": 1},
+     "reference": 32.1, "reference_gb": 49.1, "goal": 100, "rounds": 3, "calls": 3},
 ]
 # σ-MoE forward and backward, ms: the reference, the best of ScatterMoE and libtorch's grouped product, our prototype in
 # Triton in its repeatable form, equal dense work, and the goals for sums in any order and, for 244M, in one.

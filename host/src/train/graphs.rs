@@ -270,10 +270,8 @@ impl Step {
             passes.push(Replayed { graph, kept });
             grads = run.optimizer.own_grads_by_index();
         }
-        run.monitor.message(&format!(
-            "passes of {} microbatches are CUDA graphs from here on",
-            passes.len()
-        ));
+        run.monitor
+            .message("the passes of a step are CUDA graphs from here on");
         Ok(Self {
             shape,
             tokens,
