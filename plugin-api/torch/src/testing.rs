@@ -117,6 +117,8 @@ enum Routing {
     One,
     /// Every other expert gets nothing.
     Sparse,
+    /// Expert 0 gets 15 % more than its share.
+    Skewed,
 }
 
 impl Routing {
@@ -129,6 +131,7 @@ impl Routing {
             Self::Mixed => mixed(n_experts),
             Self::One => m.ones_like(),
             Self::Sparse => mixed(n_experts / 2) * 2,
+            Self::Skewed => mixed(n_experts) * mixed(20).ge(3).to_kind(Kind::Int64),
         }
     }
 }

@@ -155,7 +155,7 @@ impl Case {
 }
 
 /// Tokens and selections of each; `d_model`, `d_expert` and experts.
-const CASES: [Case; 13] = [
+const CASES: [Case; 14] = [
     Case::new("plain", [24, 4], [16, 8, 6], Routing::Mixed),
     Case::new("with a bias", [24, 4], [16, 8, 6], Routing::Mixed).with_bias(),
     Case::new("k = 1", [24, 1], [16, 8, 6], Routing::Mixed),
@@ -175,6 +175,12 @@ const CASES: [Case; 13] = [
         [300, 2],
         [136, 144, 3],
         Routing::Mixed,
+    ),
+    Case::new(
+        "one expert with more than 15 %",
+        [400, 4],
+        [64, 48, 40],
+        Routing::Skewed,
     ),
     Case::new("zero tokens", [0, 4], [16, 8, 6], Routing::Mixed).with_bias(),
     Case::new("computed again", [24, 4], [16, 8, 6], Routing::Mixed).keeping_less(),

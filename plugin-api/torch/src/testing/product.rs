@@ -108,7 +108,7 @@ impl Case {
 const SMALL: Case = Case::new("small", [3, 4, 2], [5, 3, 3], Routing::Mixed);
 
 /// Rows, selections per row and selections summed; inner width, outer width and experts.
-const CASES: [Case; 15] = [
+const CASES: [Case; 16] = [
     Case::new("σ-MoE up", [24, 4, 0], [16, 8, 6], Routing::Mixed),
     Case::new("σ-MoE down", [96, 1, 4], [8, 16, 6], Routing::Mixed),
     Case::new("SwitchHead v", [24, 8, 2], [16, 8, 12], Routing::Mixed),
@@ -137,6 +137,12 @@ const CASES: [Case; 15] = [
         [300, 2, 2],
         [72, 136, 3],
         Routing::Mixed,
+    ),
+    Case::new(
+        "one expert with more than 15 %",
+        [400, 4, 4],
+        [64, 48, 40],
+        Routing::Skewed,
     ),
     Case::new("zero tokens", [0, 4, 2], [16, 8, 6], Routing::Mixed),
 ];
