@@ -64,7 +64,7 @@ const ROWS: &[&str] = &[
     "-bfloat16 half",
     // Reports and checkpoints.
     "-log csv",
-    "-tb_server yes",
+    "-tb_server maybe",
     "-tb_bind_all all",
     "-log_interval 0",
     "-log_interval often",
