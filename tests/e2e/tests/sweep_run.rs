@@ -245,11 +245,13 @@ fn a_changed_sweep_is_not_mixed_with_the_runs_of_the_old_one() {
 fn a_sweep_is_trained_by_one_process_at_a_time_and_needs_an_end() {
     let sandbox = Sandbox::new();
     let file = write_sweep(&sandbox, "one", &[("lr", "1e-3")]);
-    let mut running = sandbox.start(&["sweep", "run", &file], &[]);
+    // Longer than the second start takes, on any machine.
+    let long = ["sweep", "run", &file, "-stop_after", "1000000"];
+    let mut running = sandbox.start(&long, &[]);
     wait_until("the run", || {
         steps_seen(&sandbox.run_folder("one")) >= 1 || running.has_ended()
     });
-    let second = sandbox.run(&["sweep", "run", &file]);
+    let second = sandbox.run(&long);
     assert_eq!(second.code, Some(2), "{second}");
     assert!(
         second
@@ -257,6 +259,7 @@ fn a_sweep_is_trained_by_one_process_at_a_time_and_needs_an_end() {
             .contains("the run `save/one.sweep` is being trained"),
         "{second}"
     );
+    running.signal("TERM");
     running.wait().ok();
     assert_snapshot!(sandbox.run(&["sweep", "run", &file, "-stop_after", "none"]), @r"
     exit: 2
