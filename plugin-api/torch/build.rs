@@ -14,7 +14,7 @@ const SOURCES: [&str; 13] = [
     "cpp/saving.cpp",
     "cpp/recompute.cpp",
     "cpp/graph.cpp",
-    "cpp/epilogue.cpp",
+    "cpp/relu_linear.cpp",
     "cpp/frugal.cpp",
     "cpp/terminate.cpp",
 ];

@@ -1,17 +1,15 @@
 // CUDA graphs: libtorch's at::cuda::CUDAGraph, which lives in libtorch_cuda.so and is found there at run time.
 //
-// Its header wants CUDA's. The functions are looked up by the names that the ABI gives them; a member function is called
-// as a function whose first argument is the object. An object's size is not known from here, so it is built in storage
-// that is far larger. In libtorch 2.11.0+cu130 it has 104 bytes: the constructor, read with `objdump -d`, writes 0x61 as
-// its last byte, and all members are aligned to 8.
+// Its header wants CUDA's. An object's size is not known from here, so it is built in storage that is far larger. In
+// libtorch 2.11.0+cu130 it has 104 bytes: the constructor, read with `objdump -d`, writes 0x61 as its last byte, and all
+// members are aligned to 8.
 #include "guard.h"
+#include "lookup.h"
 
 #include <ATen/Context.h>
 #include <ATen/DeviceAccelerator.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 #include <torch/version.h>
-
-#include <dlfcn.h>
 
 #include <cstddef>
 #include <memory>
@@ -22,18 +20,12 @@ static_assert(TORCH_VERSION_MAJOR == 2 && TORCH_VERSION_MINOR == 11,
 
 using moeut::checked;
 using moeut::device_of;
+using moeut::find;
 using moeut::guard;
 
 namespace {
 
 using Pool = std::pair<unsigned long long, unsigned long long>;
-
-template <typename Function>
-Function find(const char* symbol) {
-  void* address = dlsym(RTLD_DEFAULT, symbol);
-  TORCH_CHECK(address != nullptr, "CUDA graphs belong to libtorch's CUDA libraries, which are not loaded in this process");
-  return reinterpret_cast<Function>(address);
-}
 
 c10::Stream exchange_stream(c10::Stream stream) {
   return c10::impl::getDeviceGuardImpl(at::kCUDA)->exchangeStream(stream);

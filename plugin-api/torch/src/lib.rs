@@ -1,8 +1,8 @@
 //! What `tch` lacks of libtorch, behind safe functions: custom autograd functions, recomputed activations, fused
 //! optimizer steps, gradient clipping without a host sync, random generator state, autocast, CUDA at run time and its
-//! graphs, and tensors as plugin handles.
+//! graphs, a linear layer that ends with a `relu`, and tensors as plugin handles.
 //!
-//! With the SentencePiece binding, this is the only C++ of the project. The crate is copied into every library that
+//! With the SentencePiece binding and `host/c10d`, this is the only C++ of the project. The crate is copied into every library that
 //! uses it, so it holds no state but what a thread does at the moment: whatever must exist once per process lives in
 //! libtorch or in the host. No C++ exception and no panic crosses from one language into the other; both arrive as
 //! errors.

@@ -4,15 +4,15 @@
 // cuBLAS stores columns one after the other, so a matrix that is stored by rows is its transpose. Numbers are those of
 // cublasLt.h, whose ABI is the same in CUDA 12 and 13.
 #include "guard.h"
+#include "lookup.h"
 
 #include <ATen/Context.h>
 #include <ATen/DeviceAccelerator.h>
 #include <ATen/ops/empty.h>
 
-#include <dlfcn.h>
-
 using moeut::List;
 using moeut::checked;
+using moeut::find;
 using moeut::guard;
 
 namespace {
@@ -33,13 +33,6 @@ struct Heuristic {
   float waves;
   int reserved[4];
 };
-
-template <typename Function>
-Function find(const char* symbol) {
-  void* address = dlsym(RTLD_DEFAULT, symbol);
-  TORCH_CHECK(address != nullptr, "cuBLAS belongs to libtorch's CUDA libraries, which are not loaded in this process");
-  return reinterpret_cast<Function>(address);
-}
 
 void check_status(int status, const char* function) {
   TORCH_CHECK(status == 0, function, " of cuBLAS fails with status ", status);
