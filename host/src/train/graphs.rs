@@ -144,7 +144,9 @@ impl Graphs {
         if !self.is_on {
             return Ok(false);
         }
-        if let Some(why) = obstacle(run) {
+        if self.step.is_none()
+            && let Some(why) = obstacle(run)
+        {
             self.give_up(run, why);
             return Ok(false);
         }
